@@ -1,0 +1,1 @@
+"""Stage 1: raw demonstrations through a frozen backbone into a store."""

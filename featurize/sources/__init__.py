@@ -1,0 +1,1 @@
+"""Raw demonstrations, whatever their format on disk."""

@@ -1,0 +1,89 @@
+"""What raw demonstrations look like to the pipeline, whatever their format on disk.
+
+A source is indexed once (episodes, cameras, steps; cheap, no pixels), then read frame by frame. Frames and
+steps of one episode correspond index by index: frame i was seen when step i's action was chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Image = NDArray[np.uint8]
+"""One picture: uint8 [H, W, 3], RGB, upright."""
+
+Role = Literal["action", "state", "privileged", "other"]
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """One column of per-frame numbers, such as the action.
+
+    `shape` excludes the frame axis. `role` says what heads may do with it: `action` is the label, `state` is honest
+    proprioception, `privileged` is simulator truth that a real robot would not have and is never a default input.
+    `names` label the components of a vector.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    role: Role
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One demonstration. `id` is a stable key (never a position), `length` its frames, `task` its instruction."""
+
+    id: str
+    length: int
+    task: str
+
+
+@dataclass(frozen=True)
+class SourceIndex:
+    """Everything about a source that is known without decoding pixels.
+
+    `steps` always has exactly one column of role `action`, named `action`; at most one of role `state`, named `state`.
+    `skipped` maps episode ids left out under `--skip-bad` to the reason.
+    `mapping` is the resolved column mapping ({ours: theirs}); it enters the fingerprint.
+    """
+
+    kind: str
+    root: str
+    fps: float
+    cameras: tuple[str, ...]
+    episodes: tuple[Episode, ...]
+    steps: Mapping[str, StepSpec]
+    licence: str = "unknown"
+    mapping: Mapping[str, str] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """Raw demonstrations. Methods may be called from several threads at once; they share no decoder state."""
+
+    def index(self) -> SourceIndex:
+        """Read the metadata once and keep it. Raises `SourceError` naming file and fix where it does not conform."""
+        ...
+
+    def digest(self) -> str:
+        """SHA-256 (hex) over the sorted relative paths, sizes and contents of the files that were indexed."""
+        ...
+
+    def steps(self, episode: int) -> dict[str, NDArray[np.generic]]:
+        """Return `{name: [T, *shape]}` of one episode, by position in `index().episodes`.
+
+        Raises `SourceError` on NaN or infinite values in `action` or `state`, naming file, column and row.
+        """
+        ...
+
+    def frames(self, episode: int, start: int, stop: int) -> Iterator[tuple[Image, ...]]:
+        """Yield frames `start..stop-1` of an episode, each a tuple of V images in the order of `index().cameras`.
+
+        Raises `SourceError` where a frame is missing or cannot be decoded, naming file, camera and frame.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""Stage 2: trainable heads, from windows of a store to actions."""

@@ -1,0 +1,1 @@
+"""The networks that heads are made of."""

@@ -1,0 +1,1 @@
+"""Live backbone and trained head as one policy; simulators; closed-loop evaluation."""

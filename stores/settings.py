@@ -1,0 +1,93 @@
+"""Frozen configuration values: a file and `--set a.b=c` on top of defaults, unknown keys refused by name.
+
+Precedence, lowest first: the class's defaults, the `--config` file (TOML or JSON), `--set` in the order given.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from vla.stores.errors import UsageError
+
+
+class Settings(BaseModel):
+    """Base of every configuration: immutable, and an unknown key is an error with the nearest match."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    @classmethod
+    def build(cls, values: Mapping[str, Any], *, where: str = "the configuration") -> Self:
+        """Validate `values`. Raises `UsageError` naming the first wrong key and what it should have been."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise UsageError(*_explain(cls, error, where)) from None
+
+    @classmethod
+    def from_sources(cls, file: Path | None = None, overrides: Iterable[str] = (), **explicit: Any) -> Self:
+        """Merge defaults, a TOML or JSON `file`, explicit keyword values that are not None, and `a.b=c` strings."""
+        values: dict[str, Any] = read_config(file) if file is not None else {}
+        values |= {key: value for key, value in explicit.items() if value is not None}
+        for text in overrides:
+            set_dotted(values, text)
+        return cls.build(values, where=str(file) if file is not None else "--set")
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Read a `.toml` or `.json` file into a plain dict. Raises `UsageError` where it cannot be read."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {file}: {error}", expected="a TOML or JSON file") from None
+    try:
+        values = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:
+        raise UsageError(f"{file} does not parse: {error}", expected="TOML (or JSON in a .json file)") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{file} holds a {type(values).__name__}", expected="a table of keys")
+    return values
+
+
+def set_dotted(values: dict[str, Any], text: str) -> None:
+    """Apply one `a.b=c` to nested `values` in place; `c` is read as JSON where it parses, as a string where not."""
+    key, equals, raw = text.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--set {text!r} has no '='", expected="key=value, such as --set train.lr=3e-4")
+    try:
+        value = json.loads(raw)
+    except json.JSONDecodeError:
+        value = raw
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise UsageError(f"--set {text!r}: {parent!r} is a value", expected="a table")
+    values[leaf] = value
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return ", did you mean 'x'?" for the closest known word, or an empty string."""
+    match = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {match[0]!r}?" if match else ""
+
+
+def _explain(cls: type[BaseModel], error: ValidationError, where: str) -> tuple[str]:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] != "extra_forbidden":
+        return (f"{where}: {key} = {first['input']!r}: {first['msg']}",)
+    model: type[BaseModel] = cls
+    for part in first["loc"][:-1]:
+        field = model.model_fields.get(str(part))
+        if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            model = field.annotation
+    known = sorted(model.model_fields)
+    hint = nearest(str(first["loc"][-1]), known) or f" (known: {', '.join(known)})"
+    return (f"{where}: unknown key {key!r}{hint}",)
