@@ -10,12 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-Image = NDArray[np.uint8]
-"""One picture: uint8 [H, W, 3], RGB, upright."""
+from vla.featurize.image import Image
 
 
 @dataclass(frozen=True)

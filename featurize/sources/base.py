@@ -13,8 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Image = NDArray[np.uint8]
-"""One picture: uint8 [H, W, 3], RGB, upright."""
+from vla.featurize.image import Image
 
 Role = Literal["action", "state", "privileged", "other"]
 
