@@ -1,0 +1,87 @@
+"""Commit records: the only thing that makes a unit exist.
+
+`commits/unit-NNNNNN.json` is written atomically after every file of the unit is durable. It names the manifest's
+digest (so that a record copied from another store is refused), the size and SHA-256 of each of the unit's files, and
+the episodes that were left out, and it carries its own digest. A unit without a valid record is absent.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vla.stores.errors import CorruptionError
+from vla.stores.fingerprint import canonical, digest
+from vla.stores.layout import COMMITS, commit_file
+from vla.stores.manifest import Manifest
+
+_RECORD_NAME = re.compile(r"unit-(\d{6,})\.json")
+MAX_RECORD_BYTES = 16 << 20
+"""A record above 16 MiB is no record of ours: ten features and a thousand left-out episodes make 100 KB."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and SHA-256 (hex) of one committed file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One committed unit. `files` maps paths in the store; `skipped` episode ids left out to the reason."""
+
+    unit: int
+    files: dict[str, FileRecord]
+    skipped: dict[str, str]
+
+    def to_bytes(self, manifest: Manifest) -> bytes:
+        """Encode the record of this unit of the store that `manifest` describes."""
+        rows = manifest.unit_range(self.unit)
+        body = {
+            "unit": self.unit,
+            "rows": [rows.start, rows.stop],
+            "manifest_sha256": manifest.sha256(),
+            "files": {path: {"size": file.size, "sha256": file.sha256} for path, file in self.files.items()},
+            "skipped": self.skipped,
+        }
+        return canonical({**body, "sha256": digest(body)}) + b"\n"
+
+
+def read_commits(root: Path, manifest: Manifest) -> dict[int, Commit]:
+    """Return `{unit: Commit}` of every committed unit. Raises `CorruptionError` on a record that lies."""
+    expected = manifest.sha256()
+    commits = {}
+    for path in sorted((root / COMMITS).iterdir()):
+        match = _RECORD_NAME.fullmatch(path.name)
+        if match is not None:
+            commits[int(match[1])] = _read(path, int(match[1]), manifest, expected)
+    return commits
+
+
+def remove_commit(root: Path, unit: int) -> None:
+    """Un-commit a unit: from here on it is absent."""
+    (root / commit_file(unit)).unlink()
+
+
+def _read(path: Path, unit: int, manifest: Manifest, expected: str) -> Commit:
+    fix = f"vla verify {path.parent.parent}"
+    if path.stat().st_size > MAX_RECORD_BYTES:
+        raise CorruptionError(f"{path} is larger than any commit record", fix=fix)
+    try:
+        raw: Any = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise CorruptionError(f"{path} is not JSON", expected="a commit record", fix=fix) from None
+    body = {key: value for key, value in raw.items() if key != "sha256"} if isinstance(raw, dict) else {}
+    if not body or raw.get("sha256") != digest(body):
+        raise CorruptionError(f"{path} does not match its digest", expected="a whole commit record", fix=fix)
+    if body["manifest_sha256"] != expected:
+        raise CorruptionError(f"{path} belongs to another store", fix=fix)
+    if body["unit"] != unit or unit >= manifest.units:
+        raise CorruptionError(f"{path} is the record of unit {body['unit']} of {manifest.units}", fix=fix)
+    files = {name: FileRecord(int(file["size"]), str(file["sha256"])) for name, file in body["files"].items()}
+    return Commit(unit, files, dict(body["skipped"]))

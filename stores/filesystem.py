@@ -1,0 +1,118 @@
+"""Every write that a store makes, in one place: whole files, durable before they get their name.
+
+A file is written under a temporary name in its own folder, fsynced, renamed, and the folder fsynced. Whatever
+bears the temporary suffix is debris of an interrupted run and may be deleted by the one writer of the store.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vla.stores.errors import MachineError, StoreError
+
+PARTIAL = ".partial"
+"""Suffix of files and folders that are being written."""
+
+_CAUSES = {
+    errno.ENOSPC: ("the disk is full", "free space, then run the same command with --resume"),
+    errno.EDQUOT: ("the disk quota is used up", "free space, then run the same command with --resume"),
+    errno.EACCES: ("permission is denied", "choose another --out, or change the folder's permissions"),
+    errno.EROFS: ("the file system is read-only", "choose another --out"),
+    errno.EMFILE: ("too many files are open", "raise the limit with `ulimit -n 4096`"),
+    errno.EIO: ("the disk reports an input/output error", "check the disk, then run with --resume"),
+}
+
+
+@contextmanager
+def explaining(path: Path) -> Iterator[None]:
+    """Turn an `OSError` while working on `path` into a one-line `MachineError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        cause, fix = _CAUSES.get(error.errno or 0, (str(error.strerror or error), ""))
+        raise MachineError(f"{error.filename or path}: {cause}", fix=fix) from error
+
+
+def write_atomic(path: Path, data: bytes | memoryview) -> str:
+    """Write `data` to `path` so that the name never shows anything but the whole; return its SHA-256 (hex)."""
+    return write_atomic_parts(path, [data])
+
+
+def write_atomic_parts(path: Path, parts: Iterable[bytes | memoryview]) -> str:
+    """Like `write_atomic` for data in several buffers."""
+    partial = path.with_name(path.name + PARTIAL)
+    digest = hashlib.sha256()
+    with explaining(path):
+        with partial.open("wb", buffering=0) as file:
+            for part in parts:
+                view = memoryview(part).cast("B")
+                digest.update(view)
+                while view:  # an unbuffered write may be short
+                    view = view[file.write(view) :]
+            os.fsync(file.fileno())
+        partial.replace(path)
+        fsync_dir(path.parent)
+    return digest.hexdigest()
+
+
+def fsync_dir(path: Path) -> None:
+    """Make the names inside a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(path: Path) -> None:
+    """Make a freshly written folder durable: every file and every folder in it."""
+    for folder, _, files in os.walk(path):
+        for name in files:
+            descriptor = os.open(Path(folder) / name, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        fsync_dir(Path(folder))
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 (hex) of a file's content, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sweep_partial(root: Path) -> list[Path]:
+    """Delete what interrupted writes left below `root`; return the deleted paths. Only for the one writer."""
+    debris = sorted(path for path in root.rglob("*" + PARTIAL))
+    for path in debris:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    return debris
+
+
+@contextmanager
+def writer_lock(root: Path) -> Iterator[None]:
+    """Hold the store's only writer place. Raises `StoreError` where another process holds it.
+
+    The lock is the kernel's (`flock` on the folder itself), so it is gone with the process that held it, however that one ended.
+    """
+    with explaining(root):
+        descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(f"{root} is being written by another process", expected="one writer a store") from None
+        yield
+    finally:
+        os.close(descriptor)

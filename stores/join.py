@@ -1,0 +1,115 @@
+"""Several stores of one source as one: rows matched by episode id and frame, features side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vla.stores.errors import DataError, FingerprintError, UsageError
+from vla.stores.reader import FeatureReader, Verify
+from vla.stores.store import Store
+
+
+@dataclass(frozen=True)
+class JoinedStores:
+    """One or more stores of the same demonstrations. Rows, episodes and steps are those of the first.
+
+    `owner[feature]` is the position of the store that holds it; `row_maps[i]` int64 [rows] takes rows of the first
+    store to rows of store i (-1 where it has none). `usable` marks the episodes that every store can serve.
+    """
+
+    stores: tuple[Store, ...]
+    owner: dict[str, int]
+    row_maps: tuple[NDArray[np.int64], ...]
+    usable: NDArray[np.bool_]
+
+    @property
+    def first(self) -> Store:
+        """The store whose rows and episodes count."""
+        return self.stores[0]
+
+    def feature_info(self, feature: str) -> Any:
+        """Return the `FeatureInfo` of a feature, whichever store holds it. Raises `UsageError` naming those there."""
+        if feature not in self.owner:
+            raise UsageError(f"no store has feature {feature!r}", expected=f"one of {', '.join(sorted(self.owner))}")
+        return self.stores[self.owner[feature]].feature_info(feature)
+
+    def reader(self, feature: str, verify: Verify = "first") -> JoinedReader:
+        """Return a reader that takes rows of the first store."""
+        self.feature_info(feature)
+        position = self.owner[feature]
+        mapped = self.row_maps[position] if position else None
+        return JoinedReader(self.stores[position].reader(feature, verify), mapped)
+
+
+class JoinedReader:
+    """A `FeatureReader` addressed by the rows of the first store."""
+
+    def __init__(self, reader: FeatureReader, row_map: NDArray[np.int64] | None) -> None:
+        self._reader, self._row_map = reader, row_map
+
+    def read(self, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
+        """See `FeatureReader.read`."""
+        self._reader.read(rows if self._row_map is None else self._row_map[rows], out)
+
+    def close(self) -> None:
+        """Close all files."""
+        self._reader.close()
+
+
+def join_stores(stores: Sequence[Store]) -> JoinedStores:
+    """Join stores of one source.
+
+    Raises `FingerprintError` where they were made from different sources, `UsageError` where two hold a feature of the
+    same name, `DataError` where an episode's length differs.
+    """
+    first = stores[0]
+    owner: dict[str, int] = {}
+    maps = []
+    usable = first.usable.copy()
+    for position, store in enumerate(stores):
+        _require_same_source(first, store)
+        for feature in store.manifest.features:
+            if feature in owner:
+                other = stores[owner[feature]].root
+                raise UsageError(f"{other} and {store.root} both hold {feature!r}", expected="different features")
+            owner[feature] = position
+        row_map, serves = _map_rows(first, store)
+        maps.append(row_map)
+        usable &= serves
+    if not usable.any():
+        raise DataError("the stores share no usable episode", expected="stores of the same episodes")
+    return JoinedStores(tuple(stores), owner, tuple(maps), usable)
+
+
+def _require_same_source(first: Store, other: Store) -> None:
+    mine, theirs = (store.manifest.fingerprint.get("source", {}).get("digest") for store in (first, other))
+    if mine != theirs:
+        raise FingerprintError(
+            f"{other.root} was made from another source than {first.root} (source.digest differs)",
+            expected="stores of one data set",
+            fix="featurize both from the same --source",
+        )
+
+
+def _map_rows(first: Store, other: Store) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    position = {name: index for index, name in enumerate(other.episodes.ids)}
+    row_map = np.full(first.manifest.rows, -1, np.int64)
+    serves = np.zeros(len(first.episodes), bool)
+    for index, name in enumerate(first.episodes.ids):
+        there = position.get(name)
+        if there is None or not other.usable[there]:
+            continue
+        length = int(first.episodes.length[index])
+        if int(other.episodes.length[there]) != length:
+            raise DataError(
+                f"episode {name!r}: {length} frames in {first.root}, {other.episodes.length[there]} in {other.root}"
+            )
+        start, start_there = int(first.episodes.row_start[index]), int(other.episodes.row_start[there])
+        row_map[start : start + length] = np.arange(start_there, start_there + length)
+        serves[index] = True
+    return row_map, serves

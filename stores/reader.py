@@ -1,0 +1,180 @@
+"""Reading rows of one feature straight from the shards into memory that the caller owns.
+
+The shard indices become one table of byte offsets; a batch is sorted into runs of neighbouring rows; each run is one
+`preadv` that scatters rows into the output and their checksums into a scratch buffer. No codec layer, no allocation
+per row: a warm read costs about what copying the same rows in memory costs (benchmarks/read_windows.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Literal
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from vla.stores.commits import Commit
+from vla.stores.errors import CorruptionError, StoreError
+from vla.stores.filesystem import explaining
+from vla.stores.layout import checksum_file, feature_file
+from vla.stores.manifest import Manifest
+from vla.stores.shard import CRC_BYTES, decode_index, index_bytes
+
+Verify = Literal["first", "always", "never"]
+MAX_OPEN_FILES = 128
+MAX_RUN = 512
+"""Rows a single `preadv`: two buffers a row, and the kernel takes at most 1024 (IOV_MAX)."""
+
+
+class FeatureReader:
+    """Rows of one feature. One reader a thread; it does not survive `fork` (checked) and is not pickled.
+
+    `verify`: compare each row's crc32c with the commit the first time it is read (`first`), on every read (`always`),
+    or not at all (`never`).
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, commits: dict[int, Commit], name: str, verify: Verify) -> None:
+        self.root, self.name, self.info = root, name, manifest.features[name]
+        self._manifest, self._commits, self._verify = manifest, commits, verify
+        self._offsets = np.full(manifest.rows, -2, np.int64)  # -2: index not read yet, -1: no such row
+        self._crcs = np.zeros(manifest.rows, np.uint32)
+        self._verified = np.zeros(manifest.rows, bool)
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._scratch = memoryview(bytearray(CRC_BYTES))
+        self._pid = os.getpid()
+
+    def read(self, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
+        """Fill `out` [n, *shape] (C-contiguous, the feature's dtype) with the given store rows [n].
+
+        Raises `StoreError` for rows that are not committed, `CorruptionError` where bytes differ from the commit.
+        """
+        info = self.info
+        if out.shape != (len(rows), *info.shape) or out.dtype != info.dtype or not out.flags.c_contiguous:
+            raise ValueError(f"out is {out.dtype} {out.shape}, not contiguous {info.dtype} {(len(rows), *info.shape)}")
+        if len(rows) == 0:
+            return
+        offsets = self._locate(rows)
+        units = rows // self._manifest.unit_rows
+        stride = info.row_bytes + CRC_BYTES
+        follows = (np.diff(offsets) == stride) & (np.diff(units) == 0)
+        starts = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(rows)]
+        target = out.reshape(-1).view(np.uint8).data
+        positions, which = offsets.tolist(), units.tolist()
+        for first, last in itertools.pairwise(starts):
+            for at in range(first, last, MAX_RUN):
+                self._read_run(which[at], positions[at], target, at, min(at + MAX_RUN, last))
+        if self._verify != "never":
+            self._check(rows, out.reshape(len(rows), -1).view(np.uint8))
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _locate(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        if int(rows.min()) < 0 or int(rows.max()) >= self._manifest.rows:
+            raise IndexError(f"rows {rows.min()}..{rows.max()} of {self._manifest.rows}")
+        offsets = self._offsets[rows]
+        if (offsets == -2).any():
+            for unit in np.unique(rows[offsets == -2] // self._manifest.unit_rows).tolist():
+                self._read_index(unit)
+            offsets = self._offsets[rows]
+        if (offsets == -1).any():
+            raise StoreError(f"row {int(rows[(offsets == -1).argmax()])} of {self.root} was left out when it was made")
+        return offsets
+
+    def _read_index(self, unit: int) -> None:
+        commit = self._commits.get(unit)
+        if commit is None:
+            raise StoreError(f"unit {unit} of {self.root} is not committed", fix="vla featurize … --resume")
+        rows = self._manifest.unit_range(unit)
+        path = feature_file(self.name, unit, len(self.info.shape))
+        slots, size = self._manifest.unit_rows, commit.files[path].size
+        descriptor = self._open(unit)
+        found = os.fstat(descriptor).st_size
+        if found != size or size < index_bytes(slots):
+            raise self._corrupt(unit, f"has {found} bytes, {size} were committed")
+        tail = os.pread(descriptor, index_bytes(slots), size - index_bytes(slots))
+        self._offsets[rows.start : rows.stop] = decode_index(tail, self.info, size, path)[: len(rows)]
+        crcs = read_committed(self.root, commit, checksum_file(self.name, unit))
+        self._crcs[rows.start : rows.stop] = np.frombuffer(crcs, "<u4", slots)[: len(rows)]
+
+    def _open(self, unit: int) -> int:
+        if os.getpid() != self._pid:
+            raise RuntimeError("a store reader was carried over fork(); open the store in the child process instead")
+        descriptor = self._files.get(unit)
+        if descriptor is None:
+            path = self.root / feature_file(self.name, unit, len(self.info.shape))
+            if len(self._files) >= MAX_OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            if not path.exists():
+                raise self._corrupt(unit, "is missing")
+            with explaining(path):
+                descriptor = self._files[unit] = os.open(path, os.O_RDONLY)
+        return descriptor
+
+    def _read_run(self, unit: int, offset: int, target: memoryview, first: int, last: int) -> None:
+        size = self.info.row_bytes
+        descriptor = self._open(unit)
+        if last - first == 1:  # by far the most common run of a shuffled batch
+            buffers = [target[first * size : last * size]]
+        else:
+            buffers = []
+            for row in range(first, last):
+                buffers += (target[row * size : (row + 1) * size], self._scratch)
+            buffers.pop()
+        wanted = (last - first) * (size + CRC_BYTES) - CRC_BYTES
+        with explaining(self.root):
+            done = os.preadv(descriptor, buffers, offset)
+            while done < wanted:  # a signal or a 2 GiB limit may cut a read short
+                rest = _skip(buffers, done)
+                more = os.preadv(descriptor, rest, offset + done)
+                if more == 0:
+                    raise self._corrupt(unit, "ends before its index says")
+                done += more
+
+    def _check(self, rows: NDArray[np.int64], data: NDArray[np.uint8]) -> None:
+        todo = np.arange(len(rows)) if self._verify == "always" else np.flatnonzero(~self._verified[rows])
+        if not len(todo):
+            return
+        expected = self._crcs[rows].tolist()
+        value = google_crc32c.value
+        for index in todo.tolist():
+            if value(data[index]) != expected[index]:
+                row = int(rows[index])
+                raise self._corrupt(row // self._manifest.unit_rows, f"differs from its commit in row {row}")
+        self._verified[rows[todo]] = True
+
+    def _corrupt(self, unit: int, what: str) -> CorruptionError:
+        path = self.root / feature_file(self.name, unit, len(self.info.shape))
+        return CorruptionError(f"feature {self.name!r}, unit {unit}: {path} {what}", fix=f"vla verify {self.root}")
+
+
+def read_committed(root: Path, commit: Commit, path: str) -> bytes:
+    """Return a small committed file after comparing it with its digest. Raises `CorruptionError`."""
+    import hashlib
+
+    file, record = root / path, commit.files.get(path)
+    if record is None or not file.is_file() or file.stat().st_size != record.size:
+        raise CorruptionError(f"unit {commit.unit}: {file} is missing or has another size", fix=f"vla verify {root}")
+    with explaining(file):
+        data = file.read_bytes()
+    if hashlib.sha256(data).hexdigest() != record.sha256:
+        raise CorruptionError(f"unit {commit.unit}: {file} differs from its commit", fix=f"vla verify {root}")
+    return data
+
+
+def _skip(buffers: list[memoryview], done: int) -> list[memoryview]:
+    """Return the buffers that remain when `done` bytes have been filled."""
+    rest = []
+    for buffer in buffers:
+        if done >= buffer.nbytes:
+            done -= buffer.nbytes
+        else:
+            rest.append(buffer[done:])
+            done = 0
+    return rest

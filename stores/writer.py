@@ -1,0 +1,200 @@
+"""Writing a store: created whole, filled unit by unit, each unit committed or absent.
+
+The order of one commit: every file of the unit under a temporary name, fsynced, renamed, its folder fsynced; then the
+commit record in the same way. A crash anywhere leaves the units before as they were and this one absent; the next
+writer sweeps the debris and computes the unit again. Committed units are never touched.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vla.stores.commits import Commit, FileRecord, read_commits
+from vla.stores.errors import DataError, StoreError, UsageError
+from vla.stores.filesystem import (
+    PARTIAL,
+    explaining,
+    fsync_dir,
+    fsync_tree,
+    sweep_partial,
+    write_atomic_parts,
+    writer_lock,
+)
+from vla.stores.fingerprint import require_equal
+from vla.stores.layout import (
+    checksum_file,
+    commit_file,
+    feature_file,
+    statistics_file,
+    step_file,
+    write_metadata,
+)
+from vla.stores.manifest import Manifest
+from vla.stores.metadata import read_manifest, table_digests
+from vla.stores.shard import ShardBuffer
+from vla.stores.statistics import of_rows
+from vla.stores.tables import EpisodeTable
+
+FLOAT16_MAX = float(np.finfo(np.float16).max)
+
+
+@dataclass
+class UnitBuffer:
+    """The rows of one unit being filled, in memory.
+
+    `features[name]` is `[n, *shape]`, `steps[name]` `[n, *shape]`; rows not marked in `present` [n] stay empty.
+    `skipped` names episodes left out and why.
+    """
+
+    unit: int
+    rows: range
+    shards: dict[str, ShardBuffer]
+    steps: dict[str, NDArray[Any]]
+    present: NDArray[np.bool_]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def put(self, start: int, features: Mapping[str, NDArray[Any]]) -> None:
+        """Store features `{name: [k, *shape]}` of k rows from store row `start` on.
+
+        Raises `DataError` on NaN or infinity, also where float32 values overflow a float16 store.
+        """
+        at = start - self.rows.start
+        count = 0
+        for name, values in features.items():
+            target = self.shards[name].rows
+            count = len(values)
+            if not np.isfinite(values).all():
+                raise DataError(f"feature {name!r} is not finite in rows {start}..{start + count - 1}")
+            if target.dtype == np.float16 and float(np.abs(values).max(initial=0.0)) > FLOAT16_MAX:
+                raise DataError(
+                    f"feature {name!r} exceeds float16 in rows {start}..{start + count - 1}",
+                    expected=f"|x| <= {FLOAT16_MAX:.0f}",
+                    fix="--dtype float32",
+                )
+            target[at : at + count] = values
+        self.present[at : at + count] = True
+
+
+class StoreWriter:
+    """The one writer of a store. Use `open_writer`, which holds the lock."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self.root, self.manifest = root, manifest
+        self.commits = read_commits(root, manifest)
+
+    def pending(self) -> list[int]:
+        """Units of the plan that are not committed."""
+        return [unit for unit in range(self.manifest.units) if unit not in self.commits]
+
+    def begin(self, unit: int) -> UnitBuffer:
+        """Allocate the buffers of a unit. Raises `StoreError` where it is committed already."""
+        if unit in self.commits:
+            raise StoreError(f"unit {unit} of {self.root} is committed", expected="a pending unit")
+        rows = self.manifest.unit_range(unit)
+        slots = self.manifest.unit_rows
+        shards = {name: ShardBuffer.allocate(info, len(rows), slots) for name, info in self.manifest.features.items()}
+        steps = {name: _blank(slots, info.shape, info.dtype) for name, info in self.manifest.steps.items()}
+        return UnitBuffer(unit, rows, shards, steps, np.zeros(len(rows), bool))
+
+    def commit(self, buffer: UnitBuffer) -> Commit:
+        """Make a filled unit durable and committed. Raises `MachineError` on a full disk and the like."""
+        unit, slots = buffer.unit, self.manifest.unit_rows
+        files: dict[str, FileRecord] = {}
+        for name, info in self.manifest.features.items():
+            parts, crcs = buffer.shards[name].encode(buffer.present)
+            self._write(files, feature_file(name, unit, len(info.shape)), parts)
+            padded = np.zeros(slots, "<u4")
+            padded[: len(crcs)] = crcs
+            self._write(files, checksum_file(name, unit), _checked(padded))
+            rows = buffer.shards[name].rows
+            moments = of_rows((rows[row] for row in np.flatnonzero(buffer.present)), info.shape[-1])
+            self._write(files, statistics_file(name, unit), _checked(moments.to_array()))
+        for name, step in self.manifest.steps.items():
+            self._write(files, step_file(name, unit, len(step.shape)), _checked(buffer.steps[name]))
+        commit = Commit(unit, files, dict(buffer.skipped))
+        write_atomic_parts(self.root / commit_file(unit), [commit.to_bytes(self.manifest)])
+        self.commits[unit] = commit
+        return commit
+
+    def _write(self, files: dict[str, FileRecord], path: str, parts: list[memoryview]) -> None:
+        sha256 = write_atomic_parts(self.root / path, parts)
+        files[path] = FileRecord(sum(part.nbytes for part in parts), sha256)
+
+
+@contextmanager
+def open_writer(
+    root: Path, manifest: Manifest, episodes: EpisodeTable, *, resume: bool = False, overwrite: bool = False
+) -> Iterator[StoreWriter]:
+    """Create the store at `root`, or go on with it, and hold its writer lock.
+
+    `manifest.tables` is filled in here. Raises `UsageError` where `root` exists and neither flag is given,
+    `FingerprintError` where a resumed store was made with other settings, `StoreError` where another writer holds it.
+    """
+    if root.name.endswith(PARTIAL):
+        raise UsageError(f"{root} ends in {PARTIAL!r}", expected="another name; it marks unfinished files")
+    manifest = manifest.model_copy(update={"tables": table_digests(episodes.to_arrays())})
+    if root.exists() and not (resume or overwrite):
+        raise UsageError(f"{root} exists", fix="--resume to go on with it, --overwrite to replace it, or another --out")
+    if root.exists() and overwrite:
+        _remove_store(root)
+    if not root.exists():
+        _create(root, manifest, episodes)
+    with writer_lock(root):
+        found = read_manifest(root)
+        _require_same(root, found, manifest)
+        with explaining(root):
+            sweep_partial(root)
+        yield StoreWriter(root, found)
+
+
+def _create(root: Path, manifest: Manifest, episodes: EpisodeTable) -> None:
+    partial = root.with_name(root.name + PARTIAL)
+    with explaining(root):
+        root.parent.mkdir(parents=True, exist_ok=True)
+        if partial.exists():
+            shutil.rmtree(partial)
+        write_metadata(partial, manifest, episodes.to_arrays())
+        fsync_tree(partial)
+        partial.rename(root)
+        fsync_dir(root.parent)
+
+
+def _remove_store(root: Path) -> None:
+    """Delete an existing store, and nothing that is not one."""
+    read_manifest(root)
+    with explaining(root), writer_lock(root):
+        # Renamed first: a crash while deleting must not leave half a store under its own name.
+        doomed = root.with_name(root.name + ".old" + PARTIAL)
+        if doomed.exists():
+            shutil.rmtree(doomed)
+        root.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _require_same(root: Path, found: Manifest, wanted: Manifest) -> None:
+    fix = "the settings it was made with, --overwrite to replace it, or another --out"
+    require_equal(found.fingerprint, wanted.fingerprint, what=str(root), fix=fix)
+    plan = {"features", "steps", "rows", "unit_rows", "cameras", "fps", "tables"}
+    old, new = found.model_dump(mode="json", include=plan), wanted.model_dump(mode="json", include=plan)
+    require_equal(old, new, what=f"the plan of {root}", fix=fix)
+
+
+def _blank(rows: int, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+    fill = np.nan if np.issubdtype(np.dtype(dtype), np.floating) else 0
+    return np.full((rows, *shape), fill, np.dtype(dtype).newbyteorder("<"))
+
+
+def _checked(values: NDArray[Any]) -> list[memoryview]:
+    """Encode an array as zarr's `bytes` + `crc32c` codecs do."""
+    import google_crc32c
+
+    raw = values.tobytes()
+    return [memoryview(raw), memoryview(int(google_crc32c.value(raw)).to_bytes(4, "little"))]
