@@ -6,8 +6,7 @@ another, cut into batches of equal size, so that training resumes at any batch a
 
 from __future__ import annotations
 
-import queue
-import threading
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vla.stores.join import JoinedStores
+from vla.stores.background import iterate_ahead
+from vla.stores.join import JoinedReader, JoinedStores
 from vla.stores.reader import Verify
 from vla.stores.windows import WindowIndex
 
@@ -64,15 +64,8 @@ class WindowBatches:
 
     def shuffled(self, seed: int, start: int = 0, depth: int = 3) -> Iterator[WindowBatch]:
         """Yield batches start, start+1, ... for ever, shuffled, `depth` of them in flight."""
-        number = start
-
-        def chosen() -> Iterator[NDArray[np.int64]]:
-            nonlocal number
-            while True:
-                yield self.windows_of_batch(seed, number)
-                number += 1
-
-        return self._prefetched(chosen(), depth)
+        chosen = (self.windows_of_batch(seed, number) for number in itertools.count(start))
+        return self._prefetched(chosen, depth)
 
     def in_order(self, depth: int = 3) -> Iterator[WindowBatch]:
         """Yield every window once, in order; the last batch may be smaller."""
@@ -98,39 +91,18 @@ class WindowBatches:
         return cached[2]
 
     def _prefetched(self, chosen: Iterator[NDArray[np.int64]], depth: int) -> Iterator[WindowBatch]:
-        free: queue.Queue[dict[str, NDArray[Any]]] = queue.Queue()
-        ready: queue.Queue[tuple[WindowBatch, dict[str, NDArray[Any]]] | BaseException | None] = queue.Queue()
-        stop = threading.Event()
-        for _ in range(depth):
-            free.put(self._buffers())
+        return iterate_ahead(self._batches(chosen, depth + 2), depth)
 
-        def produce() -> None:
-            readers = {name: self._stores.reader(name, self._verify) for name in self._features}
-            try:
-                for windows in chosen:
-                    buffers = free.get()
-                    if stop.is_set():
-                        return
-                    ready.put((self._fill(windows, buffers, readers), buffers))
-                ready.put(None)
-            except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
-                ready.put(error)
-            finally:
-                for reader in readers.values():
-                    reader.close()
-
-        thread = threading.Thread(target=produce, name="vla-prefetch", daemon=True)
-        thread.start()
+    def _batches(self, chosen: Iterator[NDArray[np.int64]], buffers: int) -> Iterator[WindowBatch]:
+        # One buffer is being filled, `depth` wait in the queue, one is in the consumer's hands: depth + 2 suffice.
+        ring = itertools.cycle([self._buffers() for _ in range(buffers)])
+        readers = {name: self._stores.reader(name, self._verify) for name in self._features}
         try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item[0]
-                free.put(item[1])
+            for windows in chosen:
+                yield self._fill(windows, next(ring), readers)
         finally:
-            stop.set()
-            free.put({})
-            thread.join()
+            for reader in readers.values():
+                reader.close()
 
     def _buffers(self) -> dict[str, NDArray[Any]]:
         size, spec = self.batch_size, self.index.spec
@@ -141,7 +113,7 @@ class WindowBatches:
         return buffers
 
     def _fill(
-        self, windows: NDArray[np.int64], buffers: dict[str, NDArray[Any]], readers: dict[str, Any]
+        self, windows: NDArray[np.int64], buffers: dict[str, NDArray[Any]], readers: dict[str, JoinedReader]
     ) -> WindowBatch:
         rows = self.index.rows(windows)
         count, n_obs = rows.obs.shape

@@ -104,7 +104,7 @@ def sweep_partial(root: Path) -> list[Path]:
 def writer_lock(root: Path) -> Iterator[None]:
     """Hold the store's only writer place. Raises `StoreError` where another process holds it.
 
-    The lock is the kernel's (`flock` on the folder itself), so it is gone with the process that held it, however that one ended.
+    The lock is the kernel's (`flock` on the folder itself): it is gone with its process, however that one ended.
     """
     with explaining(root):
         descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)

@@ -60,6 +60,12 @@ class UnitBuffer:
     steps: dict[str, NDArray[Any]]
     present: NDArray[np.bool_]
     skipped: dict[str, str] = field(default_factory=dict)
+    dropped: list[range] = field(default_factory=list)
+
+    def leave_out(self, episode: str, rows: range, reason: str) -> None:
+        """Leave an episode out of the store; `rows` are those of its rows that lie in this unit."""
+        self.skipped[episode] = reason
+        self.dropped.append(rows)
 
     def put(self, start: int, features: Mapping[str, NDArray[Any]]) -> None:
         """Store features `{name: [k, *shape]}` of k rows from store row `start` on.
@@ -107,6 +113,11 @@ class StoreWriter:
     def commit(self, buffer: UnitBuffer) -> Commit:
         """Make a filled unit durable and committed. Raises `MachineError` on a full disk and the like."""
         unit, slots = buffer.unit, self.manifest.unit_rows
+        for rows in buffer.dropped:
+            part = slice(rows.start - buffer.rows.start, rows.stop - buffer.rows.start)
+            buffer.present[part] = False
+            for values in buffer.steps.values():
+                values[part] = _fill(values.dtype)
         files: dict[str, FileRecord] = {}
         for name, info in self.manifest.features.items():
             parts, crcs = buffer.shards[name].encode(buffer.present)
@@ -114,8 +125,8 @@ class StoreWriter:
             padded = np.zeros(slots, "<u4")
             padded[: len(crcs)] = crcs
             self._write(files, checksum_file(name, unit), _checked(padded))
-            rows = buffer.shards[name].rows
-            moments = of_rows((rows[row] for row in np.flatnonzero(buffer.present)), info.shape[-1])
+            encoded = buffer.shards[name].rows
+            moments = of_rows((encoded[row] for row in np.flatnonzero(buffer.present)), info.shape[-1])
             self._write(files, statistics_file(name, unit), _checked(moments.to_array()))
         for name, step in self.manifest.steps.items():
             self._write(files, step_file(name, unit, len(step.shape)), _checked(buffer.steps[name]))
@@ -188,8 +199,11 @@ def _require_same(root: Path, found: Manifest, wanted: Manifest) -> None:
 
 
 def _blank(rows: int, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-    fill = np.nan if np.issubdtype(np.dtype(dtype), np.floating) else 0
-    return np.full((rows, *shape), fill, np.dtype(dtype).newbyteorder("<"))
+    return np.full((rows, *shape), _fill(np.dtype(dtype)), np.dtype(dtype).newbyteorder("<"))
+
+
+def _fill(dtype: np.dtype[Any]) -> float:
+    return np.nan if np.issubdtype(dtype, np.floating) else 0
 
 
 def _checked(values: NDArray[Any]) -> list[memoryview]:

@@ -1,0 +1,148 @@
+"""From rows of a unit to preprocessed batches: which frames, decoded, made ready for the network."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from vla.featurize.backbones.base import Backbone
+from vla.featurize.image import Image
+from vla.featurize.sources.base import Source
+from vla.stores.errors import SourceError
+from vla.stores.tables import EpisodeTable
+from vla.stores.writer import StoreWriter, UnitBuffer
+
+RING = 4
+"""Batch buffers: one being filled, two waiting (run.AHEAD), one in the network's hands."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive frames of one episode inside one unit; `row` is the store row of frame `start`."""
+
+    episode: int
+    start: int
+    stop: int
+    row: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Preprocessed frames `images` [B, V, 3, h, w] for store rows from `row` on; None marks the end of the unit.
+
+    The memory of `images` is reused: it is valid until the next batch is asked for.
+    """
+
+    buffer: UnitBuffer
+    row: int
+    images: torch.Tensor | None
+
+
+class StageClock:
+    """Seconds each stage of the pipeline was busy."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def busy(self, stage: str) -> Iterator[None]:
+        """Count the time spent inside."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - began
+
+
+def segments(episodes: EpisodeTable, rows: range) -> Iterator[Segment]:
+    """Yield the parts of episodes that lie in a unit's rows, in order."""
+    first = int(np.searchsorted(episodes.row_start, rows.start, side="right")) - 1
+    for episode in range(max(first, 0), len(episodes)):
+        begin, length = int(episodes.row_start[episode]), int(episodes.length[episode])
+        if begin >= rows.stop:
+            return
+        start, stop = max(rows.start - begin, 0), min(rows.stop - begin, length)
+        if start < stop:
+            yield Segment(episode, start, stop, begin + start)
+
+
+class Decoder:
+    """Decodes and preprocesses the frames of units, in batches that never cross a unit."""
+
+    def __init__(
+        self,
+        source: Source,
+        backbone: Backbone,
+        writer: StoreWriter,
+        episodes: EpisodeTable,
+        *,
+        batch_size: int,
+        skip_bad: bool,
+        clock: StageClock,
+    ) -> None:
+        self._source, self._backbone, self._writer, self._episodes = source, backbone, writer, episodes
+        self._batch_size, self._skip_bad, self._clock = batch_size, skip_bad, clock
+        self._ring: Iterator[torch.Tensor] | None = None
+        self._shape: tuple[int, ...] = ()
+
+    def batches(self, units: list[int]) -> Iterator[Batch]:
+        """Yield the batches of each unit, then one without images that ends the unit."""
+        for unit in units:
+            buffer = self._writer.begin(unit)
+            row, count, images = buffer.rows.start, 0, None
+            for at, views in self._frames(buffer):
+                with self._clock.busy("preprocess"):
+                    ready = [self._backbone.preprocess(view) for view in views]
+                if images is not None and (at != row + count or count == self._batch_size):
+                    yield Batch(buffer, row, images[:count])
+                    images = None
+                if images is None:
+                    images, row, count = self._next_images(ready), at, 0
+                for view, tensor in enumerate(ready):
+                    images[count, view].copy_(tensor)
+                count += 1
+            if images is not None:
+                yield Batch(buffer, row, images[:count])
+            yield Batch(buffer, buffer.rows.stop, None)
+
+    def _frames(self, buffer: UnitBuffer) -> Iterator[tuple[int, tuple[Image, ...]]]:
+        """Yield (store row, images) of a unit, and fill its steps; leave bad episodes out where that is allowed."""
+        for segment in segments(self._episodes, buffer.rows):
+            try:
+                yield from self._frames_of(buffer, segment)
+            except SourceError as error:
+                if not self._skip_bad:
+                    raise
+                rows = range(segment.row, segment.row + segment.stop - segment.start)
+                buffer.leave_out(self._episodes.ids[segment.episode], rows, str(error))
+
+    def _frames_of(self, buffer: UnitBuffer, segment: Segment) -> Iterator[tuple[int, tuple[Image, ...]]]:
+        stop = segment.row + segment.stop - segment.start
+        with self._clock.busy("decode"):
+            part = slice(segment.row - buffer.rows.start, stop - buffer.rows.start)
+            for name, values in self._source.steps(segment.episode).items():
+                buffer.steps[name][part] = values[segment.start : segment.stop]
+        frames = self._source.frames(segment.episode, segment.start, segment.stop)
+        for row in range(segment.row, stop):
+            with self._clock.busy("decode"):
+                views = next(frames, None)
+            if views is None:
+                frame = row - segment.row + segment.start
+                raise SourceError(f"episode {self._episodes.ids[segment.episode]!r} has no frame {frame}")
+            yield row, views
+
+    def _next_images(self, ready: list[torch.Tensor]) -> torch.Tensor:
+        shape = (self._batch_size, len(ready), *ready[0].shape)
+        if self._ring is None:
+            # Reused memory: the first touch of a fresh page costs more than filling it again.
+            self._shape, self._ring = shape, itertools.cycle([torch.empty(shape) for _ in range(RING)])
+        if shape != self._shape:
+            raise SourceError(f"a frame makes a network input of {shape[1:]}", expected=f"{self._shape[1:]} as before")
+        return next(self._ring)

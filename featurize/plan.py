@@ -1,0 +1,149 @@
+"""Planning a store before any pixel is decoded: rows, units, fingerprint, bytes, files, free space."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from vla.featurize.backbones.base import BackboneSpec
+from vla.featurize.sources.base import SourceIndex
+from vla.stores.errors import MachineError
+from vla.stores.layout import unit_files
+from vla.stores.manifest import SCHEMA_VERSION, FeatureInfo, Manifest, StepInfo
+from vla.stores.settings import Settings
+from vla.stores.tables import EpisodeTable
+
+MIN_UNIT_ROWS, MAX_UNIT_ROWS = 16, 1024
+"""A unit is the work a crash loses: at most 1024 frames, however small the features; at least 16 per file."""
+
+
+class StoreOptions(Settings):
+    """How the store is cut and kept. None of these but `dtype` changes a feature's value.
+
+    `unit_mb`: size aimed at for one unit over all features; larger units make fewer files, smaller ones lose less work
+    in a crash. `unit_rows`: rows a unit, instead of `unit_mb`. `dtype`: overrides the backbone's choice.
+    """
+
+    unit_mb: float = Field(64.0, gt=0)
+    unit_rows: int | None = Field(None, ge=1)
+    dtype: Literal["float16", "float32"] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `featurize` is about to write. `bytes` and `files` count the whole store."""
+
+    manifest: Manifest
+    episodes: EpisodeTable
+    skipped: dict[str, str]
+    bytes: int
+    files: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures of `--dry-run`."""
+        manifest = self.manifest
+        return {
+            "backbone": manifest.fingerprint["backbone"]["name"],
+            "episodes": len(self.episodes),
+            "frames": manifest.rows,
+            "views": len(manifest.cameras),
+            "features": {name: [*info.shape, info.dtype] for name, info in manifest.features.items()},
+            "units": manifest.units,
+            "unit_rows": manifest.unit_rows,
+            "bytes": self.bytes,
+            "files": self.files,
+            "skipped_episodes": self.skipped,
+        }
+
+
+def make_plan(
+    index: SourceIndex,
+    source_digest: str,
+    spec: BackboneSpec,
+    recipe: Mapping[str, Any],
+    options: StoreOptions,
+) -> Plan:
+    """Lay out the store that `spec` makes of a source.
+
+    `recipe` is what rebuilds the backbone for a live policy: {"name", "weights", "options"}; it goes to provenance.
+    """
+    views = len(index.cameras)
+    features = {
+        name: FeatureInfo(
+            shape=(views, *feature.shape), dims=("view", *feature.dims), dtype=_dtype(options.dtype or feature.dtype)
+        )
+        for name, feature in spec.features.items()
+    }
+    steps = {
+        name: StepInfo.build({"shape": step.shape, "dtype": step.dtype, "role": step.role, "names": step.names})
+        for name, step in index.steps.items()
+    }
+    episodes = EpisodeTable.plan(
+        [episode.id for episode in index.episodes],
+        [episode.length for episode in index.episodes],
+        [episode.task for episode in index.episodes],
+    )
+    row_bytes = sum(info.row_bytes for info in features.values())
+    unit_rows = options.unit_rows or int(np.clip(options.unit_mb * 2**20 // row_bytes, MIN_UNIT_ROWS, MAX_UNIT_ROWS))
+    manifest = Manifest(
+        rows=episodes.rows,
+        unit_rows=min(unit_rows, episodes.rows),
+        fps=index.fps,
+        cameras=index.cameras,
+        features=features,
+        steps=steps,
+        fingerprint={
+            "schema_version": SCHEMA_VERSION,
+            "backbone": {"name": spec.name, **spec.identity},
+            "features": {name: info.model_dump(mode="json") for name, info in features.items()},
+            "context": spec.context,
+            "source": {
+                "kind": index.kind,
+                "digest": source_digest,
+                "mapping": dict(index.mapping),
+                "cameras": list(index.cameras),
+            },
+        },
+        tables={},
+        provenance={
+            "source": index.root,
+            "source_licence": index.licence,
+            "code_licence": spec.code_licence,
+            "weights_licence": spec.weights_licence,
+            "random_weights": spec.random_weights,
+            "parameters": spec.parameters,
+            "backbone": dict(recipe),
+            "versions": {name: metadata.version(name) for name in ("vla-feature-cache", "torch", "zarr", "numpy")},
+            "python": platform.python_version(),
+            "skipped_episodes": dict(index.skipped),
+        },
+    )
+    size = (
+        row_bytes + sum(int(np.prod(s.shape)) * np.dtype(s.dtype).itemsize for s in steps.values()) + 24 * len(features)
+    )
+    files = manifest.units * (len(unit_files(manifest, 0)) + 1) + 20
+    return Plan(manifest, episodes, dict(index.skipped), size * episodes.rows, files)
+
+
+def check_space(plan: Plan, out: Path) -> None:
+    """Raise `MachineError` where the file system of `out` cannot hold the plan."""
+    existing = next(path for path in (out, *out.resolve().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if plan.bytes > free:
+        raise MachineError(
+            f"{existing} has {free / 2**30:.1f} GiB free",
+            expected=f"{plan.bytes / 2**30:.1f} GiB for {plan.manifest.rows} frames",
+            fix="another --out, fewer cameras, or a smaller feature (see `vla backbones`)",
+        )
+
+
+def _dtype(name: str) -> Literal["float16", "float32"]:
+    return "float16" if name == "float16" else "float32"

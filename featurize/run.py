@@ -1,0 +1,102 @@
+"""Stage 1: decode -> preprocess -> encode -> commit, unit by unit, the stages overlapped by bounded queues.
+
+One thread decodes and preprocesses batches ahead, the calling thread runs the network, one thread writes and commits.
+Batches never cross a unit and every unit is computed from nothing but its own rows, so a resumed run computes the
+same batches as an uninterrupted one, and its files are equal byte for byte.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any
+
+from vla.featurize.backbones.base import Backbone
+from vla.featurize.decode import Decoder, StageClock
+from vla.featurize.sources.base import Source
+from vla.stores.background import iterate_ahead
+from vla.stores.tables import EpisodeTable
+from vla.stores.writer import StoreWriter, UnitBuffer
+
+AHEAD = 2
+"""Batches waiting for the network: enough to hide decoding, too few to hoard memory."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class RunReport:
+    """What a run did. `busy` holds each stage's share of the wall time (stages overlap: shares may sum above 1)."""
+
+    frames: int = 0
+    units: int = 0
+    seconds: float = 0.0
+    busy: dict[str, float] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def frames_per_s(self) -> float:
+        """Time steps a second, all views counted as one."""
+        return self.frames / self.seconds if self.seconds else 0.0
+
+    @property
+    def bottleneck(self) -> str:
+        """The stage that was busy most."""
+        return max(self.busy, key=lambda stage: self.busy[stage]) if self.busy else "none"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON-able values."""
+        return {**self.__dict__, "frames_per_s": self.frames_per_s, "bottleneck": self.bottleneck}
+
+
+def featurize(
+    source: Source,
+    backbone: Backbone,
+    writer: StoreWriter,
+    episodes: EpisodeTable,
+    *,
+    batch_size: int = 16,
+    skip_bad: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> RunReport:
+    """Compute and commit every pending unit of a store.
+
+    `batch_size` counts time steps. With `skip_bad`, an episode whose frames or steps cannot be read is left out and
+    named in the commit; without it the run ends with the `SourceError`. Units committed so far stay committed whatever
+    happens. `progress` is called with frames done and frames in all.
+    """
+    report, clock = RunReport(), StageClock()
+    pending = writer.pending()
+    total = sum(len(writer.manifest.unit_range(unit)) for unit in pending)
+    decoder = Decoder(source, backbone, writer, episodes, batch_size=batch_size, skip_bad=skip_bad, clock=clock)
+    began = time.perf_counter()
+    ahead = closing(iterate_ahead(decoder.batches(pending), AHEAD))
+    with ThreadPoolExecutor(1, thread_name_prefix="vla-commit") as committer, ahead as batches:
+        committing: Future[None] | None = None
+        for batch in batches:
+            if batch.images is not None:
+                with clock.busy("encode"):
+                    arrays = {name: values.cpu().numpy() for name, values in backbone.encode(batch.images).items()}
+                with clock.busy("copy"):
+                    batch.buffer.put(batch.row, arrays)
+                report.frames += len(batch.images)
+                progress(report.frames, total)
+                continue
+            if committing is not None:  # one unit in flight: a failed commit ends the run before the next
+                committing.result()
+            committing = committer.submit(_commit, writer, batch.buffer, clock)
+            report.skipped |= batch.buffer.skipped
+            report.units += 1
+        if committing is not None:
+            committing.result()
+    report.seconds = time.perf_counter() - began
+    report.busy = {stage: seconds / max(report.seconds, 1e-9) for stage, seconds in clock.seconds.items()}
+    return report
+
+
+def _commit(writer: StoreWriter, buffer: UnitBuffer, clock: StageClock) -> None:
+    with clock.busy("write"):
+        writer.commit(buffer)
