@@ -1,0 +1,30 @@
+# Two commands: `make demo` shows the whole path, `make test` runs what CI runs. Both set up `.venv` first.
+PYTHON ?= python3
+BIN := .venv/bin
+THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/.ready
+	$(BIN)/python examples/demo.py
+
+test: .venv/.ready lint
+	$(THREADS) $(BIN)/pytest -n 2 --dist loadfile -q
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p .venv/typing && ln -sfn "$(CURDIR)" .venv/typing/vla
+	MYPYPATH=.venv/typing $(BIN)/mypy -p vla.stores -p vla.training -p vla.featurize -p vla.heads -p vla.rollout -m vla.cli
+	$(BIN)/lint-imports
+
+# torch first and alone: pip then keeps that build instead of choosing one with gigabytes of CUDA.
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt) --constraint constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[sim,dev,dist]'
+	@sh examples/install_osmesa.sh
+	@touch $@
+
+clean:
+	rm -rf .venv demo build *.egg-info

@@ -1,0 +1,120 @@
+"""One `vla featurize`: from a configuration to a committed store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from vla.featurize.backbones.base import Backbone
+from vla.featurize.backbones.registry import make_backbone
+from vla.featurize.plan import Plan, StoreOptions, check_space, make_plan
+from vla.featurize.run import Progress, RunReport, featurize
+from vla.featurize.sources.base import Source
+from vla.featurize.sources.registry import open_source
+from vla.stores.errors import UsageError
+from vla.stores.fingerprint import require_equal
+from vla.stores.manifest import Manifest
+from vla.stores.settings import Settings
+from vla.stores.writer import open_writer
+
+
+class FeaturizeConfig(Settings):
+    """Everything that `vla featurize` can be told. Resolved, it is kept in the store's provenance.
+
+    `source` is a folder or `synthetic:…`; `map` {our name: their column}; `backbone` a name of `vla backbones`;
+    `weights` a folder, a hub id or "random" (None: the backbone's own); `options` and `source_options` go to the
+    backbone and the source. `batch_size` counts time steps; `threads` 0 leaves torch's own choice.
+    """
+
+    source: str
+    backbone: str
+    weights: str | None = None
+    options: dict[str, Any] = {}
+    map: dict[str, str] = {}
+    source_options: dict[str, Any] = {}
+    skip_bad: bool = False
+    store: StoreOptions = StoreOptions()
+    batch_size: int = Field(16, ge=1)
+    device: str = "auto"
+    threads: int = Field(0, ge=0)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A planned run: nothing is written yet."""
+
+    config: FeaturizeConfig
+    source: Source
+    backbone: Backbone
+    plan: Plan
+
+
+def prepare(config: FeaturizeConfig) -> Job:
+    """Index the source, load the backbone and lay out the store. Raises what they raise."""
+    source = open_source(config.source, map=config.map, skip_bad=config.skip_bad, **config.source_options)
+    index, digest = source.index(), source.digest()
+    backbone = make_backbone(config.backbone, weights=config.weights, **config.options)
+    recipe = {"name": config.backbone, "weights": config.weights, "options": config.options}
+    return Job(config, source, backbone, make_plan(index, digest, backbone.spec(), recipe, config.store))
+
+
+def run(
+    job: Job,
+    root: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> RunReport:
+    """Make the store at `root`. Raises `MachineError` where the disk is too small, and what `featurize` raises."""
+    refuse_shadowing(root)
+    check_space(job.plan, root)
+    if job.config.threads:
+        torch.set_num_threads(job.config.threads)
+    job.backbone.to(choose_device(job.config.device))
+    with open_writer(root, job.plan.manifest, job.plan.episodes, resume=resume, overwrite=overwrite) as writer:
+        return featurize(
+            job.source,
+            job.backbone,
+            writer,
+            job.plan.episodes,
+            batch_size=job.config.batch_size,
+            skip_bad=job.config.skip_bad,
+            progress=progress,
+        )
+
+
+def rebuild_backbone(manifest: Manifest) -> Backbone:
+    """Build the backbone that a store was made with, for a live policy.
+
+    Raises `FingerprintError` naming the field where what is on this machine (weights, package, settings) would make
+    other features than the cached ones.
+    """
+    recipe: Mapping[str, Any] = manifest.provenance["backbone"]
+    backbone = make_backbone(recipe["name"], weights=recipe["weights"], **recipe["options"])
+    spec = backbone.spec()
+    live = {"name": spec.name, **spec.identity}
+    fix = "the weights and the package versions that the store was made with"
+    require_equal(live, manifest.fingerprint["backbone"], what=f"the live backbone {spec.name!r}", fix=fix)
+    return backbone
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device. Raises `UsageError` where it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device 'cuda' is not there", expected="a GPU that torch sees", fix="--set device=cpu")
+    return device
+
+
+def refuse_shadowing(root: Path) -> None:
+    """Refuse a store named like a module beside it: `stores/join` would hide `stores/join.py` from imports."""
+    if root.with_suffix(".py").exists() or (root / "__init__.py").exists():
+        raise UsageError(f"{root} would shadow a Python module of that name", fix="another --name")
