@@ -1,0 +1,156 @@
+"""Shared by all rooms: one thread per library, small stores to read, and a check that no thread outlives its test."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Before numpy and torch are imported: two test processes on two cores must not start four threads each.
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from numpy.typing import NDArray
+
+from vla.stores.manifest import FeatureInfo, Manifest, StepInfo
+from vla.stores.store import Store, open_store
+from vla.stores.tables import EpisodeTable
+from vla.stores.writer import open_writer
+
+# `pytest --hypothesis-profile=long` for the nightly run. The short one is the same on every machine and every day.
+settings.register_profile("short", max_examples=100, deadline=None, derandomize=True, database=None)
+settings.register_profile("long", max_examples=10_000, deadline=None, database=None, print_blob=True)
+settings.load_profile("short")
+
+
+@dataclass(frozen=True)
+class MadeStore:
+    """A store on disk beside the arrays that went into it: `features` in the store's dtype, `steps` likewise."""
+
+    root: Path
+    manifest: Manifest
+    episodes: EpisodeTable
+    features: dict[str, NDArray[Any]]
+    steps: dict[str, NDArray[Any]]
+
+    def open(self, **options: Any) -> Store:
+        return open_store(self.root, **options)
+
+
+def write_store(
+    root: Path,
+    *,
+    lengths: Sequence[int] = (5, 9, 6),
+    ids: Sequence[str] | None = None,
+    unit_rows: int = 8,
+    features: Mapping[str, tuple[tuple[int, ...], str]] | None = None,
+    units: Sequence[int] | None = None,
+    seed: int = 0,
+    source: str = "source-a",
+    fingerprint: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    **writer_options: bool,
+) -> MadeStore:
+    """Write a store of random features, the values of an episode depending on its id and `seed` alone.
+
+    `units`: which units to commit, in this order (all of the pending ones where None).
+    """
+    names = tuple(ids) if ids is not None else tuple(f"episode-{number}" for number in range(len(lengths)))
+    episodes = EpisodeTable.plan(names, list(lengths), [f"task {number % 2}" for number in range(len(lengths))])
+    infos = {
+        name: FeatureInfo(shape=shape, dims=("view", *(f"{name}_{axis}" for axis in range(1, len(shape)))), dtype=dtype)
+        for name, (shape, dtype) in (features or {"grid": ((1, 3, 4), "float16")}).items()
+    }
+    steps = {
+        "action": StepInfo(shape=(2,), dtype="float32", role="action", names=("x", "y")),
+        "done": StepInfo(shape=(), dtype="bool", role="other"),
+        "clock": StepInfo(shape=(1,), dtype="int64", role="other"),
+    }
+    manifest = Manifest(
+        rows=episodes.rows,
+        unit_rows=unit_rows,
+        fps=10.0,
+        cameras=("front",),
+        features=infos,
+        steps=steps,
+        fingerprint={"source": {"digest": source}, **(fingerprint or {})},
+        tables={},
+        provenance=dict(provenance or {}),
+    )
+    values = _values_of(episodes, infos, seed)
+    made = _steps_of(episodes)
+    with open_writer(root, manifest, episodes, **writer_options) as writer:
+        for unit in writer.pending() if units is None else units:
+            buffer = writer.begin(unit)
+            rows = slice(buffer.rows.start, buffer.rows.stop)
+            buffer.put(rows.start, {name: array[rows].astype(np.float32) for name, array in values.items()})
+            for name, array in made.items():
+                buffer.steps[name][: len(buffer.rows)] = array[rows]
+            writer.commit(buffer)
+        written = writer.manifest
+    return MadeStore(root, written, episodes, values, made)
+
+
+def _values_of(episodes: EpisodeTable, infos: Mapping[str, FeatureInfo], seed: int) -> dict[str, NDArray[Any]]:
+    values = {name: np.zeros((episodes.rows, *info.shape), info.dtype) for name, info in infos.items()}
+    for name, start, length in zip(episodes.ids, episodes.row_start, episodes.length, strict=True):
+        for feature, array in values.items():
+            key = int.from_bytes(hashlib.sha256(f"{name}/{feature}/{seed}".encode()).digest()[:8], "little")
+            shape = (length, *array.shape[1:])
+            array[start : start + length] = np.random.default_rng(key).normal(size=shape).astype(array.dtype)
+    return values
+
+
+def _steps_of(episodes: EpisodeTable) -> dict[str, NDArray[Any]]:
+    row = np.arange(episodes.rows)
+    return {
+        "action": np.stack([row, -row], axis=1).astype(np.float32),
+        "done": np.isin(row, episodes.row_start + episodes.length - 1),
+        "clock": row[:, None].astype(np.int64) * 1_000_003,
+    }
+
+
+@pytest.fixture(scope="session")
+def make_store() -> Callable[..., MadeStore]:
+    """`make_store(root, **what)` writes a small store; see `write_store`."""
+    return write_store
+
+
+@pytest.fixture(scope="session")
+def files_of() -> Callable[[Path], dict[str, bytes]]:
+    """`files_of(root)` returns `{relative path: content}` of every file below a folder."""
+
+    def read(root: Path) -> dict[str, bytes]:
+        return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+    return read
+
+
+@pytest.fixture
+def memory_path() -> Iterator[Path]:
+    """An empty folder in memory where there is one: fsync costs nothing there, and faults are injected by the test."""
+    shm = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="vla-test-", dir=shm if os.access(shm, os.W_OK) else None))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_outlives_its_test() -> Iterator[None]:
+    yield
+    deadline = time.monotonic() + 2.0  # an abandoned generator is closed when it is collected
+    while (alive := [t.name for t in threading.enumerate() if t.name.startswith("vla-")]) and (
+        time.monotonic() < deadline
+    ):
+        time.sleep(0.01)
+    assert not alive, f"threads still running: {alive}"
