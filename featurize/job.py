@@ -18,7 +18,6 @@ from vla.featurize.sources.base import Source
 from vla.featurize.sources.registry import open_source
 from vla.stores.errors import UsageError
 from vla.stores.fingerprint import require_equal
-from vla.stores.manifest import Manifest
 from vla.stores.settings import Settings
 from vla.stores.writer import open_writer
 
@@ -89,18 +88,17 @@ def run(
         )
 
 
-def rebuild_backbone(manifest: Manifest) -> Backbone:
+def rebuild_backbone(recipe: Mapping[str, Any], identity: Mapping[str, Any]) -> Backbone:
     """Build the backbone that a store was made with, for a live policy.
 
-    Raises `FingerprintError` naming the field where what is on this machine (weights, package, settings) would make
-    other features than the cached ones.
+    `recipe` is the store's provenance {"name", "weights", "options"}, `identity` its fingerprint's `backbone`. Raises
+    `FingerprintError` naming the field where what is on this machine (weights, package, settings) would make other
+    features than the cached ones.
     """
-    recipe: Mapping[str, Any] = manifest.provenance["backbone"]
     backbone = make_backbone(recipe["name"], weights=recipe["weights"], **recipe["options"])
     spec = backbone.spec()
-    live = {"name": spec.name, **spec.identity}
     fix = "the weights and the package versions that the store was made with"
-    require_equal(live, manifest.fingerprint["backbone"], what=f"the live backbone {spec.name!r}", fix=fix)
+    require_equal({"name": spec.name, **spec.identity}, identity, what=f"the live backbone {spec.name!r}", fix=fix)
     return backbone
 
 

@@ -14,7 +14,6 @@ from pydantic import Field
 from vla.heads.batch import Batch, FeatureIO, HeadIO
 from vla.stores.batches import WindowBatch, WindowBatches
 from vla.stores.errors import DataError, UsageError
-from vla.stores.fingerprint import digest
 from vla.stores.join import JoinedStores, join_stores
 from vla.stores.reader import Verify
 from vla.stores.settings import Settings
@@ -52,18 +51,6 @@ class HeadData:
     state: tuple[str, ...]
     training: NDArray[np.int64]
     validation: NDArray[np.int64]
-
-    def fingerprints(self) -> dict[str, Any]:
-        """Return `{store's backbone name: {"sha256", "fingerprint", "recipe"}}` for the checkpoint."""
-        return {
-            store.manifest.fingerprint["backbone"]["name"]: {
-                "sha256": digest(store.manifest.fingerprint),
-                "fingerprint": store.manifest.fingerprint,
-                "recipe": store.manifest.provenance["backbone"],
-                "random_weights": store.manifest.random_weights,
-            }
-            for store in self.stores.stores
-        }
 
     def rows(self, episodes: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return all rows of some episodes, in order."""

@@ -106,7 +106,7 @@ class LeRobotWriter:
         if image_size % 2:
             raise UsageError(f"image size {image_size}", expected="an even number: H.264 halves the colour planes")
         refuse_existing(out, overwrite=overwrite)
-        self._out = out
+        out = self._out = out.absolute()
         self._vectors, self._image_size, self._robot_type = dict(vectors), image_size, robot_type
         self._fps = Fraction(fps).limit_denominator(1001)
         self._info = dict(info or {})

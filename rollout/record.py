@@ -14,7 +14,6 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,15 +23,12 @@ from numpy.typing import NDArray
 from vla.featurize.image import Image
 from vla.rollout.envs.base import Env, Observation
 from vla.rollout.envs.registry import demonstration_seed, make_env
-from vla.rollout.lerobot_writer import LeRobotWriter, Summary, VectorFeature, refuse_existing
+from vla.rollout.lerobot_writer import LeRobotWriter, VectorFeature
+from vla.rollout.recording_card import NOISE, STEPS_AFTER_SUCCESS, Recording
 from vla.stores.errors import DataError, UsageError
 
-NOISE = 0.1
-STEPS_AFTER_SUCCESS = 3
-"""A few frames of having succeeded, so that a head also learns to stay there."""
-
-ATTEMPTS_PER_EPISODE = 5
-"""The weakest scripted experts succeed in every second attempt; below one in five something is broken."""
+ATTEMPTS_PER_EPISODE = 10
+"""The weakest scripted expert with noise (handle-pull-side) succeeded in 1 of 6 attempts; below 1 in 10 give up."""
 
 _NOISE_STREAM = 1
 """Second word of the noise generator's seed, so that it is not the generator that draws the scene."""
@@ -115,7 +111,7 @@ def record(
     `progress(done, total)` is called after every kept episode.
 
     Raises `UsageError` for a wrong name or value and where `out` exists, `MachineError` where the simulator is not
-    installed, `DataError` where the expert fails more than four times in five.
+    installed, `DataError` where the expert succeeds in less than one attempt of ten.
     """
     if episodes < 1:
         raise UsageError(f"{episodes} episodes", expected="at least 1")
@@ -123,18 +119,20 @@ def record(
         raise UsageError(f"noise {noise:g}", expected="0 to 1, a fraction of the action's range")
     if seed < 0:
         raise UsageError(f"seed {seed}", expected="0 or more")
-    refuse_existing(out, overwrite=overwrite)
     options = {"cameras": cameras, "image_size": image_size}
     env = make_env(env_name, **{name: value for name, value in options.items() if value is not None})
     began = time.monotonic()
     try:
         if not isinstance(env, ExpertEnv):
             raise UsageError(f"{env_name} has no scripted expert", expected="a simulator that can demonstrate its task")
+        chosen = tuple(cameras) if cameras is not None else None
+        recording = Recording(env.spec, env.licence, env.packages, out, seed, noise, chosen, image_size)
         with _writer(env, out, overwrite) as writer:
             kept, failed = _demonstrate(env, writer, episodes, seed, noise, progress)
-            _write_provenance(env, writer.folder, seed, noise, kept, failed)
+            provenance = json.dumps(recording.provenance(kept, failed), indent=1)
+            (writer.folder / "meta" / "recording.json").write_text(provenance + "\n", encoding="utf-8")
             summary = writer.seal()
-            card = _card(env, summary, out, seed, noise, len(failed))
+            card = recording.card(summary, len(failed))
             (writer.folder / "README.md").write_text(card, encoding="utf-8")
             writer.publish()
     finally:
@@ -214,54 +212,3 @@ def _attempt(env: ExpertEnv, env_seed: int, noise: float) -> _Demonstration:
         if result.done:
             break
     return demonstration
-
-
-def _write_provenance(
-    env: ExpertEnv, folder: Path, seed: int, noise: float, kept: Sequence[int], failed: Sequence[int]
-) -> None:
-    """Write `meta/recording.json`: everything that determines the data."""
-    facts = {
-        "environment": env.spec.name,
-        "seed": seed,
-        "noise": noise,
-        "steps_after_success": STEPS_AFTER_SUCCESS,
-        "environment_seeds": list(kept),
-        "failed_environment_seeds": list(failed),
-        "versions": {package: version(package) for package in (*env.packages, "av", "pyarrow")},
-        "license": env.licence,
-    }
-    (folder / "meta" / "recording.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-
-
-def _card(env: ExpertEnv, summary: Summary, out: Path, seed: int, noise: float, failed: int) -> str:
-    """Return the README of the data set, in the form that the Hugging Face hub reads too."""
-    simulator, _, task = env.spec.name.partition(":")
-    command = f"vla record {simulator} --task {task} --episodes {summary.episodes}"
-    command += f" --out {out.name if out.is_absolute() else out.as_posix()}"
-    command += f" --seed {seed}" if seed else ""
-    command += f" --noise {noise:g}" if noise != NOISE else ""
-    versions = ", ".join(f"{package} {version(package)}" for package in (*env.packages, "av", "pyarrow"))
-    spec = env.spec
-    return f"""---
-license: {env.licence.lower()}
-task_categories: [robotics]
-tags: [LeRobot]
----
-# {summary.episodes} demonstrations of {spec.name}: "{spec.task}"
-
-A LeRobot v3.0 data set, made by
-
-    {command}
-
-- {summary.episodes} episodes, {summary.frames} frames at {spec.fps:g} Hz, {summary.bytes / 2**20:.1f} MiB; failed
-  attempts, which were dropped: {failed}.
-- Cameras {", ".join(spec.cameras)}: {spec.image_size} px, H.264, upright.
-- `action` ({", ".join(spec.action_names)}): the scripted expert's clean action; Gaussian noise of {noise:g} was
-  added to what was executed. `observation.state` ({", ".join(spec.state_names)}): what a real arm would know.
-  `observation.environment_state` is simulator truth, marked `"privileged": true`: never an input of an honest policy.
-- Environment seeds: `meta/recording.json`. Evaluation uses other seeds (`vla.rollout.envs.registry`).
-- Versions: {versions}. Other versions may give other bytes.
-- SHA-256 {summary.sha256}
-  of `find data meta videos -type f | LC_ALL=C sort | xargs sha256sum`.
-- Licence: {env.licence}, as the simulator that it shows and this project.
-"""

@@ -110,7 +110,7 @@ class MetaWorldEnv:
         self._sim.np_random = np.random.default_rng(seed)
         self._sim.reset()
         # Trap: reset_model() moves bodies and goal markers in the model but does not recompute their poses, so the
-        # first frame would show the last episode's goal, and some tasks (drawer, window) its object position too.
+        # first frame would show another goal, and some tasks (drawer, window) would report another object position.
         self._mujoco.mj_forward(self._sim.model, self._sim.data)
         current = self._sim._get_curr_obs_combined_no_goal()
         self._sim._prev_obs = current

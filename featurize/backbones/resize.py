@@ -1,0 +1,34 @@
+"""The one way a picture becomes square: Pillow's antialiased resampling of the whole picture, nothing cropped.
+
+Cropping would hide a gripper at the border; the aspect ratio is given up instead, as the systems we follow do.
+Pillow works in uint8 on the CPU, so a cached picture and a live one pass through the same arithmetic on any device.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image as Picture
+
+from vla.featurize.image import Image
+from vla.stores.errors import DataError
+
+Filter = Literal["bicubic", "bilinear", "box"]
+RESAMPLING = {
+    "bicubic": Picture.Resampling.BICUBIC,
+    "bilinear": Picture.Resampling.BILINEAR,
+    "box": Picture.Resampling.BOX,
+}
+
+
+def resize_square(image: Image, size: int, resample: Filter) -> torch.Tensor:
+    """Resize [H, W, 3] uint8 to [3, size, size] float32 in 0..255 (whole numbers: Pillow rounds to uint8).
+
+    Raises `DataError` for anything but a non-empty uint8 RGB picture: a float picture in 0..1 would turn black.
+    """
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
+        raise DataError(f"a picture of shape {image.shape}, {image.dtype}", expected="[H, W, 3] uint8, RGB")
+    resized = Picture.fromarray(image).resize((size, size), RESAMPLING[resample])
+    return torch.from_numpy(np.array(resized, dtype=np.float32).transpose(2, 0, 1).copy())

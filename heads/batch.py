@@ -1,0 +1,145 @@
+"""What passes between a store and a head: one batch of windows, and the description of what the store offers.
+
+Letters: B batch, N observed frames (`n_obs`), V views, C channels (last axis), S state dim, H horizon, A action dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from pydantic import model_validator
+from torch import Tensor
+
+from vla.stores.errors import DataError, UsageError
+from vla.stores.settings import Settings, nearest
+from vla.stores.windows import WindowSpec
+
+
+class FeatureIO(Settings):
+    """One feature as the store holds it: `shape` is [V, *axes], `dims` names the axes after V, the channel last."""
+
+    shape: tuple[int, ...]
+    """Views first, e.g. (2, 14, 14, 112) for a grid, (2, 64, 1536) for tokens, (1, 1280) for one vector."""
+    dims: tuple[str, ...]
+    """("y", "x", "channel"), ("token", "channel") or ("channel",)."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> FeatureIO:
+        if len(self.shape) != len(self.dims) + 1 or min(self.shape) < 1:
+            raise ValueError(f"shape {self.shape} does not fit a view axis followed by {self.dims}")
+        return self
+
+    @property
+    def views(self) -> int:
+        """V."""
+        return self.shape[0]
+
+    @property
+    def layout(self) -> tuple[int, ...]:
+        """Axes between view and channel: (y, x) of a grid, (P,) of tokens, () of a vector."""
+        return self.shape[1:-1]
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        return self.shape[-1]
+
+
+class HeadIO(Settings):
+    """All that a head knows about its data set. Saved in the checkpoint; a live policy must offer the same."""
+
+    action_dim: int
+    action_names: tuple[str, ...] = ()
+    state_dim: int = 0
+    state_names: tuple[str, ...] = ()
+    features: dict[str, FeatureIO] = {}
+    tasks: tuple[str, ...] = ()
+    """Distinct instructions; `Batch.task` indexes them."""
+
+    def state_columns(self, wanted: tuple[int | str, ...] | None) -> tuple[int, ...]:
+        """Turn state columns given by index or by name into indices; None means all. Raises `UsageError`."""
+        if wanted is None:
+            return tuple(range(self.state_dim))
+        columns = []
+        for column in wanted:
+            if isinstance(column, str):
+                if column not in self.state_names:
+                    raise UsageError(
+                        f"no state column {column!r}{nearest(column, self.state_names)}",
+                        expected=f"one of {', '.join(self.state_names) or '(the state has no names)'}",
+                    )
+                columns.append(self.state_names.index(column))
+            elif 0 <= column < self.state_dim:
+                columns.append(column)
+            else:
+                raise UsageError(f"state column {column}", expected=f"0 to {self.state_dim - 1}")
+        return tuple(columns)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B windows. Rows that a window lacks (before or after its episode) repeat the edge and are marked invalid."""
+
+    features: Mapping[str, Tensor]
+    """name -> [B, N, V, *axes, C], float16 or float32, as stored."""
+    state: Tensor | None
+    """[B, N, S] float32, in the data's units; None where the data set has no state."""
+    task: Tensor
+    """[B] int64, index into `HeadIO.tasks`."""
+    obs_valid: Tensor
+    """[B, N] bool; False before the episode, where values repeat its first frame."""
+    action: Tensor | None = None
+    """[B, H, A] float32, in the data's units; None at inference."""
+    action_valid: Tensor | None = None
+    """[B, H] bool; None: all valid."""
+    action_dims: Tensor | None = None
+    """[B, A] bool, False for dimensions that a task pads; None: all real."""
+    feature_valid: Mapping[str, Tensor] = field(default_factory=dict)
+    """name -> [B, N, V, P] bool for features with a ragged number of tokens; left out where all P are real."""
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """Return the same batch on `device`."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+
+        return Batch(
+            features={name: value.to(device, non_blocking=non_blocking) for name, value in self.features.items()},
+            state=move(self.state),
+            task=self.task.to(device, non_blocking=non_blocking),
+            obs_valid=self.obs_valid.to(device, non_blocking=non_blocking),
+            action=move(self.action),
+            action_valid=move(self.action_valid),
+            action_dims=move(self.action_dims),
+            feature_valid={k: value.to(device, non_blocking=non_blocking) for k, value in self.feature_valid.items()},
+        )
+
+    def __len__(self) -> int:
+        return self.task.shape[0]
+
+
+def check_batch(batch: Batch, io: HeadIO, window: WindowSpec, features: tuple[str, ...], *, state: bool) -> None:
+    """Compare shapes with what the head was built for. Looks at no values, so it never waits for the device.
+
+    `features` are the names the head reads, `state` whether it reads the state.
+    Raises `DataError` naming the tensor whose shape differs.
+    """
+    B = len(batch)
+    wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {"obs_valid": (batch.obs_valid, (B, window.n_obs))}
+    for name in features:
+        wanted[f"feature {name!r}"] = (batch.features.get(name), (B, window.n_obs, *io.features[name].shape))
+    if state:
+        wanted["state"] = (batch.state, (B, window.n_obs, io.state_dim))
+    if batch.action is not None:
+        wanted["action"] = (batch.action, (B, window.horizon, io.action_dim))
+    if batch.action_valid is not None:
+        wanted["action_valid"] = (batch.action_valid, (B, window.horizon))
+    if batch.action_dims is not None:
+        wanted["action_dims"] = (batch.action_dims, (B, io.action_dim))
+    for name, (tensor, shape) in wanted.items():
+        if tensor is None:
+            raise DataError(f"the batch has no {name}", expected=f"a tensor of shape {shape}")
+        if tuple(tensor.shape) != shape:
+            raise DataError(f"{name} has shape {tuple(tensor.shape)}", expected=f"{shape}, as in training")

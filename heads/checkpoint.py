@@ -1,0 +1,79 @@
+"""A trained head from its checkpoint, with everything that evaluating and serving it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vla.heads.batch import HeadIO
+from vla.heads.data import DataConfig
+from vla.heads.model import HeadConfig, HeadModel
+from vla.heads.registry import head_class
+from vla.stores.errors import CheckpointError
+from vla.stores.manifest import FeatureInfo
+from vla.stores.settings import Settings
+from vla.training.checkpoint import load_checkpoint
+
+
+class StoreRecord(Settings):
+    """What a checkpoint keeps of a store that its head was trained on: enough to rebuild the backbone and compare.
+
+    `recipe` is {"name", "weights", "options"} of the backbone; `fingerprint` the store's.
+    """
+
+    path: str
+    sha256: str
+    fingerprint: dict[str, Any]
+    recipe: dict[str, Any]
+    features: dict[str, FeatureInfo]
+    cameras: tuple[str, ...]
+    random_weights: bool
+
+
+class Artefact(Settings):
+    """What a checkpoint keeps beside the weights: the resolved configuration and the stores' fingerprints."""
+
+    head: str
+    config: dict[str, Any]
+    data: DataConfig
+    io: HeadIO
+    state: tuple[str, ...]
+    stores: tuple[StoreRecord, ...]
+    training_episodes: int
+    vla_version: str
+
+
+@dataclass(frozen=True)
+class TrainedHead:
+    """A head in evaluation mode and what it was trained with. `step` is the checkpoint's."""
+
+    model: HeadModel
+    artefact: Artefact
+    step: int
+    folder: Path
+
+    @property
+    def config(self) -> HeadConfig:
+        """The head's configuration."""
+        return self.model.config
+
+
+def build_head(name: str, values: dict[str, Any], io: HeadIO) -> HeadModel:
+    """Build an untrained head. Raises `UsageError` for unknown names, keys and values."""
+    cls = head_class(name)
+    return cls(cls.Config.build(values, where=f"head {name!r}"), io)
+
+
+def load_head(path: Path, *, which: str = "newest") -> TrainedHead:
+    """Load a run folder or one checkpoint. Raises `CheckpointError` where weights and configuration do not fit."""
+    found = load_checkpoint(path, which=which)
+    artefact = Artefact.build(found.artefact, where=f"{found.folder / 'artefact.json'}")
+    model = build_head(artefact.head, artefact.config, artefact.io)
+    wanted = model.state_dict()
+    wrong = sorted(wanted.keys() ^ found.weights.keys())
+    wrong += [name for name in wanted.keys() & found.weights.keys() if wanted[name].shape != found.weights[name].shape]
+    if wrong:
+        raise CheckpointError(f"{found.folder} does not fit its head: {', '.join(wrong[:3])}")
+    model.load_state_dict(found.weights)
+    return TrainedHead(model.eval(), artefact, found.step, found.folder)

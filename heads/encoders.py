@@ -1,0 +1,176 @@
+"""From a window's observation to what a head is conditioned on. Grids keep their layout; nothing is pooled globally.
+
+Three ways to read a grid or a set of tokens:
+- `projection`: a fixed whitening projection (principal components of the channels, then of the whole grid), fitted on
+  the training episodes before the first step; cheap, hard to overfit, the default for small data sets;
+- `attention`: learned queries attend to the projected cells with their positions;
+- `keypoints`: spatial softmax (Levine et al. 2016): each learned heat map's expected position and value; grids only.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from vla.heads.batch import Batch, FeatureIO, HeadIO
+from vla.heads.normalize import ChannelScaler, Normalizer
+from vla.heads.projection import WhiteningProjection
+from vla.stores.errors import UsageError
+from vla.stores.settings import Settings
+
+
+class EncoderConfig(Settings):
+    """How observations are read.
+
+    `kind`: see the module. `dim`: width of what each observed frame becomes. `components` and `channel_components`:
+    sizes of the projection's two stages. `queries`: attention queries or heat maps a view. `noise`: standard deviation
+    of Gaussian noise on the standardised features while training (an augmentation that a cache allows). `dropout`: on
+    the encoded frame. `use_features`, `use_state`, `use_task`: which inputs are read; the instruction is read where
+    there is more than one. `state_columns`: columns of the state by name or index (None: all).
+    """
+
+    kind: Literal["projection", "attention", "keypoints"] = "projection"
+    dim: int = Field(512, ge=8)
+    components: int = Field(512, ge=1)
+    channel_components: int = Field(16, ge=1)
+    queries: int = Field(32, ge=1)
+    noise: float = Field(0.3, ge=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    use_features: bool = True
+    use_state: bool = True
+    use_task: bool = True
+    state_columns: tuple[int | str, ...] | None = None
+
+
+class ObservationEncoder(nn.Module):
+    """Window -> `frames` [B, N, dim], one vector per observed frame; `tokens` [B, L, dim] for attention heads."""
+
+    def __init__(self, config: EncoderConfig, io: HeadIO, n_obs: int) -> None:
+        super().__init__()
+        self.config, self.n_obs = config, n_obs
+        self.columns = io.state_columns(config.state_columns) if config.use_state and io.state_dim else ()
+        self.names = tuple(io.features) if config.use_features else ()
+        if not self.names and not self.columns:
+            raise UsageError("the head has no input", expected="features, a state, or both")
+        self.state = Normalizer(io.state_dim) if self.columns else None
+        self.readers = nn.ModuleDict({name: _reader(config, io.features[name]) for name in self.names})
+        self.task = nn.Embedding(len(io.tasks), config.dim) if config.use_task and len(io.tasks) > 1 else None
+        width = sum(reader.width for reader in self.readers.values()) + len(self.columns)  # type: ignore[misc]
+        self.mix = nn.Sequential(nn.Linear(width, config.dim), nn.SiLU(), nn.Dropout(config.dropout))
+        self.to_token = nn.ModuleDict(
+            {name: nn.Linear(reader.token_width, config.dim) for name, reader in self.readers.items()}  # type: ignore[arg-type]
+        )
+        self.state_token = nn.Linear(len(self.columns), config.dim) if self.columns else None
+        self.frame_position = nn.Parameter(torch.randn(n_obs, 1, config.dim) * 0.02)
+
+    def frames(self, batch: Batch) -> Tensor:
+        """Return [B, N, dim]."""
+        parts = [reader(batch.features[name]).flatten(2) for name, reader in self.readers.items()]
+        if self.columns:
+            parts.append(self._state(batch))
+        encoded: Tensor = self.mix(torch.cat(parts, dim=-1))
+        return encoded if self.task is None else encoded + self.task(batch.task)[:, None]
+
+    def tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return tokens [B, L, dim] of all frames, state and task among them, and which are real, bool [B, L]."""
+        B, N = batch.obs_valid.shape
+        parts = [self.to_token[name](reader(batch.features[name])) for name, reader in self.readers.items()]
+        if self.state_token is not None:
+            parts.append(self.state_token(self._state(batch))[:, :, None])
+        sequence = (torch.cat(parts, dim=2) + self.frame_position).flatten(1, 2)
+        valid = batch.obs_valid[:, :, None].expand(B, N, sequence.shape[1] // N).flatten(1)
+        if self.task is not None:
+            sequence = torch.cat([sequence, self.task(batch.task)[:, None]], dim=1)
+            valid = torch.cat([valid, valid.new_ones(B, 1)], dim=1)
+        return sequence, valid
+
+    def _state(self, batch: Batch) -> Tensor:
+        assert self.state is not None
+        assert batch.state is not None  # check_batch saw to it
+        normalised: Tensor = self.state(batch.state)
+        return normalised[..., list(self.columns)]
+
+
+class _Standardised(nn.Module):
+    """Base of the readers: standardised channels, with noise while training."""
+
+    width: int
+    token_width: int
+
+    def __init__(self, config: EncoderConfig, io: FeatureIO) -> None:
+        super().__init__()
+        self.scaler = ChannelScaler(io.channels)
+        self.noise = config.noise
+
+    def standardise(self, feature: Tensor) -> Tensor:
+        x: Tensor = self.scaler(feature.float())
+        return x + self.noise * torch.randn_like(x) if self.training and self.noise else x
+
+
+class ProjectionReader(_Standardised):
+    """[B, N, V, *layout, C] -> [B, N, 1, components], whitened."""
+
+    def __init__(self, config: EncoderConfig, io: FeatureIO) -> None:
+        super().__init__(config, io)
+        cells = io.views * math.prod(io.layout)
+        self.projection = WhiteningProjection(cells, io.channels, config.channel_components, config.components)
+        self.width = self.token_width = self.projection.components
+
+    def forward(self, feature: Tensor) -> Tensor:
+        x: Tensor = self.projection(self.scaler(feature.float()).flatten(2, -2))[:, :, None]
+        # The noise is in the whitened space: there every direction has unit variance.
+        return x + self.noise * torch.randn_like(x) if self.training and self.noise else x
+
+
+class AttentionReader(_Standardised):
+    """[B, N, V, *layout, C] -> [B, N, V * queries, width of a token]: learned queries over cells with positions."""
+
+    def __init__(self, config: EncoderConfig, io: FeatureIO) -> None:
+        super().__init__(config, io)
+        self.token_width = 64
+        self.width = io.views * config.queries * self.token_width
+        self.cell = nn.Linear(io.channels, self.token_width)
+        self.position = nn.Parameter(torch.randn(io.views, math.prod(io.layout), self.token_width) * 0.02)
+        self.queries = nn.Parameter(torch.randn(io.views, config.queries, self.token_width) / math.sqrt(64))
+        self.key = nn.Linear(self.token_width, self.token_width)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        x = self.cell(self.standardise(feature).flatten(3, -2)) + self.position
+        scores = torch.einsum("vqd,bnvpd->bnvqp", self.queries, self.key(x)) / math.sqrt(self.token_width)
+        return torch.einsum("bnvqp,bnvpd->bnvqd", scores.softmax(-1), x).flatten(2, 3)
+
+
+class KeypointReader(_Standardised):
+    """[B, N, V, y, x, C] -> [B, N, V * queries, 3]: expected x and y in [-1, 1] of each heat map, and its value."""
+
+    def __init__(self, config: EncoderConfig, io: FeatureIO) -> None:
+        super().__init__(config, io)
+        self.token_width = 3
+        self.width = io.views * config.queries * 3
+        self.heat = nn.Parameter(torch.randn(io.views, io.channels, config.queries) / math.sqrt(io.channels))
+        self.temperature = nn.Parameter(torch.ones(config.queries))
+        rows, columns = io.layout
+        y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij")
+        self.register_buffer("grid", torch.stack([x.flatten(), y.flatten()], dim=1), persistent=False)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        grid: Tensor = self.get_buffer("grid")
+        heat = torch.einsum("bnvpc,vcq->bnvqp", self.standardise(feature).flatten(3, -2), self.heat)
+        where = (heat * self.temperature.exp()[:, None]).softmax(-1)
+        value = (where * heat).sum(-1, keepdim=True).tanh()
+        return torch.cat([where @ grid, value], dim=-1).flatten(2, 3)
+
+
+def _reader(config: EncoderConfig, io: FeatureIO) -> _Standardised:
+    if config.kind == "keypoints" and len(io.layout) != 2:
+        raise UsageError(
+            f"keypoints need a grid (y, x, channel), and a feature has {io.dims}",
+            fix="--set head.encoder.kind=attention",
+        )
+    kinds = {"projection": ProjectionReader, "attention": AttentionReader, "keypoints": KeypointReader}
+    reader: _Standardised = kinds[config.kind](config, io)
+    return reader

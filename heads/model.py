@@ -1,0 +1,116 @@
+"""What all heads share: observation encoder, normalisers, masks. A head adds its errors and its sampler."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from vla.heads.batch import Batch, HeadIO, check_batch
+from vla.heads.encoders import EncoderConfig, ObservationEncoder, ProjectionReader
+from vla.heads.normalize import Mode, Normalizer
+from vla.stores.errors import UsageError
+from vla.stores.settings import Settings
+from vla.stores.windows import WindowSpec
+
+
+class HeadConfig(Settings):
+    """What every head can be told.
+
+    `n_obs`: observed frames, the present one last. `horizon`: actions predicted. `n_action`: actions executed before
+    the next decision. `action_norm`: "limits" maps each dimension's range to [-1, 1] (what diffusion with clipping
+    needs), "quantile" its 1st to 99th percentile, "zscore" mean and deviation. `state_norm`: likewise for the state.
+    `encoder`: see `EncoderConfig`.
+    """
+
+    n_obs: int = Field(1, ge=1)
+    horizon: int = Field(8, ge=1)
+    n_action: int = Field(4, ge=1)
+    action_norm: Mode = "limits"
+    state_norm: Mode = "zscore"
+    encoder: EncoderConfig = EncoderConfig()
+
+    @property
+    def window(self) -> WindowSpec:
+        """The window that the head reads."""
+        return WindowSpec(n_obs=self.n_obs, horizon=self.horizon, action_offset=self.action_offset)
+
+    @property
+    def action_offset(self) -> int:
+        """First predicted action relative to the last observed frame."""
+        return 0
+
+    @property
+    def n_action_max(self) -> int:
+        """Most actions that one prediction offers from the present on."""
+        return self.horizon + self.action_offset
+
+
+class HeadModel(nn.Module):
+    """Base of the heads: `loss` for training, `act` for a robot. Subclasses define `errors` and `sample`."""
+
+    Config: ClassVar[type[HeadConfig]] = HeadConfig
+
+    def __init__(self, config: HeadConfig, io: HeadIO) -> None:
+        super().__init__()
+        if config.n_action > config.n_action_max:
+            raise UsageError(
+                f"n_action {config.n_action} of horizon {config.horizon}", expected=f"at most {config.n_action_max}"
+            )
+        self.config, self.io = config, io
+        self.encoder = ObservationEncoder(config.encoder, io, config.n_obs)
+        self.action = Normalizer(io.action_dim)
+
+    def errors(self, batch: Batch, action: Tensor) -> Tensor:
+        """Return the elementwise training error [B, H, A] for normalised actions [B, H, A]."""
+        raise NotImplementedError
+
+    def sample(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
+        """Return normalised actions [B, H, A]."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mean error over valid steps and valid dimensions, and metrics to log.
+
+        Padded steps and dimensions have weight 0: they contribute neither to the loss nor to any gradient of it.
+        """
+        self._check(batch)
+        assert batch.action is not None  # check_batch saw to it
+        errors = self.errors(batch, self.action(batch.action))
+        weight = torch.ones_like(errors)
+        if batch.action_valid is not None:
+            weight = weight * batch.action_valid[..., None]
+        if batch.action_dims is not None:
+            weight = weight * batch.action_dims[:, None]
+        return (errors * weight).sum() / weight.sum().clamp(min=1), {"mask_share": weight.mean()}
+
+    @torch.no_grad()
+    def act(self, batch: Batch, generator: torch.Generator | None = None, *, whole: bool = False) -> Tensor:
+        """Return the actions from the present on, [B, n_action_max, A] in the data's units.
+
+        `whole`: the whole predicted horizon [B, H, A] instead. `generator` seeds the sampler.
+        """
+        self._check(batch)
+        chunk = self.action.inverse(self.sample(batch, generator))
+        return chunk if whole else chunk[:, -self.config.action_offset :]
+
+    def _check(self, batch: Batch) -> None:
+        check_batch(batch, self.io, self.config.window, self.encoder.names, state=bool(self.encoder.columns))
+
+    def fit_normalisers(self, actions: np.ndarray[Any, Any], states: np.ndarray[Any, Any]) -> None:
+        """Fit on the training split: actions [N, A], states [N, S]. Raises `DataError` where they are not finite."""
+        self.action.fit(actions, self.config.action_norm)
+        if self.encoder.state is not None:
+            self.encoder.state.fit(states, self.config.state_norm)
+
+    def projections(self) -> dict[str, ProjectionReader]:
+        """Return `{feature: reader}` of the projections that have to be fitted before training."""
+        return {name: r for name, r in self.encoder.readers.items() if isinstance(r, ProjectionReader)}
+
+
+def noise_like(shape: tuple[int, ...], reference: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw standard normal noise on the device of `reference`."""
+    return torch.randn(shape, device=reference.device, generator=generator)

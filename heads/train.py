@@ -1,0 +1,115 @@
+"""Stage 2: from stores to a trained head."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vla import __version__
+from vla.heads.batch import Batch
+from vla.heads.checkpoint import Artefact, StoreRecord, build_head
+from vla.heads.data import DataConfig, HeadData, open_data
+from vla.heads.evaluate import action_error
+from vla.heads.model import HeadModel
+from vla.stores.fingerprint import digest
+from vla.stores.settings import Settings
+from vla.training.config import TrainConfig
+from vla.training.loop import FitReport, Progress, fit, seed_everything
+
+PROJECTION_BATCH = 64
+
+
+class HeadTrainConfig(Settings):
+    """Everything that `vla train-head` can be told: `head` its name, `model` its own settings, `data`, `train`."""
+
+    head: str
+    data: DataConfig
+    model: dict[str, Any] = {}
+    train: TrainConfig = TrainConfig()
+
+
+def train_head(
+    config: HeadTrainConfig,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = lambda step, total, metrics: None,
+) -> FitReport:
+    """Train a head into `run_dir`. Raises what opening the stores, building the head and `fit` raise."""
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    data = open_data(config.data)
+    seed_everything(config.train.seed)
+    model = build_head(config.head, config.model, data.io)
+    if not resume:  # a resumed run takes every statistic from its checkpoint
+        prepare_head(model, data)
+    seed_everything(config.train.seed)
+    pin = config.train.device != "cpu" and torch.cuda.is_available()
+    batches = data.batches(data.training, model.config.window, config.train.batch_size, pin=pin)
+
+    def stream(first: int, stride: int) -> Iterator[Batch]:
+        shuffled = batches.shuffled(config.train.seed, first)
+        return shuffled if stride == 1 else itertools.islice(shuffled, 0, None, stride)
+
+    def validate(averaged: nn.Module, step: int) -> dict[str, float]:
+        assert isinstance(averaged, HeadModel)
+        return action_error(averaged, data, data.validation, device=next(averaged.parameters()).device).metrics()
+
+    return fit(
+        model,
+        stream,
+        config.train,
+        run_dir,
+        artefact=artefact_of(config, model, data).model_dump(mode="json"),
+        validate=validate if len(data.validation) else None,
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def prepare_head(model: HeadModel, data: HeadData) -> None:
+    """Fit everything that is not trained: normalisers on the training split, feature scales, projections."""
+    model.fit_normalisers(data.actions(data.training), data.states(data.training))
+    for name, reader in model.encoder.readers.items():
+        statistics = data.stores.stores[data.stores.owner[name]].statistics(name)
+        reader.scaler.fit(statistics.mean, statistics.std)  # type: ignore[union-attr, operator]
+    for name, reader in model.projections().items():
+        window = model.config.window.model_copy(update={"n_obs": 1})
+        batches = data.batches(data.training, window, PROJECTION_BATCH, pin=False)
+        # Shuffled, so that a large store is sampled from end to end.
+        count = -(-len(batches.batches.index) // PROJECTION_BATCH)
+        frames = itertools.islice(batches.shuffled(seed=0), count)
+        reader.projection.fit(reader.scaler(batch.features[name][:, 0].float()).flatten(1, -2) for batch in frames)
+
+
+def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData) -> Artefact:
+    """Collect what the checkpoint keeps beside the weights."""
+    records = [
+        StoreRecord(
+            path=str(store.root),
+            sha256=digest(store.manifest.fingerprint),
+            fingerprint=store.manifest.fingerprint,
+            recipe=store.manifest.provenance["backbone"],
+            features={name: info for name, info in store.manifest.features.items() if name in data.io.features},
+            cameras=store.manifest.cameras,
+            random_weights=store.manifest.random_weights,
+        )
+        for store in data.stores.stores
+    ]
+    return Artefact(
+        head=config.head,
+        config=model.config.model_dump(mode="json"),
+        data=config.data,
+        io=data.io,
+        state=data.state,
+        stores=tuple(records),
+        training_episodes=len(data.training),
+        vla_version=__version__,
+    )

@@ -1,0 +1,153 @@
+"""Live backbone and trained head as one policy: pictures in, actions out.
+
+The same `preprocess` and `encode` that made the store run here, and the head's observation is assembled as a window
+of the store is, so that a policy sees live exactly what its head was trained on (tests/rollout/test_policy.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vla.featurize.backbones.base import Backbone
+from vla.featurize.job import choose_device, rebuild_backbone
+from vla.heads.batch import Batch
+from vla.heads.checkpoint import TrainedHead, load_head
+from vla.rollout.envs.base import EnvSpec, Observation
+from vla.stores.errors import UsageError
+from vla.stores.manifest import FeatureInfo
+
+CAMERA_PREFIX = "observation.images."
+"""LeRobot's column prefix: its camera `observation.images.top` is the environment's `top`."""
+
+
+@dataclass
+class Latency:
+    """Seconds of each decision: the frozen backbones, the head, and both together."""
+
+    backbone: list[float] = field(default_factory=list)
+    head: list[float] = field(default_factory=list)
+
+    def summary(self) -> dict[str, float]:
+        """Return the 50th and 95th percentile of a decision and the medians of its parts, in milliseconds."""
+        if not self.head:
+            return {}
+        total = np.add(self.backbone, self.head) * 1e3
+        return {
+            "p50_ms": float(np.percentile(total, 50)),
+            "p95_ms": float(np.percentile(total, 95)),
+            "backbone_p50_ms": float(np.median(self.backbone) * 1e3),
+            "head_p50_ms": float(np.median(self.head) * 1e3),
+            "decisions": float(len(total)),
+        }
+
+
+class Policy:
+    """Acts in an environment: decides on a chunk of actions, executes `n_action` of them, decides again.
+
+    Not thread-safe. Call `reset` at the start of every episode.
+    """
+
+    def __init__(self, head: TrainedHead, *, device: str = "auto", n_action: int | None = None) -> None:
+        self.head = head
+        self.latency = Latency()
+        self._device = choose_device(device)
+        self._model = head.model.to(self._device).eval()
+        self._io = head.artefact.io
+        self._backbones: list[tuple[Backbone, dict[str, FeatureInfo], tuple[str, ...]]] = []
+        self._read = self._model.encoder.names
+        for store in head.artefact.stores:
+            if set(store.features) & set(self._read):
+                backbone = rebuild_backbone(store.recipe, store.fingerprint["backbone"])
+                backbone.to(self._device)
+                self._backbones.append((backbone, store.features, store.cameras))
+        self._n_action = n_action or head.config.n_action
+        if not 1 <= self._n_action <= head.config.n_action_max:
+            raise UsageError(f"{self._n_action} actions a decision", expected=f"1 to {head.config.n_action_max}")
+        self.reset(seed=0, task=self._io.tasks[0])
+
+    @classmethod
+    def from_run(cls, run: Path, *, device: str = "auto", n_action: int | None = None) -> Policy:
+        """Load a run of `vla train-head` or one of its checkpoints."""
+        return cls(load_head(run), device=device, n_action=n_action)
+
+    def check(self, spec: EnvSpec) -> None:
+        """Compare with an environment. Raises `UsageError` naming cameras, actions or tasks that do not fit."""
+        for _, _, cameras in self._backbones:
+            missing = [camera for camera in cameras if camera.removeprefix(CAMERA_PREFIX) not in spec.cameras]
+            if missing:
+                raise UsageError(
+                    f"{spec.name} has no camera {', '.join(missing)}", expected=f"{', '.join(spec.cameras)}"
+                )
+        if len(spec.action_names) != self._io.action_dim:
+            raise UsageError(f"{spec.name} takes {len(spec.action_names)} actions", expected=f"{self._io.action_dim}")
+
+    def reset(self, *, seed: int, task: str) -> None:
+        """Forget the episode. `seed` is that of the sampler's noise; `task` the instruction.
+
+        Raises `UsageError` for an instruction that the head was not trained on.
+        """
+        tasks = self._io.tasks
+        if task not in tasks and len(tasks) > 1:
+            raise UsageError(f"the head was not trained on {task!r}", expected=f"one of {'; '.join(tasks)}")
+        self._task = tasks.index(task) if task in tasks else 0
+        self._generator = torch.Generator(self._device).manual_seed(seed)
+        self._history: deque[dict[str, Any]] = deque(maxlen=self.head.config.n_obs)
+        self._planned: deque[NDArray[np.float32]] = deque()
+
+    def act(self, observation: Observation) -> NDArray[np.float32]:
+        """Return the action for this control step, float32 [A], in the data's units."""
+        self._history.append(self._remember(observation))
+        if not self._planned:
+            self._planned.extend(self._decide())
+        return self._planned.popleft()
+
+    def _remember(self, observation: Observation) -> dict[str, Any]:
+        # Pictures are looked at only where a later decision reads them: rendering costs more than the simulator.
+        steps_until_decision = len(self._planned) % self._n_action
+        images = observation.images if steps_until_decision < self.head.config.n_obs else None
+        frame = dict(images) if images is not None else None
+        return {"images": frame, "state": observation.state, "privileged": observation.privileged, "features": None}
+
+    def _decide(self) -> list[NDArray[np.float32]]:
+        began = time.perf_counter()
+        frames = list(self._history)
+        for frame in frames:
+            if frame["features"] is None:
+                frame["features"] = self._encode(frame["images"])
+        padding = self.head.config.n_obs - len(frames)
+        frames = [frames[0]] * padding + frames  # as a window of the store repeats an episode's first frame
+        encoded = time.perf_counter()
+        state = (
+            [np.concatenate([frame[name] for name in self.head.artefact.state]) for frame in frames]
+            if self.head.artefact.state
+            else None
+        )
+        batch = Batch(
+            features={name: torch.stack([f["features"][name] for f in frames])[None] for name in self._read},
+            state=torch.from_numpy(np.stack(state).astype(np.float32))[None] if state is not None else None,
+            task=torch.tensor([self._task]),
+            obs_valid=torch.tensor([[False] * padding + [True] * (len(frames) - padding)]),
+        ).to(self._device)
+        chunk = self._model.act(batch, generator=self._generator)[0, : self._n_action].cpu().numpy()
+        self.latency.backbone.append(encoded - began)
+        self.latency.head.append(time.perf_counter() - encoded)
+        return list(chunk.astype(np.float32))
+
+    def _encode(self, images: dict[str, Any]) -> dict[str, torch.Tensor]:
+        features: dict[str, torch.Tensor] = {}
+        for backbone, infos, cameras in self._backbones:
+            views = [backbone.preprocess(images[camera.removeprefix(CAMERA_PREFIX)]) for camera in cameras]
+            for name, values in backbone.encode(torch.stack(views)[None]).items():
+                if name in self._read:
+                    # Through the store's dtype, as the cached ones went.
+                    kind = {"float16": torch.float16, "float32": torch.float32}[infos[name].dtype]
+                    features[name] = values[0].to(kind)
+        return features
