@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -37,7 +37,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 LOG_SECONDS = 30.0
 """Off a terminal, progress is one line in this many seconds."""
 
-Progress = Callable[[int, int], None]
+Progress = Callable[..., None]
+"""Called with done, total, and sometimes a text."""
 
 
 @app.command()
@@ -124,6 +125,159 @@ def verify(store: Annotated[Path, typer.Argument(help="A store.")], as_json: Jso
         raise typer.Exit(1)
 
 
+@app.command()
+def record(
+    simulator: Annotated[str, typer.Argument(help="metaworld")],
+    task: Annotated[str, typer.Option(help="Such as push-v3.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new LeRobot v3.0 data set.")],
+    episodes: Annotated[int, typer.Option(help="Successful demonstrations to keep.")] = 100,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal files.")] = 0,
+    noise: Annotated[float, typer.Option(help="On the executed action; the label stays clean.")] = 0.1,
+    camera: Annotated[list[str] | None, typer.Option(help="Repeat for several. Left out: corner3, topview.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels. Left out: 128.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Record a simulator's scripted expert as a LeRobot v3.0 data set."""
+    from vla.rollout.record import record as run
+
+    with _progress("record", "episodes") as progress:
+        report = run(
+            f"{simulator}:{task}",
+            episodes,
+            out,
+            seed=seed,
+            noise=noise,
+            cameras=camera,
+            image_size=image_size,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if as_json:
+        _emit(report.to_json())
+        return
+    dropped = len(report.failed_seeds)
+    _log().print(f"{out}: {report.episodes} episodes, {report.frames} frames; {dropped} failed attempts were dropped")
+
+
+@app.command()
+def train_head(
+    head: Annotated[str, typer.Argument(help="A name of `vla heads`.")],
+    store: Annotated[list[str] | None, typer.Option(help="A store; repeat to join several of one source.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. Left out: runs/HEAD-STORE.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    features: Annotated[str | None, typer.Option(help="Comma-separated names. Left out: all of the store's.")] = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    config: Config = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Train a head from stores. Its settings: --set model.KEY=…, --set train.KEY=…, --set data.KEY=…."""
+    from vla.heads.registry import head_class
+    from vla.heads.train import HeadTrainConfig
+    from vla.heads.train import train_head as run
+    from vla.stores.memory import keep_freed_memory
+
+    head_class(head)
+    overrides = [f"train.steps={steps}"] if steps is not None else []
+    overrides += [f"data.stores={json.dumps(store)}"] if store else []
+    overrides += [f"data.features={json.dumps(features.split(','))}"] if features else []
+    settings = HeadTrainConfig.from_sources(config, [*overrides, *(set_ or ())], head=head)
+    run_dir = out or Path("runs") / "-".join([head, *(Path(path).name for path in settings.data.stores)])
+    keep_freed_memory()
+    with _training_progress() as progress:
+        report = run(settings, run_dir, resume=resume, overwrite=overwrite, progress=progress)
+    if as_json:
+        _emit({"run": str(run_dir), "step": report.step, **report.metrics})
+    else:
+        _log().print(f"{run_dir}: step {report.step}, {_figures(report.metrics)}")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run of `vla train-head`, or one checkpoint.")],
+    store: Annotated[list[str] | None, typer.Option(help="Other stores. Left out: held-out episodes.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Compare sampled actions with demonstrated ones, per dimension, in the data's units."""
+    from vla.heads.checkpoint import load_head
+    from vla.heads.evaluate import evaluate_head
+
+    head = load_head(run)
+    error = evaluate_head(head, tuple(store) if store else None, seed=seed)
+    facts = {"checkpoint": str(head.folder), "step": head.step, **error.to_json()}
+    if as_json:
+        _emit(facts)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("dimension", "error, executed steps", "error, whole horizon", "always the mean action")
+    for name, *values in zip(error.names, error.executed_mae, error.mae, error.baseline_mae, strict=True):
+        table.add_row(name, *(f"{value:.4f}" for value in values))
+    Console().print(table)
+    Console().print(f"mean absolute error over {error.windows} windows; {head.folder}, step {head.step}")
+
+
+@app.command()
+def rollout(
+    run: Annotated[Path, typer.Argument(help="A run of `vla train-head`, or one checkpoint.")],
+    env: Annotated[str, typer.Option(help="Such as metaworld:push-v3.")],
+    episodes: Annotated[int, typer.Option(help="Unseen scenes to play.")] = 20,
+    seed: Annotated[int, typer.Option(help="Which unseen scenes.")] = 0,
+    n_action: Annotated[int | None, typer.Option(help="Actions executed per decision. Left out: the head's.")] = None,
+    video: Annotated[Path | None, typer.Option(help=".mp4 of the first three episodes.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run backbone and head live in a simulator: success on unseen scenes, latency, a video."""
+    from vla.rollout.envs.registry import make_env
+    from vla.rollout.evaluate import roll_out
+    from vla.rollout.policy import Policy
+    from vla.stores.memory import keep_freed_memory
+
+    keep_freed_memory()
+    policy = Policy.from_run(run, n_action=n_action)
+    world = make_env(env, **policy.env_options())
+    try:
+        with _progress("rollout", "episodes") as progress:
+            report = roll_out(world, policy, episodes, seed=seed, video=video, progress=progress)
+    finally:
+        world.close()
+    if as_json:
+        _emit(report.to_json())
+        return
+    _log().print(f"{env}: success {report.success} (95 % Wilson interval); {_figures(report.latency)}")
+
+
+@app.command()
+def backbones(as_json: Json = False) -> None:
+    """List the frozen backbones."""
+    from vla.featurize.backbones.registry import BACKBONES, SUMMARIES
+
+    _list({name: SUMMARIES[name] for name in BACKBONES}, as_json)
+
+
+@app.command()
+def heads(as_json: Json = False) -> None:
+    """List the trainable heads."""
+    from vla.heads.registry import HEADS, SUMMARIES
+
+    _list({name: SUMMARIES[name] for name in HEADS}, as_json)
+
+
+def _list(entries: dict[str, str], as_json: bool) -> None:
+    if as_json:
+        _emit(entries)
+    else:
+        _table(entries)
+
+
+def _figures(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
 def _pair(text: str) -> tuple[str, str]:
     from vla.stores.errors import UsageError
 
@@ -175,7 +329,7 @@ def _table(facts: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _progress(title: str, unit: str) -> Iterator[Progress]:
+def _progress(title: str, unit: str, *, extra: bool = False) -> Iterator[Progress]:
     """Show a bar with time left on a terminal, one line per 30 s elsewhere."""
     console = _log()
     if not console.is_terminal:
@@ -190,23 +344,36 @@ def _progress(title: str, unit: str) -> Iterator[Progress]:
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
-    with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit)]
+    columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
+    columns += [TextColumn("{task.fields[text]}")] if extra else []
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=None, text="")
+        yield lambda done, total, text="": bar.update(task, completed=done, total=total, text=text)
+
+
+@contextmanager
+def _training_progress() -> Iterator[Callable[[int, int, Mapping[str, float]], None]]:
+    """Like `_progress`, with loss, speed and data wait of the last log line beside the bar."""
+    shown = ("loss", "action_mae", "steps_per_s", "data_wait_share")
+    with _progress("train", "steps", extra=True) as progress:
+        yield lambda step, total, metrics: progress(
+            step, total, _figures({name: metrics[name] for name in shown if name in metrics})
+        )
 
 
 def _line_progress(title: str, unit: str, console: Console) -> Progress:
     began = last = time.monotonic()
 
-    def show(done: int, total: int) -> None:
+    def show(done: int, total: int, text: str = "") -> None:
         nonlocal last
         now = time.monotonic()
         if now - last < LOG_SECONDS and done < total:
             return
         last = now
         rate = done / max(now - began, 1e-9)
-        console.print(f"{title}: {done}/{total} {unit}, {rate:.1f}/s, {(total - done) / max(rate, 1e-9):.0f} s left")
+        left = f"{(total - done) / max(rate, 1e-9):.0f} s left"
+        console.print(f"{title}: {done}/{total} {unit}, {rate:.1f}/s, {left} {text}".rstrip())
 
     return show
 

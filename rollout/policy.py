@@ -78,6 +78,11 @@ class Policy:
         """Load a run of `vla train-head` or one of its checkpoints."""
         return cls(load_head(run), device=device, n_action=n_action)
 
+    def env_options(self) -> dict[str, Any]:
+        """Return what an environment has to be made with: the cameras that the backbones look through."""
+        cameras = [camera.removeprefix(CAMERA_PREFIX) for _, _, names in self._backbones for camera in names]
+        return {"cameras": tuple(dict.fromkeys(cameras))}
+
     def check(self, spec: EnvSpec) -> None:
         """Compare with an environment. Raises `UsageError` naming cameras, actions or tasks that do not fit."""
         for _, _, cameras in self._backbones:
@@ -110,10 +115,9 @@ class Policy:
         return self._planned.popleft()
 
     def _remember(self, observation: Observation) -> dict[str, Any]:
-        # Pictures are looked at only where a later decision reads them: rendering costs more than the simulator.
-        steps_until_decision = len(self._planned) % self._n_action
-        images = observation.images if steps_until_decision < self.head.config.n_obs else None
-        frame = dict(images) if images is not None else None
+        # Pictures are looked at only where a decision will read them: rendering costs more than the simulator's step.
+        needed = len(self._planned) < self.head.config.n_obs
+        frame = dict(observation.images) if needed and self._backbones else None
         return {"images": frame, "state": observation.state, "privileged": observation.privileged, "features": None}
 
     def _decide(self) -> list[NDArray[np.float32]]:
@@ -125,14 +129,11 @@ class Policy:
         padding = self.head.config.n_obs - len(frames)
         frames = [frames[0]] * padding + frames  # as a window of the store repeats an episode's first frame
         encoded = time.perf_counter()
-        state = (
-            [np.concatenate([frame[name] for name in self.head.artefact.state]) for frame in frames]
-            if self.head.artefact.state
-            else None
-        )
+        names = self.head.artefact.state
+        state = np.stack([np.concatenate([frame[name] for name in names]) for frame in frames]) if names else None
         batch = Batch(
             features={name: torch.stack([f["features"][name] for f in frames])[None] for name in self._read},
-            state=torch.from_numpy(np.stack(state).astype(np.float32))[None] if state is not None else None,
+            state=torch.from_numpy(state.astype(np.float32))[None] if state is not None else None,
             task=torch.tensor([self._task]),
             obs_valid=torch.tensor([[False] * padding + [True] * (len(frames) - padding)]),
         ).to(self._device)

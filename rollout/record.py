@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -202,7 +202,7 @@ def _attempt(env: ExpertEnv, env_seed: int, noise: float) -> _Demonstration:
     steps_left = STEPS_AFTER_SUCCESS
     while steps_left > 0:
         label = env.expert_action(observation)
-        demonstration.observations.append(observation)
+        demonstration.observations.append(replace(observation, images=dict(observation.images)))
         demonstration.actions.append(label)
         if demonstration.success:
             steps_left -= 1

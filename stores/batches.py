@@ -76,10 +76,11 @@ class WindowBatches:
     def windows_of_batch(self, seed: int, number: int) -> NDArray[np.int64]:
         """Return the windows [B] of batch `number` of the shuffled stream."""
         count, first = len(self.index), number * self.batch_size
-        epochs = range(first // count, (first + self.batch_size - 1) // count + 1)
-        stream = np.concatenate([self._permutation(seed, epoch) for epoch in epochs])
-        at = first - epochs.start * count
-        return stream[at : at + self.batch_size]
+        parts = []
+        for epoch in range(first // count, (first + self.batch_size - 1) // count + 1):
+            at = first - epoch * count
+            parts.append(self._permutation(seed, epoch)[max(at, 0) : at + self.batch_size])
+        return np.concatenate(parts)
 
     _cached: tuple[int, int, NDArray[np.int64]] | None = None
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from vla.stores.errors import CorruptionError
+from vla.stores.filesystem import explaining
 from vla.stores.fingerprint import canonical, digest
-from vla.stores.layout import COMMITS, commit_file
+from vla.stores.layout import COMMITS, commit_file, unit_files
 from vla.stores.manifest import Manifest
 
 _RECORD_NAME = re.compile(r"unit-(\d{6,})\.json")
@@ -49,17 +50,20 @@ class Commit:
             "files": {path: {"size": file.size, "sha256": file.sha256} for path, file in self.files.items()},
             "skipped": self.skipped,
         }
-        return canonical({**body, "sha256": digest(body)}) + b"\n"
+        return _signed(body)
 
 
 def read_commits(root: Path, manifest: Manifest) -> dict[int, Commit]:
     """Return `{unit: Commit}` of every committed unit. Raises `CorruptionError` on a record that lies."""
-    expected = manifest.sha256()
+    folder, expected = root / COMMITS, manifest.sha256()
     commits = {}
-    for path in sorted((root / COMMITS).iterdir()):
-        match = _RECORD_NAME.fullmatch(path.name)
-        if match is not None:
-            commits[int(match[1])] = _read(path, int(match[1]), manifest, expected)
+    with explaining(folder):
+        if not folder.is_dir():
+            raise CorruptionError(f"{folder} is missing", expected="a folder of commit records")
+        for path in sorted(folder.iterdir()):
+            match = _RECORD_NAME.fullmatch(path.name)
+            if match is not None:
+                commits[int(match[1])] = _read(path, int(match[1]), manifest, expected)
     return commits
 
 
@@ -68,20 +72,34 @@ def remove_commit(root: Path, unit: int) -> None:
     (root / commit_file(unit)).unlink()
 
 
+def _signed(body: dict[str, Any]) -> bytes:
+    return canonical({**body, "sha256": digest(body)}) + b"\n"
+
+
 def _read(path: Path, unit: int, manifest: Manifest, expected: str) -> Commit:
     fix = f"vla verify {path.parent.parent}"
     if path.stat().st_size > MAX_RECORD_BYTES:
         raise CorruptionError(f"{path} is larger than any commit record", fix=fix)
+    data = path.read_bytes()
     try:
-        raw: Any = json.loads(path.read_bytes())
+        raw: Any = json.loads(data)
+        body = {key: value for key, value in raw.items() if key != "sha256"} if isinstance(raw, dict) else {}
+        whole = data == _signed(body)
     except (ValueError, RecursionError):
         raise CorruptionError(f"{path} is not JSON", expected="a commit record", fix=fix) from None
-    body = {key: value for key, value in raw.items() if key != "sha256"} if isinstance(raw, dict) else {}
-    if not body or raw.get("sha256") != digest(body):
+    if not whole:
         raise CorruptionError(f"{path} does not match its digest", expected="a whole commit record", fix=fix)
-    if body["manifest_sha256"] != expected:
+    if body.get("manifest_sha256") != expected:
         raise CorruptionError(f"{path} belongs to another store", fix=fix)
-    if body["unit"] != unit or unit >= manifest.units:
-        raise CorruptionError(f"{path} is the record of unit {body['unit']} of {manifest.units}", fix=fix)
-    files = {name: FileRecord(int(file["size"]), str(file["sha256"])) for name, file in body["files"].items()}
-    return Commit(unit, files, dict(body["skipped"]))
+    if body.get("unit") != unit or unit >= manifest.units:
+        raise CorruptionError(f"{path} is the record of unit {body.get('unit')} of {manifest.units}", fix=fix)
+    planned = unit_files(manifest, unit)
+    try:
+        files = {name: FileRecord(int(file["size"]), str(file["sha256"])) for name, file in body["files"].items()}
+        skipped = {str(name): str(reason) for name, reason in body["skipped"].items()}
+        fits = files.keys() == planned.keys() and all(file.size in planned[name] for name, file in files.items())
+    except (KeyError, TypeError, ValueError, AttributeError):
+        fits = False
+    if not fits:
+        raise CorruptionError(f"{path} does not record the files of unit {unit}", expected=f"{len(planned)}", fix=fix)
+    return Commit(unit, files, skipped)

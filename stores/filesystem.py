@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vla.stores.errors import MachineError, StoreError
+from vla.stores.layout import LOCK
 
 PARTIAL = ".partial"
 """Suffix of files and folders that are being written."""
@@ -104,15 +105,22 @@ def sweep_partial(root: Path) -> list[Path]:
 def writer_lock(root: Path) -> Iterator[None]:
     """Hold the store's only writer place. Raises `StoreError` where another process holds it.
 
-    The lock is the kernel's (`flock` on the folder itself): it is gone with its process, however that one ended.
+    The lock is the kernel's: it is gone with its process, however that one ended, and it follows the folder through a
+    rename. On a file opened for writing, because NFS grants no exclusive lock on anything else (flock(2)).
     """
-    with explaining(root):
-        descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    file = root / LOCK
+    with explaining(file):
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StoreError(f"{root} is being written by another process", expected="one writer a store") from None
+        with explaining(file):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Between opening and locking, the store may have been renamed away by the writer before.
+                held = os.path.samestat(os.fstat(descriptor), file.stat())
+            except (BlockingIOError, FileNotFoundError):
+                held = False
+        if not held:
+            raise StoreError(f"{root} is being written by another process", expected="one writer a store")
         yield
     finally:
         os.close(descriptor)

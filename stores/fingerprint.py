@@ -11,8 +11,11 @@ from vla.stores.errors import FingerprintError
 
 
 def canonical(value: Any) -> bytes:
-    """Encode a JSON-able value in one way only: sorted keys, no blanks, UTF-8. Raises `ValueError` on NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    """Encode a JSON-able value in one way only: sorted keys, no blanks, ASCII. Raises `ValueError` on NaN.
+
+    ASCII, because file names that are no UTF-8 become lone surrogates, which UTF-8 cannot encode.
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def digest(value: Any) -> str:

@@ -72,7 +72,8 @@ def join_stores(stores: Sequence[Store]) -> JoinedStores:
     maps = []
     usable = first.usable.copy()
     for position, store in enumerate(stores):
-        _require_same_source(first, store)
+        if position:
+            _require_same_source(first, store)
         for feature in store.manifest.features:
             if feature in owner:
                 other = stores[owner[feature]].root
@@ -88,7 +89,7 @@ def join_stores(stores: Sequence[Store]) -> JoinedStores:
 
 def _require_same_source(first: Store, other: Store) -> None:
     mine, theirs = (store.manifest.fingerprint.get("source", {}).get("digest") for store in (first, other))
-    if mine != theirs:
+    if mine is None or mine != theirs:
         raise FingerprintError(
             f"{other.root} was made from another source than {first.root} (source.digest differs)",
             expected="stores of one data set",

@@ -7,6 +7,7 @@
     stats/<feature>    [units, 5, C]    see statistics.py; one chunk = one unit
     episodes/*, tasks/*                 see tables.py
     commits/unit-NNNNNN.json            see commits.py
+    commits/writer.lock                 empty; locked by the one writer
 
 Chunk keys use '.' as separator, so that one folder per array has to be made durable, not one per unit.
 Floating-point arrays are filled with NaN: a foreign reader that reaches a row never committed sees no plausible number.
@@ -14,6 +15,7 @@ Floating-point arrays are filled with NaN: a foreign reader that reaches a row n
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.stores.manifest import Manifest
+from vla.stores.shard import CRC_BYTES, index_bytes
 from vla.stores.statistics import MOMENTS
 
 COMMITS = "commits"
+LOCK = f"{COMMITS}/writer.lock"
 
 
 def feature_file(feature: str, unit: int, ndim: int) -> str:
@@ -51,12 +55,23 @@ def commit_file(unit: int) -> str:
     return f"{COMMITS}/unit-{unit:06d}.json"
 
 
-def unit_files(manifest: Manifest, unit: int) -> list[str]:
-    """Return the paths of every file of a unit but its commit record."""
-    paths = []
+def unit_files(manifest: Manifest, unit: int) -> dict[str, range]:
+    """Return `{path: possible sizes in bytes}` of every file of a unit but its commit record."""
+    slots, files = manifest.unit_rows, {}
     for name, info in manifest.features.items():
-        paths += [feature_file(name, unit, len(info.shape)), checksum_file(name, unit), statistics_file(name, unit)]
-    return paths + [step_file(name, unit, len(info.shape)) for name, info in manifest.steps.items()]
+        rows = len(manifest.unit_range(unit))
+        sizes = [index_bytes(slots) + kept * (info.row_bytes + CRC_BYTES) for kept in (0, 1, rows)]
+        files[feature_file(name, unit, len(info.shape))] = range(sizes[0], sizes[2] + 1, sizes[1] - sizes[0])
+        files[checksum_file(name, unit)] = _exactly(4 * slots)
+        files[statistics_file(name, unit)] = _exactly(8 * len(MOMENTS) * info.shape[-1])
+    for name, step in manifest.steps.items():
+        size = slots * math.prod(step.shape) * np.dtype(step.dtype).itemsize
+        files[step_file(name, unit, len(step.shape))] = _exactly(size)
+    return files
+
+
+def _exactly(size: int) -> range:
+    return range(size + CRC_BYTES, size + CRC_BYTES + 1)
 
 
 def array_metadata(manifest: Manifest, tables: dict[str, NDArray[np.generic]]) -> dict[str, dict[str, Any]]:
@@ -75,6 +90,12 @@ def array_metadata(manifest: Manifest, tables: dict[str, NDArray[np.generic]]) -
     for name, step in manifest.steps.items():
         dims = ("row", *(f"{name}_{axis}" for axis in range(len(step.shape))))
         arrays[f"steps/{name}"] = _array((rows, *step.shape), step.dtype, (unit, *step.shape), dims)
+    return arrays | table_metadata(tables)
+
+
+def table_metadata(tables: dict[str, NDArray[np.generic]]) -> dict[str, dict[str, Any]]:
+    """Return the part of `array_metadata` that describes the episode and task tables."""
+    arrays = {}
     for path, table in tables.items():
         dims = ("episode" if path.startswith("episodes/") else "task", "byte")[: table.ndim]
         arrays[path] = _array(table.shape, str(table.dtype), table.shape, dims)
@@ -93,11 +114,18 @@ def _array(shape: tuple[int, ...], dtype: str, chunks: tuple[int, ...], dims: tu
 
 
 def write_metadata(root: Path, manifest: Manifest, tables: dict[str, NDArray[np.generic]]) -> None:
-    """Write the group and array metadata and the tables into the empty folder `root`, through zarr-python."""
-    import zarr
-    from zarr.codecs import Crc32cCodec
+    """Write the group and array metadata and the tables, made by zarr-python, into the folder `root`.
 
-    group = zarr.create_group(root, zarr_format=3, attributes=manifest.attributes())
+    Made in memory and written here: zarr's own file store needs hard links, and after an error its background tasks
+    go on writing into a folder that has been given up.
+    """
+    import zarr
+    from zarr.abc.buffer import Buffer
+    from zarr.codecs import Crc32cCodec
+    from zarr.storage import MemoryStore
+
+    files: dict[str, Buffer] = {}
+    group = zarr.create_group(MemoryStore(files), zarr_format=3, attributes=manifest.attributes())
     for path, options in array_metadata(manifest, tables).items():
         array = group.create_array(
             path,
@@ -109,4 +137,7 @@ def write_metadata(root: Path, manifest: Manifest, tables: dict[str, NDArray[np.
         )
         if path in tables:
             array[...] = tables[path]
-    (root / COMMITS).mkdir()
+    (root / COMMITS).mkdir(parents=True, exist_ok=True)
+    for path, content in sorted(files.items()):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(content.to_bytes())

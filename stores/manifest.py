@@ -6,6 +6,8 @@ Everything else hangs from it: commit records name the manifest's digest, and ho
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,13 +15,18 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from vla.stores.errors import CorruptionError, StoreError
+from vla.stores.errors import CorruptionError, StoreError, UsageError
 from vla.stores.fingerprint import digest
 from vla.stores.settings import Settings
 
 SCHEMA_VERSION = 1
 MAX_ROW_BYTES = 1 << 30
 """A declared row above 1 GiB is taken for a hostile or damaged manifest: DA3's full ray at 8 views is 8 MB."""
+
+MAX_ROWS = 1 << 30
+"""More time steps than this (a year at 30 a second) are taken for the same; the largest public set has some 10^8."""
+_NAME = re.compile(r"(?!\.|__|zarr\.json$)[^/\\\x00-\x1f]{1,200}(?<!\.partial)")
+"""Names of arrays are names of folders: none leaves its folder, is hidden, or belongs to zarr or to `filesystem`."""
 
 Role = Literal["action", "state", "privileged", "other"]
 
@@ -34,7 +41,7 @@ class FeatureInfo(Settings):
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 class StepInfo(Settings):
@@ -54,7 +61,7 @@ class Manifest(Settings):
     """
 
     schema_version: int = SCHEMA_VERSION
-    rows: int = Field(gt=0)
+    rows: int = Field(gt=0, le=MAX_ROWS)
     unit_rows: int = Field(gt=0, le=1 << 20)
     fps: float = Field(gt=0)
     cameras: tuple[str, ...]
@@ -104,10 +111,28 @@ class Manifest(Settings):
                 expected=f"{SCHEMA_VERSION}",
                 fix="the version of vla that wrote it",
             )
-        if attributes.get("vla_sha256") != digest(raw):
+        try:
+            whole = attributes.get("vla_sha256") == digest(raw)
+        except (ValueError, RecursionError):  # NaN, or nested deeper than any manifest
+            whole = False
+        if not whole:
             raise CorruptionError(f"{path}: the manifest does not match its digest", fix=f"vla verify {path.parent}")
-        manifest = cls.build(raw, where=str(path))
-        for name, info in manifest.features.items():
-            if info.row_bytes > MAX_ROW_BYTES or len(info.shape) != len(info.dims) or min(info.shape, default=0) < 1:
-                raise StoreError(f"{path}: feature {name!r} declares shape {info.shape}, dims {info.dims}")
+        try:
+            manifest = cls.build(raw, where=str(path))
+        except UsageError as error:  # nobody typed it
+            raise StoreError(str(error)) from None
+        manifest.require_sound(path)
         return manifest
+
+    def require_sound(self, path: Path) -> None:
+        """Raise `StoreError` naming `path` where a name or a shape is one that no store can have."""
+        for name in (*self.features, *self.steps):
+            if _NAME.fullmatch(name) is None:
+                raise StoreError(f"{path}: {name!r} cannot be the name of an array", expected="the name of a folder")
+        for name, feature in self.features.items():
+            shape = feature.shape
+            if feature.row_bytes > MAX_ROW_BYTES or len(shape) != len(feature.dims) or min(shape, default=0) < 1:
+                raise StoreError(f"{path}: feature {name!r} declares shape {shape}, dims {feature.dims}")
+        for name, step in self.steps.items():
+            if min(step.shape, default=1) < 1 or 8 * math.prod(step.shape) > MAX_ROW_BYTES:
+                raise StoreError(f"{path}: steps {name!r} declare shape {step.shape}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from vla.stores.errors import CorruptionError, StoreError
 from vla.stores.filesystem import PARTIAL, explaining
-from vla.stores.layout import array_metadata
+from vla.stores.layout import array_metadata, table_metadata
 from vla.stores.manifest import Manifest
 from vla.stores.shard import CRC_BYTES
 from vla.stores.tables import TABLES, EpisodeTable
@@ -36,7 +37,9 @@ def read_manifest(root: Path) -> Manifest:
             expected="a folder with zarr.json",
             fix="the folder of the store itself",
         )
-    attributes = _read_json(root / "zarr.json").get("attributes")
+    document = _read_json(root / "zarr.json")
+    _require(root / "zarr.json", document, _GROUP)
+    attributes = document.get("attributes")
     return Manifest.from_attributes(attributes if isinstance(attributes, dict) else {}, root / "zarr.json")
 
 
@@ -46,7 +49,11 @@ def read_tables(root: Path, manifest: Manifest) -> EpisodeTable:
     for path, sha256 in table_digests(arrays).items():
         if manifest.tables.get(path) != sha256:
             raise CorruptionError(f"{root / path} does not match the manifest", fix=f"vla verify {root}")
-    return EpisodeTable.from_arrays(arrays)
+    _check_documents(root, table_metadata(arrays))
+    try:
+        return EpisodeTable.from_arrays(arrays)
+    except UnicodeDecodeError as error:
+        raise CorruptionError(f"{root}: a name in the episode table is no UTF-8 ({error})") from None
 
 
 def table_digests(arrays: dict[str, NDArray[np.generic]]) -> dict[str, str]:
@@ -58,24 +65,49 @@ def table_digests(arrays: dict[str, NDArray[np.generic]]) -> dict[str, str]:
 
 
 def check_arrays(root: Path, manifest: Manifest) -> None:
-    """Compare each array's own metadata with the manifest: shape, dtype, chunks, codecs.
+    """Compare each array's own metadata with the manifest: shape, dtype, chunks, codecs, all that zarr defines.
 
     Raises `CorruptionError` naming the file and the field: what another zarr reader would see must be what we read.
     """
-    for path, wanted in array_metadata(manifest, {}).items():
+    _check_documents(root, array_metadata(manifest, {}))
+
+
+def _check_documents(root: Path, arrays: dict[str, dict[str, Any]]) -> None:
+    for group in sorted({path.partition("/")[0] for path in arrays}):
+        file = root / group / "zarr.json"
+        _require(file, _read_json(file), _GROUP | {"attributes": {}})
+    for path, wanted in arrays.items():
         file = root / path / "zarr.json"
-        found = _read_json(file)
-        outer = list(wanted.get("shards", wanted["chunks"]))
-        fields: dict[str, tuple[Any, Any]] = {
-            "shape": (found.get("shape"), list(wanted["shape"])),
-            "data_type": (found.get("data_type"), wanted["dtype"]),
-            "chunk_shape": (_configuration(found.get("chunk_grid")).get("chunk_shape"), outer),
-            "separator": (_configuration(found.get("chunk_key_encoding")).get("separator"), "."),
-            "codecs": (found.get("codecs"), _codecs(wanted)),
-        }
-        for name, (is_, should) in fields.items():
-            if is_ != should:
-                raise CorruptionError(f"{file}: {name} is {is_}", expected=f"{should}", fix=f"vla verify {root}")
+        _require(file, _read_json(file), _document(wanted))
+
+
+def _require(file: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            shown = repr(found.get(name, "absent"))[:200]  # one line, whatever lies there
+            raise CorruptionError(f"{file}: {name} is {shown}", expected=f"{value}", fix="vla verify")
+
+
+_GROUP: dict[str, Any] = {"zarr_format": 3, "node_type": "group"}
+
+
+def _document(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the `zarr.json` that zarr-python writes for the arguments of its `create_array`."""
+    floating = np.issubdtype(np.dtype(options["dtype"]), np.floating)
+    outer = options.get("shards", options["chunks"])
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(options["shape"]),
+        "data_type": options["dtype"],
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(outer)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": "NaN" if floating else 0,
+        "codecs": _codecs(options),
+        "dimension_names": list(options["dimension_names"]),
+        "attributes": {},
+        "storage_transformers": [],
+    }
 
 
 _BYTES_CRC = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
@@ -93,11 +125,6 @@ def _codecs(wanted: dict[str, Any]) -> list[Any]:
         "index_location": "end",
     }
     return [{"name": "sharding_indexed", "configuration": configuration}]
-
-
-def _configuration(value: Any) -> dict[str, Any]:
-    inner = value.get("configuration") if isinstance(value, dict) else None
-    return inner if isinstance(inner, dict) else {}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -118,17 +145,21 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_single_chunk(root: Path, path: str) -> NDArray[np.generic]:
     """Read an array of one chunk, `bytes` + `crc32c`. Its length must be what its metadata declares."""
-    metadata = _read_json(root / path / "zarr.json")
+    metadata_file = root / path / "zarr.json"
+    metadata = _read_json(metadata_file)
     shape, dtype = metadata.get("shape"), metadata.get("data_type")
-    if dtype not in ("uint8", "int64") or not isinstance(shape, list) or not all(isinstance(n, int) for n in shape):
-        raise CorruptionError(f"{root / path / 'zarr.json'} declares {dtype} {shape}", expected="a table of ours")
-    file = root / path / ("c" + ".0" * len(shape))
+    ndim, kind = (2, "uint8") if path in ("episodes/id", "tasks/text") else (1, "int64")
+    whole = isinstance(shape, list) and len(shape) == ndim and all(type(n) is int and n > 0 for n in shape)
+    if dtype != kind or not isinstance(shape, list) or not whole:
+        raise CorruptionError(f"{metadata_file} declares {dtype} {shape}", expected=f"{kind}, {ndim} axes")
+    file = root / path / ("c" + ".0" * ndim)
+    size = math.prod(shape) * np.dtype(kind).itemsize + CRC_BYTES
     with explaining(file):
-        if not file.is_file():
-            raise CorruptionError(f"{file} is missing", expected="a table", fix=f"vla verify {root}")
+        # The size first: a file of gigabytes in a table's place is not read at all.
+        if not file.is_file() or file.stat().st_size != size:
+            raise CorruptionError(f"{file} is missing or has another size than {metadata_file} declares")
         raw = file.read_bytes()
     body, crc = raw[:-CRC_BYTES], raw[-CRC_BYTES:]
-    size = int(np.prod(shape, dtype=np.float64)) * np.dtype(dtype).itemsize
-    if len(body) != size or google_crc32c.value(body) != int.from_bytes(crc, "little"):
+    if google_crc32c.value(body) != int.from_bytes(crc, "little"):
         raise CorruptionError(f"{file} does not match its checksum", fix=f"vla verify {root}")
-    return np.frombuffer(body, np.dtype(dtype).newbyteorder("<")).reshape(shape)
+    return np.frombuffer(body, np.dtype(kind).newbyteorder("<")).reshape(shape)

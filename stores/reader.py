@@ -40,7 +40,10 @@ class FeatureReader:
     def __init__(self, root: Path, manifest: Manifest, commits: dict[int, Commit], name: str, verify: Verify) -> None:
         self.root, self.name, self.info = root, name, manifest.features[name]
         self._manifest, self._commits, self._verify = manifest, commits, verify
-        self._offsets = np.full(manifest.rows, -2, np.int64)  # -2: index not read yet, -1: no such row
+        self._row_bytes = self.info.row_bytes
+        # Zeros, which the kernel hands out untouched: opening a store of 10^8 rows costs no memory until they are read.
+        self._located = np.zeros(manifest.units, bool)
+        self._offsets = np.zeros(manifest.rows, np.int64)  # -1: no such row; valid where its unit is located
         self._crcs = np.zeros(manifest.rows, np.uint32)
         self._verified = np.zeros(manifest.rows, bool)
         self._files: OrderedDict[int, int] = OrderedDict()
@@ -57,9 +60,13 @@ class FeatureReader:
             raise ValueError(f"out is {out.dtype} {out.shape}, not contiguous {info.dtype} {(len(rows), *info.shape)}")
         if len(rows) == 0:
             return
-        offsets = self._locate(rows)
+        with explaining(self.root):
+            self._read(rows, out)
+
+    def _read(self, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
         units = rows // self._manifest.unit_rows
-        stride = info.row_bytes + CRC_BYTES
+        offsets = self._locate(rows, units)
+        stride = self._row_bytes + CRC_BYTES
         follows = (np.diff(offsets) == stride) & (np.diff(units) == 0)
         starts = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(rows)]
         target = out.reshape(-1).view(np.uint8).data
@@ -75,16 +82,16 @@ class FeatureReader:
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def _locate(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _locate(self, rows: NDArray[np.int64], units: NDArray[np.int64]) -> NDArray[np.int64]:
         if int(rows.min()) < 0 or int(rows.max()) >= self._manifest.rows:
             raise IndexError(f"rows {rows.min()}..{rows.max()} of {self._manifest.rows}")
-        offsets = self._offsets[rows]
-        if (offsets == -2).any():
-            for unit in np.unique(rows[offsets == -2] // self._manifest.unit_rows).tolist():
+        located = self._located[units]
+        if not located.all():
+            for unit in np.unique(units[~located]).tolist():
                 self._read_index(unit)
-            offsets = self._offsets[rows]
-        if (offsets == -1).any():
-            raise StoreError(f"row {int(rows[(offsets == -1).argmax()])} of {self.root} was left out when it was made")
+        offsets = self._offsets[rows]
+        if (offsets < 0).any():
+            raise StoreError(f"row {int(rows[(offsets < 0).argmax()])} of {self.root} was left out when it was made")
         return offsets
 
     def _read_index(self, unit: int) -> None:
@@ -99,9 +106,10 @@ class FeatureReader:
         if found != size or size < index_bytes(slots):
             raise self._corrupt(unit, f"has {found} bytes, {size} were committed")
         tail = os.pread(descriptor, index_bytes(slots), size - index_bytes(slots))
-        self._offsets[rows.start : rows.stop] = decode_index(tail, self.info, size, path)[: len(rows)]
+        self._offsets[rows.start : rows.stop] = decode_index(tail, self.info, size, str(self.root / path))[: len(rows)]
         crcs = read_committed(self.root, commit, checksum_file(self.name, unit))
         self._crcs[rows.start : rows.stop] = np.frombuffer(crcs, "<u4", slots)[: len(rows)]
+        self._located[unit] = True
 
     def _open(self, unit: int) -> int:
         if os.getpid() != self._pid:
@@ -113,12 +121,11 @@ class FeatureReader:
                 os.close(self._files.popitem(last=False)[1])
             if not path.exists():
                 raise self._corrupt(unit, "is missing")
-            with explaining(path):
-                descriptor = self._files[unit] = os.open(path, os.O_RDONLY)
+            descriptor = self._files[unit] = os.open(path, os.O_RDONLY)
         return descriptor
 
     def _read_run(self, unit: int, offset: int, target: memoryview, first: int, last: int) -> None:
-        size = self.info.row_bytes
+        size = self._row_bytes
         descriptor = self._open(unit)
         if last - first == 1:  # by far the most common run of a shuffled batch
             buffers = [target[first * size : last * size]]
@@ -128,14 +135,13 @@ class FeatureReader:
                 buffers += (target[row * size : (row + 1) * size], self._scratch)
             buffers.pop()
         wanted = (last - first) * (size + CRC_BYTES) - CRC_BYTES
-        with explaining(self.root):
-            done = os.preadv(descriptor, buffers, offset)
-            while done < wanted:  # a signal or a 2 GiB limit may cut a read short
-                rest = _skip(buffers, done)
-                more = os.preadv(descriptor, rest, offset + done)
-                if more == 0:
-                    raise self._corrupt(unit, "ends before its index says")
-                done += more
+        done = os.preadv(descriptor, buffers, offset)
+        while done < wanted:  # a signal or a 2 GiB limit may cut a read short
+            rest = _skip(buffers, done)
+            more = os.preadv(descriptor, rest, offset + done)
+            if more == 0:
+                raise self._corrupt(unit, "ends before its index says")
+            done += more
 
     def _check(self, rows: NDArray[np.int64], data: NDArray[np.uint8]) -> None:
         todo = np.arange(len(rows)) if self._verify == "always" else np.flatnonzero(~self._verified[rows])

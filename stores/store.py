@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from vla.stores.commits import Commit, read_commits
 from vla.stores.errors import CorruptionError, StoreError, UsageError
+from vla.stores.filesystem import explaining
 from vla.stores.layout import statistics_file, step_file
 from vla.stores.manifest import Manifest
 from vla.stores.metadata import check_arrays, read_manifest, read_tables
@@ -54,8 +55,6 @@ class Store:
             rows = self.manifest.unit_range(unit)
             raw = read_committed(self.root, commit, step_file(name, unit, len(info.shape)))
             chunk = np.frombuffer(raw[:-CRC_BYTES], dtype.newbyteorder("<"))
-            if chunk.size != self.manifest.unit_rows * int(np.prod(info.shape)):
-                raise CorruptionError(f"steps {name!r}, unit {unit} of {self.root} has {chunk.size} values")
             values[rows.start : rows.stop] = chunk.reshape(-1, *info.shape)[: len(rows)]
         return values
 
@@ -102,6 +101,11 @@ def open_store(root: Path | str, *, allow_partial: bool = False) -> Store:
     were never computed must not go unnoticed), `CorruptionError` where metadata or records do not match.
     """
     root = Path(root)
+    with explaining(root):
+        return _open(root, allow_partial)
+
+
+def _open(root: Path, allow_partial: bool) -> Store:
     manifest = read_manifest(root)
     check_arrays(root, manifest)
     episodes = read_tables(root, manifest)
@@ -114,11 +118,10 @@ def open_store(root: Path | str, *, allow_partial: bool = False) -> Store:
             expected="a complete store",
             fix="the same `vla featurize` command with --resume, or --allow-partial to use what is there",
         )
-    covered = np.zeros(manifest.units + 1, np.int64)
-    covered[1:] = np.cumsum([unit in commits for unit in range(manifest.units)])
+    committed = np.asarray(sorted(commits), np.int64)
     first = episodes.row_start // manifest.unit_rows
     last = (episodes.row_start + episodes.length - 1) // manifest.unit_rows
-    usable = covered[last + 1] - covered[first] == last - first + 1
+    usable = np.searchsorted(committed, last + 1) - np.searchsorted(committed, first) == last - first + 1
     if skipped:
         usable &= ~np.isin(np.asarray(episodes.ids), np.asarray(list(skipped)))
     return Store(root, manifest, episodes, commits, usable, skipped)
@@ -128,7 +131,11 @@ def _check_tables(root: Path, manifest: Manifest, episodes: EpisodeTable) -> Non
     ends = episodes.row_start + episodes.length
     counts = {len(episodes.ids), len(ends), len(episodes.task)}
     bad = (
-        len(counts) > 1 or (episodes.length < 1).any() or (episodes.row_start < 0).any() or (ends > manifest.rows).any()
+        len(counts) > 1
+        or (episodes.length < 1).any()
+        or (episodes.row_start < 0).any()
+        or int(ends.max()) != manifest.rows
+        or len(set(episodes.ids)) < len(episodes.ids)
     )
     if bad or (episodes.task < 0).any() or (episodes.task >= len(episodes.tasks)).any():
         raise CorruptionError(f"{root}: the episode table does not fit the manifest", fix=f"vla verify {root}")

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from vla.stores.commits import Commit
-from vla.stores.errors import VlaError
-from vla.stores.filesystem import PARTIAL, digest_file
-from vla.stores.layout import commit_file, unit_files
+from vla.stores.commits import Commit, FileRecord
+from vla.stores.errors import MachineError, VlaError
+from vla.stores.filesystem import PARTIAL, digest_file, explaining
+from vla.stores.layout import unit_files
+from vla.stores.reader import FeatureReader
 from vla.stores.store import Store, open_store
 
 
@@ -50,63 +52,79 @@ def verify_store(root: Path, progress: Callable[[int, int], None] = lambda done,
     if not store.complete:
         missing = [unit for unit in range(report.units) if unit not in store.commits]
         report.findings.append(f"units {_ranges(missing)} of {root} are not committed (vla featurize … --resume)")
-    for done, (unit, commit) in enumerate(sorted(store.commits.items())):
-        damaged = _check_files(store, commit, report)
-        if not damaged:
-            _check_rows(store, unit, report)
-        progress(done + 1, len(store.commits))
+    left_out = _rows_left_out(store)
+    readers = {name: store.reader(name, "always") for name in store.manifest.features}
+    try:
+        for done, (unit, commit) in enumerate(sorted(store.commits.items())):
+            if _check_files(store, commit, report):
+                rows = np.asarray(store.manifest.unit_range(unit))
+                _check_rows(readers, rows[~left_out[rows]], unit, report)
+            progress(done + 1, len(store.commits))
+    finally:
+        for reader in readers.values():
+            reader.close()
     _check_debris(store, report)
     return report
 
 
 def _check_files(store: Store, commit: Commit, report: VerifyReport) -> bool:
-    planned = set(unit_files(store.manifest, commit.unit))
-    before = len(report.findings)
-    where = f"unit {commit.unit}, {commit_file(commit.unit)}"
-    for path in sorted(planned ^ set(commit.files)):
-        report.findings.append(f"{where}: {path} is {'not recorded' if path in planned else 'no file of this store'}")
-    for path in sorted(planned & set(commit.files)):
-        record, file = commit.files[path], store.root / path
-        array = "/".join(path.split("/")[:2])
-        if not file.is_file():
-            report.findings.append(f"array {array}, unit {commit.unit}: {file} is missing")
-        elif file.stat().st_size != record.size:
-            found = file.stat().st_size
-            report.findings.append(f"array {array}, unit {commit.unit}: {file} has {found} bytes, not {record.size}")
-        elif digest_file(file) != record.sha256:
-            report.findings.append(f"array {array}, unit {commit.unit}: {file} differs from its commit")
+    sound = True
+    for path, record in sorted(commit.files.items()):
+        file = store.root / path
+        problem = _compare(file, record)
+        if problem:
+            array = "/".join(path.split("/")[:2])
+            report.findings.append(f"array {array}, unit {commit.unit}: {file} {problem}")
+            sound = False
         else:
             report.files += 1
             report.bytes += record.size
-    return len(report.findings) > before
+    return sound
 
 
-def _check_rows(store: Store, unit: int, report: VerifyReport) -> None:
-    """Read every row of a unit through the reader, and compare its values with what the manifest promises."""
-    rows = np.asarray(store.manifest.unit_range(unit))
+def _compare(file: Path, record: FileRecord) -> str:
+    """Say what is wrong with a file; nothing where it is as committed."""
+    try:
+        with explaining(file):
+            if not file.is_file():
+                return "is missing"
+            if file.stat().st_size != record.size:
+                return f"has {file.stat().st_size} bytes, not {record.size}"
+            return "" if digest_file(file) == record.sha256 else "differs from its commit"
+    except MachineError as error:
+        return f"cannot be read ({error.found})"
+
+
+def _rows_left_out(store: Store) -> NDArray[np.bool_]:
     left_out = np.zeros(store.manifest.rows, bool)
     for position, name in enumerate(store.episodes.ids):
         if name in store.skipped:
             start = int(store.episodes.row_start[position])
             left_out[start : start + int(store.episodes.length[position])] = True
-    rows = rows[~left_out[rows]]
-    for name in store.manifest.features:
+    return left_out
+
+
+def _check_rows(readers: dict[str, FeatureReader], rows: NDArray[np.int64], unit: int, report: VerifyReport) -> None:
+    """Read every row of a unit through the reader, and compare its values with what the manifest promises."""
+    for name, reader in readers.items():
+        values = np.empty((len(rows), *reader.info.shape), reader.info.dtype)
         try:
-            finite = bool(np.isfinite(store.read(name, rows)).all())
+            reader.read(rows, values)
         except VlaError as error:
             report.findings.append(str(error))
             continue
-        if not finite:
+        if not np.isfinite(values).all():
             report.findings.append(f"array frames/{name}, unit {unit}: values are not finite")
 
 
 def _check_debris(store: Store, report: VerifyReport) -> None:
     known = {path for unit in store.commits for path in unit_files(store.manifest, unit)}
+    debris = set(store.root.rglob("*" + PARTIAL))
     for folder in ("frames", "steps", "checksums", "stats"):
-        for file in (store.root / folder).rglob("c.*"):
-            path = file.relative_to(store.root).as_posix()
-            if path.endswith(PARTIAL) or path not in known:
-                report.findings.append(f"{file} belongs to no committed unit (harmless; --resume removes it)")
+        files = (store.root / folder).rglob("c.*")
+        debris |= {file for file in files if file.relative_to(store.root).as_posix() not in known}
+    for file in sorted(debris):
+        report.findings.append(f"{file} belongs to no committed unit (harmless; --resume removes it)")
 
 
 def _ranges(numbers: list[int]) -> str:

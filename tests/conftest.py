@@ -13,10 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Before numpy and torch are imported: two test processes on two cores must not start four threads each.
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_name, "1")
-
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -31,6 +27,12 @@ from vla.stores.writer import open_writer
 settings.register_profile("short", max_examples=100, deadline=None, derandomize=True, database=None)
 settings.register_profile("long", max_examples=10_000, deadline=None, database=None, print_blob=True)
 settings.load_profile("short")
+
+
+def pytest_configure() -> None:
+    """One thread a library, set before torch is imported: test processes share the cores, and waiting threads spin."""
+    for name, value in {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}.items():
+        os.environ.setdefault(name, value)
 
 
 @dataclass(frozen=True)

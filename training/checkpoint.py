@@ -3,19 +3,19 @@
     step-00001000/
       model.safetensors       weights and buffers (normalisation statistics travel here)
       ema.safetensors         averaged weights, where averaging is on
-      optimizer.safetensors   optimiser tensors `<parameter>.<slot>`, and the random generators' states
-      state.json              step, scheduler, optimiser groups and scalars, gradient scaler
+      optimizer.safetensors   optimiser tensors `<parameter>.<slot>`
+      state.json              step, metrics, random generators, schedule, the optimiser's groups, gradient scaler
       artefact.json           what the caller wants kept: resolved configuration, fingerprints, …
       complete.json           size and SHA-256 of each file, written last
 
-The folder is written under a temporary name, made durable, and renamed.
+The folder is written under a temporary name, made durable, and renamed. `best.json` beside `checkpoints/` names the
+checkpoint with the lowest validation metric.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import random
 import re
 import shutil
 from collections.abc import Mapping
@@ -23,182 +23,189 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vla.stores.errors import CheckpointError
-from vla.stores.filesystem import PARTIAL, digest_file, explaining, fsync_dir, fsync_tree, write_atomic
+from vla.stores.filesystem import PARTIAL, digest_file, explaining, fsync_dir, fsync_tree
+from vla.stores.settings import Settings
 
-_NAME = re.compile(r"step-(\d{8})")
+REQUIRED = {"model.safetensors", "optimizer.safetensors", "state.json", "artefact.json"}
+OPTIONAL = {"ema.safetensors"}
+MAX_JSON_BYTES = 64 << 20
+"""A larger JSON file is none of ours: state.json of ten thousand parameters has 1 MB."""
+
+_NAME = re.compile(r"step-(\d{8,})")
 log = logging.getLogger(__name__)
+
+
+class _FileRecord(Settings):
+    size: int
+    sha256: str
+
+
+class _Complete(Settings):
+    step: int
+    files: dict[str, _FileRecord]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint on disk. `weights` are the averaged ones where they were kept."""
+    """A verified checkpoint, for inference. `weights` are the averaged ones where `averaged`; they are on the CPU."""
 
     folder: Path
     step: int
     artefact: dict[str, Any]
+    metrics: dict[str, float]
     weights: dict[str, torch.Tensor]
+    averaged: bool
 
 
-def save(
+@dataclass(frozen=True)
+class Survey:
+    """What a run folder offers to go on from: the newest complete checkpoint, and why newer ones were passed over."""
+
+    newest: Path | None
+    passed_over: tuple[str, ...]
+
+
+def save_checkpoint(
     run_dir: Path,
     step: int,
-    model: torch.nn.Module,
-    ema: torch.nn.Module | None,
-    optimizer: torch.optim.Optimizer,
-    extra: Mapping[str, Any],
+    models: Mapping[str, torch.nn.Module],
+    optimizer_tensors: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
     artefact: Mapping[str, Any],
 ) -> Path:
-    """Write `run_dir/checkpoints/step-…` and return it. `extra` is JSON-able state of the loop."""
+    """Write `run_dir/checkpoints/step-…` and return it.
+
+    `models`: "model" and, where averaging is on, "ema". `state` and `artefact` are JSON-able.
+    Raises `MachineError` where the disk refuses; nothing is left under the checkpoint's name then.
+    """
     folder = run_dir / "checkpoints" / f"step-{step:08d}"
     partial = folder.with_name(folder.name + PARTIAL)
     with explaining(folder):
-        for old in (folder, partial):  # a resumed run reaches the same step again
+        for old in (folder, partial):  # a run that fell back to an earlier checkpoint reaches the same step again
             if old.exists():
                 shutil.rmtree(old)
         partial.mkdir(parents=True)
-        save_file(_tensors(model), partial / "model.safetensors")
-        if ema is not None:
-            save_file(_tensors(ema), partial / "ema.safetensors")
-        slots, scalars = _optimizer_state(optimizer)
-        save_file({**slots, **_random_states()}, partial / "optimizer.safetensors")
-        state = {"step": step, "optimizer": scalars, "python_random": random.getstate(), **extra}
-        (partial / "state.json").write_text(json.dumps(state))
+        for name, model in models.items():
+            save_file(_tensors(model), partial / f"{name}.safetensors")
+        save_file(dict(optimizer_tensors), partial / "optimizer.safetensors")
+        (partial / "state.json").write_text(json.dumps({"step": step, **state}))
         (partial / "artefact.json").write_text(json.dumps(artefact, indent=1))
-        files = {file.name: {"size": file.stat().st_size, "sha256": digest_file(file)} for file in partial.iterdir()}
-        (partial / "complete.json").write_text(json.dumps({"step": step, "files": files}))
+        files = {
+            file.name: _FileRecord(size=file.stat().st_size, sha256=digest_file(file)) for file in partial.iterdir()
+        }
+        (partial / "complete.json").write_text(_Complete(step=step, files=files).model_dump_json(indent=1))
         fsync_tree(partial)
         partial.rename(folder)
         fsync_dir(folder.parent)
     return folder
 
 
-def restore(
-    folder: Path, model: torch.nn.Module, ema: torch.nn.Module | None, optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """Load everything `save` wrote into the given objects and the random generators; return `extra` and the step."""
-    state: dict[str, Any] = _read_json(folder / "state.json")
-    _load_into(model, folder / "model.safetensors")
-    if ema is not None:
-        _load_into(ema, folder / "ema.safetensors")
-    tensors = _read_tensors(folder / "optimizer.safetensors")
-    _restore_optimizer(optimizer, tensors, state["optimizer"])
-    _restore_random(tensors, state["python_random"])
-    return state
-
-
 def checkpoints(run_dir: Path) -> list[Path]:
     """Return the run's checkpoint folders, newest first, whole or not."""
     found = [path for path in (run_dir / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]
-    return sorted(found, reverse=True)
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """Return the step in a checkpoint folder's name."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def survey(run_dir: Path) -> Survey:
+    """Find the newest checkpoint whose every file matches its digest; say in the log which were passed over."""
+    passed_over: list[str] = []
+    for folder in checkpoints(run_dir):
+        try:
+            verify_checkpoint(folder)
+        except CheckpointError as error:
+            log.warning("passing over a damaged checkpoint: %s", error)
+            passed_over.append(str(error))
+            continue
+        return Survey(folder, tuple(passed_over))
+    return Survey(None, tuple(passed_over))
 
 
 def newest_complete(run_dir: Path) -> Path:
-    """Return the newest checkpoint whose every file matches its digest; say in the log which ones were passed over.
-
-    Raises `CheckpointError` where there is none.
-    """
-    for folder in checkpoints(run_dir):
-        try:
-            verify(folder)
-        except CheckpointError as error:
-            log.warning("passing over a damaged checkpoint: %s", error)
-            continue
-        return folder
-    raise CheckpointError(f"{run_dir} has no complete checkpoint", expected="a run of `vla train-head`")
+    """Return the newest complete checkpoint of a run. Raises `CheckpointError` where there is none."""
+    found = survey(run_dir)
+    if found.newest is None:
+        damaged = f" ({len(found.passed_over)} damaged: {found.passed_over[0]})" if found.passed_over else ""
+        raise CheckpointError(f"{run_dir} has no complete checkpoint{damaged}", expected="a run of `vla train-head`")
+    return found.newest
 
 
 def load_checkpoint(path: Path, *, which: str = "newest") -> Checkpoint:
-    """Open a run folder (its best or newest checkpoint) or one checkpoint folder, for inference.
+    """Open one checkpoint folder, or a run folder's "newest" complete or "best" one, for inference.
 
-    `which`: "best" takes the checkpoint that `best.json` names. Raises `CheckpointError` naming what is missing.
+    Raises `CheckpointError` naming the file that is missing or damaged.
     """
-    folder = path
-    if not (path / "complete.json").is_file():
-        best = path / "best.json"
-        if which == "best" and best.is_file():
-            folder = path / "checkpoints" / str(_read_json(best)["checkpoint"])
-        else:
-            folder = newest_complete(path)
-    verify(folder)
-    averaged = folder / "ema.safetensors"
-    weights = _read_tensors(averaged if averaged.is_file() else folder / "model.safetensors")
+    if _NAME.fullmatch(path.name) or (path / "complete.json").exists():
+        folder = path
+        verify_checkpoint(folder)
+    elif which == "best":
+        folder = path / "checkpoints" / best_of(path)
+        verify_checkpoint(folder)
+    else:
+        folder = newest_complete(path)
+    averaged = (folder / "ema.safetensors").is_file()
+    state = read_state(folder)
     return Checkpoint(
-        folder, int(_read_json(folder / "state.json")["step"]), _read_json(folder / "artefact.json"), weights
+        folder=folder,
+        step=state["step"],
+        artefact=read_object(folder / "artefact.json"),
+        metrics=state.get("metrics", {}),
+        weights=read_tensors(folder / ("ema.safetensors" if averaged else "model.safetensors")),
+        averaged=averaged,
     )
 
 
-def verify(folder: Path) -> None:
+def best_of(run_dir: Path) -> str:
+    """Return the name of the checkpoint that `best.json` points to. Raises `CheckpointError` where it does not."""
+    file = run_dir / "best.json"
+    name = read_object(file).get("checkpoint")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):  # no way out of the folder
+        raise CheckpointError(f"{file} names no checkpoint", fix="the newest one, or a checkpoint's own folder")
+    return name
+
+
+def verify_checkpoint(folder: Path) -> None:
     """Compare every file with `complete.json`. Raises `CheckpointError` naming the first that differs."""
-    for name, record in _read_json(folder / "complete.json")["files"].items():
+    record = folder / "complete.json"
+    try:
+        complete = _Complete.model_validate(read_object(record))
+    except ValidationError:
+        raise CheckpointError(f"{record} is damaged", expected="the sizes and digests of a checkpoint") from None
+    wrong = sorted(REQUIRED - complete.files.keys()) + sorted(complete.files.keys() - REQUIRED - OPTIONAL)
+    if wrong:
+        raise CheckpointError(f"{record} does not describe a checkpoint ({', '.join(wrong)})")
+    if _NAME.fullmatch(folder.name) and complete.step != step_of(folder):  # a copy may have any name
+        raise CheckpointError(f"{record} is of step {complete.step}", expected=f"step {step_of(folder)}")
+    for name, wanted in complete.files.items():
         file = folder / name
-        if not file.is_file() or file.stat().st_size != record["size"] or digest_file(file) != record["sha256"]:
-            raise CheckpointError(f"{file} is missing or differs from complete.json")
+        with explaining(file):
+            if not file.is_file():
+                raise CheckpointError(f"{file} is missing")
+            if file.stat().st_size != wanted.size or digest_file(file) != wanted.sha256:
+                raise CheckpointError(f"{file} differs from {record.name}: truncated or changed")
 
 
-def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}
-
-
-def _load_into(module: torch.nn.Module, file: Path) -> None:
-    tensors = _read_tensors(file)
-    wanted = module.state_dict()
+def load_weights(module: torch.nn.Module, file: Path) -> None:
+    """Load a safetensors file into `module`. Raises `CheckpointError` where names or shapes differ."""
+    tensors, wanted = read_tensors(file), module.state_dict()
     wrong = sorted(tensors.keys() ^ wanted.keys()) or [n for n in wanted if wanted[n].shape != tensors[n].shape]
     if wrong:
-        raise CheckpointError(f"{file} does not fit the model: {', '.join(wrong[:3])}")
+        raise CheckpointError(f"{file} does not fit the module: {', '.join(wrong[:3])}")
     module.load_state_dict(tensors)
 
 
-def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    state: dict[Any, Any] = optimizer.state_dict()
-    tensors: dict[str, torch.Tensor] = {}
-    scalars: dict[str, dict[str, Any]] = {}
-    for index, slots in state["state"].items():
-        for slot, value in slots.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"optimizer.{index}.{slot}"] = value.detach().cpu().contiguous().clone()
-            else:
-                scalars.setdefault(str(index), {})[slot] = value
-    return tensors, {"scalars": scalars, "groups": state["param_groups"]}
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor], saved: Any) -> None:
-    state: dict[int, dict[str, Any]] = {int(index): dict(slots) for index, slots in saved["scalars"].items()}
-    for name, value in tensors.items():
-        kind, _, rest = name.partition(".")
-        if kind == "optimizer":
-            index, _, slot = rest.partition(".")
-            state.setdefault(int(index), {})[slot] = value
-    optimizer.load_state_dict({"state": state, "param_groups": saved["groups"]})
-
-
-def _random_states() -> dict[str, torch.Tensor]:
-    legacy: Any = np.random.get_state(legacy=True)  # noqa: NPY002 - libraries may draw from the global generator
-    states = {
-        "random.torch": torch.get_rng_state(),
-        "random.numpy": torch.from_numpy(np.asarray(legacy[1], np.int64)),
-        "random.numpy_position": torch.tensor([int(legacy[2])]),
-    }
-    if torch.cuda.is_available():
-        states["random.cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _restore_random(tensors: Mapping[str, torch.Tensor], python: Any) -> None:
-    torch.set_rng_state(tensors["random.torch"])
-    keys = tensors["random.numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, int(tensors["random.numpy_position"]), 0, 0.0))  # noqa: NPY002
-    random.setstate((python[0], tuple(python[1]), python[2]))
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
-
-
-def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file. Raises `CheckpointError` naming it."""
     try:
         tensors: dict[str, torch.Tensor] = load_file(file)
     except (OSError, SafetensorError) as error:
@@ -206,15 +213,29 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _read_json(file: Path) -> Any:
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read `state.json`, of which only the step is checked. Raises `CheckpointError`."""
+    state = read_object(folder / "state.json")
+    if type(state.get("step")) is not int or state["step"] < 0:
+        raise CheckpointError(f"{folder / 'state.json'} has no step", expected="a whole number")
+    return state
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Read a JSON object of bounded size. Raises `CheckpointError` naming the file."""
     try:
-        return json.loads(file.read_bytes())
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{file} has {file.stat().st_size} bytes", expected=f"at most {MAX_JSON_BYTES}")
+        value = json.loads(file.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing", expected="a complete checkpoint or a run folder") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: {error}", expected="JSON") from None
+        raise CheckpointError(f"{file}: {type(error).__name__}", expected="JSON") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file} holds a {type(value).__name__}", expected="a JSON object")
+    return value
 
 
-def write_best(run_dir: Path, folder: Path, metric: str, value: float) -> None:
-    """Record which checkpoint is best so far."""
-    write_atomic(run_dir / "best.json", json.dumps({"checkpoint": folder.name, metric: value}).encode())
+def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    # Cloned, because safetensors refuses tensors that share memory (tied weights).
+    return {name: value.detach().cpu().contiguous().clone() for name, value in module.state_dict().items()}

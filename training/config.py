@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from vla.stores.settings import Settings
+
+WARMUP_STEPS = 500
+"""Diffusion Policy's (Chi et al. 2023, `lr_warmup_steps` of its image workspaces)."""
+
+NEUTRAL = {
+    "log_every",
+    "validate_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "best_metric",
+    "trackers",
+    "device",
+    "threads",
+}
+"""Settings that a resumed run may change: none of them is part of the mathematics. (Another device, or another number
+of threads, rounds differently: the run then goes on, but not bit for bit.)"""
 
 
 class TrainConfig(Settings):
     """Settings of the loop. Defaults are Diffusion Policy's, but for `steps`.
 
-    `steps`: optimiser steps; each takes `accumulate` batches of `batch_size` windows (per process).
-    `schedule`: "cosine" to zero after `warmup_steps` of linear warm-up, or "constant" after it.
+    `steps`: optimiser steps; each takes `accumulate` batches of `batch_size` windows in every process.
+    `schedule`: "cosine" falls to zero at `steps`, so that a resumed run cannot raise `steps`; "constant" can.
+    `warmup_steps`: linear warm-up from zero; None: 500, or a tenth of `steps` where that is less.
+    `grad_clip`: largest norm of the gradient of all trained weights together.
+    `precision`: autocast of the forward pass; the weights stay float32.
     `ema`: keep an exponential moving average of the weights, used for validation and saved beside them, with decay
-    min(ema_max, 1 - (1 + step)^-ema_power).
-    `precision`: autocast of the forward pass. `threads`: OpenMP threads on a CPU (0: torch's choice); small heads are
-    fastest with one. `best_metric`: validation metric whose lowest checkpoint is kept beside the newest ones.
+    min(ema_max, 1 - (1 + k)^-ema_power) at update k = 0, 1, …
+    `validate_every`: steps between validations; every regular checkpoint is validated as well.
+    `keep_checkpoints`: newest ones kept, besides the one whose `best_metric` is lowest.
+    `threads`: torch's threads while the loop runs on a CPU (0: as they are); small heads are fastest with one.
+    `trackers`: names accelerate knows, such as "tensorboard" or "wandb".
     """
 
     steps: int = Field(2000, ge=1)
     batch_size: int = Field(64, ge=1)
     accumulate: int = Field(1, ge=1)
     lr: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.95, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.95, 0.999)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(1e-6, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
-    warmup_steps: int = Field(500, ge=0)
+    warmup_steps: int | None = Field(None, ge=0)
     grad_clip: float = Field(1.0, gt=0)
     precision: Literal["no", "bf16", "fp16"] = "no"
     ema: bool = True
@@ -44,6 +65,22 @@ class TrainConfig(Settings):
     threads: int = Field(1, ge=0)
     trackers: tuple[str, ...] = ()
 
+    @field_validator("warmup_steps")
+    @classmethod
+    def _warms_up_before_the_end(cls, value: int | None, info: ValidationInfo) -> int | None:
+        steps = info.data.get("steps")
+        if value is not None and steps is not None and value >= steps:
+            raise ValueError(f"the learning rate would never be reached in {steps} steps")
+        return value
 
-NEUTRAL = {"log_every", "validate_every", "checkpoint_every", "keep_checkpoints", "trackers", "best_metric"}
-"""Settings that a resumed run may change: none of them changes a weight."""
+    @property
+    def warmup(self) -> int:
+        """Steps of warm-up, with the default resolved."""
+        return min(WARMUP_STEPS, self.steps // 10) if self.warmup_steps is None else self.warmup_steps
+
+    def mathematics(self) -> dict[str, Any]:
+        """Return, JSON-able, the settings that decide the weights after a given step: a resumed run must have them."""
+        fields = self.model_dump(mode="json", exclude=NEUTRAL) | {"warmup_steps": self.warmup}
+        if self.schedule == "constant":  # its learning rate at a step does not depend on how many will follow
+            del fields["steps"]
+        return fields

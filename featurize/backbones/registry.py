@@ -1,4 +1,4 @@
-"""The backbones by name. A new backbone is one file here and one line in `BACKBONES`; nothing is imported until used."""
+"""The backbones by name. A new one is one file here and one line in `BACKBONES`; nothing is imported until used."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ BACKBONES: dict[str, str] = {
     "toy": "vla.featurize.backbones.toy:Toy",
 }
 """Name -> "module:Class". The class takes its own frozen settings, and names their type as `settings_type`."""
+
+SUMMARIES = {
+    "efficientnet": "EfficientNet-Lite0, ImageNet weights from the package index; grids of any block",
+    "dino-siglip": "DINOv3 or DINOv2 beside SigLIP; 64 fine and 4 coarse tokens a view",
+    "pixels": "32 x 32 RGB: the baseline that every learned backbone has to beat",
+    "toy": "no weights, microseconds: for tests and dry runs",
+}
 
 
 class BackboneClass(Protocol):

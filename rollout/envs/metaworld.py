@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.featurize.image import Image
-from vla.rollout.envs.base import EnvSpec, Observation, StepResult
+from vla.rollout.envs.base import EnvSpec, LiveImages, Observation, StepResult
 from vla.rollout.envs.metaworld_tasks import INSTRUCTIONS, instruction
 from vla.stores.errors import MachineError, UsageError
 from vla.stores.settings import nearest
@@ -100,12 +100,14 @@ class MetaWorldEnv:
             max_steps=limit,
         )
         self._renderer = self._make_renderer() if cameras else None
+        self._images = LiveImages((), self._render)
         self._steps_left = 0
         self._success = False
         self._expert: Any = None
 
     def reset(self, seed: int) -> Observation:
         """Start the episode that belongs to `seed`. Equal seeds give equal observations whatever ran before."""
+        self._images.expire()
         # Trap: reset(seed=...) ignores its seed; the scene is drawn from this generator.
         self._sim.np_random = np.random.default_rng(seed)
         self._sim.reset()
@@ -130,6 +132,7 @@ class MetaWorldEnv:
         clipped = np.clip(np.asarray(action, np.float32), -1.0, 1.0)
         if clipped.shape != (4,) or not np.isfinite(clipped).all():
             raise UsageError(f"action {action!r}", expected="4 finite numbers: dx, dy, dz, gripper")
+        self._images.expire()
         for _ in range(self._repeat):
             raw, _, _, _, info = self._sim.step(clipped)
             self._success |= bool(info["success"])
@@ -156,8 +159,8 @@ class MetaWorldEnv:
 
     def _observe(self, raw: NDArray[np.float64]) -> Observation:
         privileged = raw.astype(np.float32)
-        images = {camera: self._render(camera) for camera in self.spec.cameras}
-        return Observation(images, privileged[: len(STATE_NAMES)].copy(), privileged)
+        self._images = LiveImages(self.spec.cameras, self._render)
+        return Observation(self._images, privileged[: len(STATE_NAMES)].copy(), privileged)
 
     def _render(self, camera: str) -> Image:
         if self._renderer is None:

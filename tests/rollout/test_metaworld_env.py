@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes.util
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -35,6 +36,13 @@ def seen() -> Iterator[MetaWorldEnv]:
     env = MetaWorldEnv("push-v3", cameras=("corner", "corner2", "corner3", "corner4", "topview"))
     yield env
     env.close()
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a process in which nothing was imported or chosen yet."""
+    drawing = ("MUJOCO_GL", "PYOPENGL_PLATFORM")
+    environment = {name: value for name, value in os.environ.items() if name not in drawing}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
 
 
 def play_expert(env: MetaWorldEnv, seed: int) -> bool:
@@ -172,6 +180,12 @@ class TestEpisode:
         elsewhere = Observation({}, observation.state, moved)
         assert not np.array_equal(push.expert_action(observation), push.expert_action(elsewhere))
 
+    def test_every_episode_gets_a_new_expert(self, push: MetaWorldEnv) -> None:
+        push.expert_action(push.reset(0))
+        first = push._expert
+        push.expert_action(push.reset(1))
+        assert push._expert is not first
+
     def test_success_stays_after_the_puck_has_left_the_goal(self, push: MetaWorldEnv) -> None:
         assert play_expert(push, 0)
         push._sim._set_obj_xyz(np.array([-0.3, 0.5, 0.02]))
@@ -244,8 +258,7 @@ class TestMachine:
             "import sys, vla.rollout.envs.registry, vla.rollout.envs.metaworld\n"
             "print([n for n in ('metaworld', 'mujoco', 'gymnasium', 'OpenGL', 'torch') if n in sys.modules])"
         )
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert run.stdout.strip() == "[]"
+        assert run_python(code).stdout.strip() == "[]"
         assert ENVS["metaworld"].startswith("vla.rollout.envs.metaworld:")
 
     def test_a_missing_simulator_names_the_extra_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,3 +273,24 @@ class TestMachine:
         with pytest.raises(MachineError, match="apt-get install -y --no-install-recommends libosmesa6"):
             make_env("metaworld:push-v3")
         make_env("metaworld:push-v3", cameras=()).close()
+
+    @pytest.mark.sim
+    def test_an_environment_without_cameras_may_come_before_one_with_them(self) -> None:
+        code = (
+            "from vla.rollout.envs.registry import make_env\n"
+            "make_env('metaworld:push-v3', cameras=()).reset(0)\n"
+            "env = make_env('metaworld:push-v3', cameras=('topview',), image_size=16)\n"
+            "print(env.reset(0).images['topview'].shape)\n"
+            "env.close()"
+        )
+        assert run_python(code).stdout.strip() == "(16, 16, 3)"
+
+    @pytest.mark.sim
+    def test_a_mujoco_that_was_imported_before_it_could_be_told_how_to_draw_is_an_error_with_a_remedy(self) -> None:
+        code = (
+            "import mujoco\n"
+            "from vla.rollout.envs.registry import make_env\n"
+            "from vla.stores.errors import MachineError\n"
+            "try:\n    make_env('metaworld:push-v3')\nexcept MachineError as error:\n    print(error)"
+        )
+        assert "export MUJOCO_GL=osmesa" in run_python(code).stdout

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +87,9 @@ def test_each_field_of_the_fingerprint_is_compared_and_named(root: Path, path: t
 
 
 def test_a_field_that_the_store_does_not_know_is_named(root: Path) -> None:
+    changed = copy.deepcopy(FINGERPRINT)
+    changed["backbone"]["new"] = 1  # type: ignore[index]
     with pytest.raises(FingerprintError, match=r"backbone\.new: <absent> here, 1 wanted"):
-        changed = copy.deepcopy(FINGERPRINT)
-        changed["backbone"]["new"] = 1  # type: ignore[index]
         resume(root, manifest(fingerprint=changed))
 
 
@@ -122,9 +122,7 @@ def test_each_field_of_the_plan_is_compared_and_named(root: Path, field: str, va
     ("ids", "lengths", "named"),
     [(("a", "c"), (5, 7), "episodes/id"), (("b", "a"), (5, 7), "episodes/id"), (("a", "b"), (6, 6), "episodes/length")],
 )
-def test_other_episodes_are_refused(
-    root: Path, ids: tuple[str, ...], lengths: tuple[int, ...], named: str
-) -> None:
+def test_other_episodes_are_refused(root: Path, ids: tuple[str, ...], lengths: tuple[int, ...], named: str) -> None:
     with pytest.raises(FingerprintError, match=rf"tables\.{named}"):
         resume(root, manifest(), episodes(ids, lengths))
 

@@ -101,7 +101,7 @@ def test_the_same_feature_twice_is_refused(tmp_path: Path, make_store: Callable[
 def test_an_episode_of_two_lengths_is_refused(tmp_path: Path, make_store: Callable[..., Any]) -> None:
     one = make_store(tmp_path / "one")
     two = make_store(tmp_path / "two", lengths=(5, 8, 6), features=OTHER)
-    with pytest.raises(DataError, match="'episode-1': 9 frames in .* 8 in"):
+    with pytest.raises(DataError, match=r"'episode-1': 9 frames in .* 8 in"):
         join_stores([one.open(), two.open()])
 
 

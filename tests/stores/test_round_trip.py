@@ -44,18 +44,14 @@ def test_rows_come_back_in_any_order_and_repeated(tmp_path: Path, make_store: Ca
 
 
 @pytest.mark.parametrize("unit_rows", [1, 3, 20, 64])
-def test_the_size_of_a_unit_changes_no_value(
-    tmp_path: Path, make_store: Callable[..., Any], unit_rows: int
-) -> None:
+def test_the_size_of_a_unit_changes_no_value(tmp_path: Path, make_store: Callable[..., Any], unit_rows: int) -> None:
     made = make_store(tmp_path / "s", unit_rows=unit_rows)
     store = made.open()
     np.testing.assert_array_equal(store.read("grid", np.arange(20)), made.features["grid"])
     np.testing.assert_array_equal(store.steps("clock"), made.steps["clock"])
 
 
-def test_zarr_python_reads_the_same_values_from_the_same_files(
-    tmp_path: Path, make_store: Callable[..., Any]
-) -> None:
+def test_zarr_python_reads_the_same_values_from_the_same_files(tmp_path: Path, make_store: Callable[..., Any]) -> None:
     import zarr
 
     made = make_store(tmp_path / "s", features=TWO_FEATURES)
@@ -106,7 +102,7 @@ def test_an_incomplete_store_is_opened_only_on_request(tmp_path: Path, make_stor
     np.testing.assert_array_equal(store.usable, [True, False, False])
     np.testing.assert_array_equal(store.read("grid", np.arange(8)), made.features["grid"][:8])
     assert np.isnan(store.steps("action")[8:]).all()
-    with pytest.raises(StoreError, match="unit 1 .* is not committed"):
+    with pytest.raises(StoreError, match=r"unit 1 .* is not committed"):
         store.read("grid", np.array([3, 9]))
 
 
@@ -165,9 +161,7 @@ def test_a_zarr_group_of_someone_else_is_no_store(tmp_path: Path) -> None:
         open_store(tmp_path / "g")
 
 
-def test_the_room_of_stores_imports_and_reads_without_torch(
-    tmp_path: Path, make_store: Callable[..., Any]
-) -> None:
+def test_the_room_of_stores_imports_and_reads_without_torch(tmp_path: Path, make_store: Callable[..., Any]) -> None:
     make_store(tmp_path / "s")
     program = """
 import importlib, pathlib, sys

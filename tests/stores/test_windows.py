@@ -12,7 +12,9 @@ from vla.stores.tables import EpisodeTable
 from vla.stores.windows import WindowIndex, WindowSpec, split_episodes
 
 
-def brute_force(start: int, length: int, row: int, spec: WindowSpec) -> tuple[list[int], list[bool], list[int], list[bool]]:
+def brute_force(
+    start: int, length: int, row: int, spec: WindowSpec
+) -> tuple[list[int], list[bool], list[int], list[bool]]:
     obs = [row - spec.n_obs + 1 + i for i in range(spec.n_obs)]
     action = [row + spec.action_offset + i for i in range(spec.horizon)]
     inside = range(start, start + length)
@@ -21,12 +23,12 @@ def brute_force(start: int, length: int, row: int, spec: WindowSpec) -> tuple[li
 
 
 def table_of(lengths: list[int]) -> EpisodeTable:
-    return EpisodeTable.plan([f"e{i}" for i in range(len(lengths))], lengths, [f"t{i % 3}" for i in range(len(lengths))])
+    return EpisodeTable.plan(
+        [f"e{i}" for i in range(len(lengths))], lengths, [f"t{i % 3}" for i in range(len(lengths))]
+    )
 
 
-specs = st.builds(
-    WindowSpec, n_obs=st.integers(1, 6), horizon=st.integers(1, 32), action_offset=st.integers(-6, 0)
-)
+specs = st.builds(WindowSpec, n_obs=st.integers(1, 6), horizon=st.integers(1, 32), action_offset=st.integers(-6, 0))
 
 
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=6), spec=specs, data=st.data())
@@ -79,7 +81,10 @@ def test_windows_need_an_episode() -> None:
 
 
 @given(
-    count=st.integers(2, 40), share=st.floats(0.01, 0.99), seed=st.integers(0, 2**31), shuffle=st.randoms(use_true_random=False)
+    count=st.integers(2, 40),
+    share=st.floats(0.01, 0.99),
+    seed=st.integers(0, 2**31),
+    shuffle=st.randoms(use_true_random=False),
 )
 def test_the_split_is_disjoint_complete_and_independent_of_order(
     count: int, share: float, seed: int, shuffle: object

@@ -1,0 +1,134 @@
+"""Models in the layout of the model hub: a folder with `config.json` and `model.safetensors`, here or in the cache.
+
+transformers renames parameters between releases and fills those that it does not find with random numbers, so models
+are loaded through its own `from_pretrained`, which knows the old names, and every key is accounted for afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: of whichever client the hub uses
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+)
+from safetensors import SafetensorError
+from torch import nn
+from transformers.utils import logging
+
+from vla.featurize.backbones.inference import freeze
+from vla.featurize.backbones.weights import require_keys
+from vla.stores.errors import DataError, MachineError
+from vla.stores.fingerprint import digest
+
+FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+INCIDENTAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
+"""Keys of `config.json` that no feature depends on: weights are cast to float32 whatever their dtype on disk."""
+
+
+def find_model(name: str, fix: str) -> Path:
+    """Return the folder of a model, given the folder or a hub id.
+
+    The hub's cache is asked first, so a run never follows an update by itself; then the network, unless
+    HF_HUB_OFFLINE is set. Raises `MachineError` ending in `fix` where the model is in neither.
+    """
+    folder = Path(name).expanduser()
+    if not is_hub_id(name):
+        if not weight_files(folder):
+            raise MachineError(f"no model in {name}", expected="config.json and model.safetensors", fix=fix)
+        return folder
+    reason = "it is in no cache and the hub was not reached"
+    for local_only in (True, False):
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=FILES, local_files_only=local_only))
+        except LocalEntryNotFoundError:
+            continue
+        except GatedRepoError:
+            reason = "it is gated: accept its licence on its model page, then `hf auth login`"
+            continue
+        except (OSError, HTTPError, HFValidationError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            continue
+        if weight_files(folder):
+            return folder
+        reason = "the hub's copy has no model.safetensors"
+    raise MachineError(f"no weights of {name}: {reason}", fix=fix)
+
+
+def is_hub_id(name: str) -> bool:
+    """Tell whether a name means `owner/model` on the hub; a folder of that name here comes first."""
+    return name.count("/") == 1 and not name.startswith((".", "~", "/")) and not Path(name).exists()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """List the files whose bytes make the model, or nothing where the folder does not hold a whole one."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not (folder / "config.json").is_file():
+        return []
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        return []
+    files = [folder / file for file in sorted(set(_read_json(index)["weight_map"].values()))]
+    return files if all(file.is_file() for file in files) else []
+
+
+def read_model_config(folder: Path) -> tuple[str, str]:
+    """Return (model type, SHA-256 of what `config.json` says of the vision model)."""
+    values = _read_json(folder / "config.json")
+    vision = values.get("vision_config", values)
+    return str(values.get("model_type")), digest({k: v for k, v in vision.items() if k not in INCIDENTAL})
+
+
+def load_model(model_class: Any, folder: Path, *, unused: tuple[str, ...] = ()) -> nn.Module:
+    """Load a transformers model in float32, frozen. `unused`: prefixes of keys that belong to other parts of a file.
+
+    Raises `DataError` where the file does not hold exactly the parameters of the model.
+    """
+    try:
+        with _quiet():
+            model, info = model_class.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise DataError(f"{folder} does not load: {str(error).strip().partition(chr(10))[0]}") from None
+    unexpected = sorted(key for key in info["unexpected_keys"] if not key.startswith(unused))
+    require_keys(sorted(info["missing_keys"]), unexpected, folder)
+    return freeze(model)
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{path} holds a {type(values).__name__}", expected="a table")
+    return values
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' progress bar and its report of keys, which `require_keys` turns into errors."""
+    verbosity, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if progress:
+            logging.enable_progress_bar()

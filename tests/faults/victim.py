@@ -1,0 +1,376 @@
+"""A small `featurize` that is made to fail: run by the tests of this folder, in a process of its own.
+
+    victim.py crash FOLDER PHASE          the process ends at each file-system operation that changes something
+    victim.py error FOLDER PHASE STRIDE   every STRIDE-th operation, reading ones too, fails with an errno
+    victim.py kill  FOLDER COUNT SEED     SIGKILL at random moments of a slow run
+    victim.py full  FOLDER                a disk that fills up at every possible place; FOLDER is a small file system
+
+A phase is `create` (a store without units), `overwrite` (one in the place of another) or `commit` (its units).
+Everything is imported once and each victim is forked, which makes a hundred deaths a matter of seconds. Prints one
+JSON object: what was counted, and `failures`, one line each.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vla.stores.errors import MachineError, VlaError
+from vla.stores.manifest import FeatureInfo, Manifest, StepInfo
+from vla.stores.store import open_store
+from vla.stores.tables import EpisodeTable
+from vla.stores.verify import verify_store
+from vla.stores.writer import open_writer
+
+LENGTHS = (5, 9, 6)
+
+
+EPISODES = EpisodeTable.plan([f"episode-{n}" for n in range(len(LENGTHS))], LENGTHS, ["look"] * len(LENGTHS))
+MANIFEST = Manifest(
+    rows=sum(LENGTHS),
+    unit_rows=8,
+    fps=10.0,
+    cameras=("front", "wrist"),
+    features={"grid": FeatureInfo(shape=(2, 2, 2, 4), dims=("view", "y", "x", "channel"), dtype="float16")},
+    steps={"action": StepInfo(shape=(2,), dtype="float32", role="action")},
+    fingerprint={"source": {"digest": "ab" * 32}},
+    tables={},
+    provenance={},
+)
+
+
+class Stripes:
+    """Three episodes of pictures that tell episode and frame apart. The part of a source that `featurize` asks for."""
+
+    def steps(self, episode: int) -> dict[str, np.ndarray[Any, Any]]:
+        frame = np.arange(LENGTHS[episode], dtype=np.float32)[:, None]
+        return {"action": frame + np.float32([episode, -episode])}
+
+    def frames(self, episode: int, start: int, stop: int) -> Iterator[tuple[np.ndarray[Any, Any], ...]]:
+        for frame in range(start, stop):
+            picture = np.arange(8 * 8 * 3, dtype=np.int64).reshape(8, 8, 3) * (episode + 3) + frame * 11
+            yield (picture % 251).astype(np.uint8), (picture % 241).astype(np.uint8)
+
+
+def run(root: Path, *, only_create: bool = False, overwrite: bool = False, delay_ms: float = 0.0) -> None:
+    """Begin the store at `root`, or go on with it, or make it anew."""
+    with open_writer(root, MANIFEST, EPISODES, resume=not overwrite, overwrite=overwrite) as writer:
+        if not only_create:  # torch is not imported where it is not needed: a small process forks fast
+            from vla.featurize.backbones.registry import make_backbone
+            from vla.featurize.run import featurize
+
+            backbone = make_backbone("toy", grid=2, channels=4, delay_ms=delay_ms)
+            featurize(Stripes(), backbone, writer, EPISODES, batch_size=3)  # type: ignore[arg-type]
+
+
+# ---- what goes wrong ----
+
+
+class Faults:
+    """Counts file-system operations, and calls `strike` at the k-th. `reading` counts those too that change nothing."""
+
+    def __init__(self, at: int, strike: Callable[[str, Callable[[], Any]], Any], *, reading: bool) -> None:
+        self.at, self.strike, self.reading = at, strike, reading
+        self.names: list[str] = []
+        self._lock = threading.Lock()
+
+    def step(self, name: str, half: Callable[[], Any] = lambda: None) -> None:
+        with self._lock:
+            self.names.append(name)
+            now = len(self.names) == self.at
+        if now:
+            self.strike(name, half)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        changing = ["mkdir", "rename", "replace", "unlink", "rmdir", "link"]
+        names = [*changing, "fsync", "stat", "scandir", "listdir"] if self.reading else changing
+        saved = {name: getattr(os, name) for name in (*names, "open")}
+        saved_open = io.open
+        for name in names:
+            setattr(os, name, self._counted(name, saved[name]))
+        os.open = self._os_open(saved["open"])  # type: ignore[assignment]
+        io.open = self._io_open(saved_open)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            io.open = saved_open
+            for name, function in saved.items():
+                setattr(os, name, function)
+
+    def _counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **options: Any) -> Any:
+            self.step(name)
+            return function(*arguments, **options)
+
+        return counted
+
+    def _os_open(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(path: Any, flags: int, *rest: Any, **options: Any) -> Any:
+            if self.reading or flags & os.O_CREAT:
+                self.step("open")
+            return function(path, flags, *rest, **options)
+
+        return counted
+
+    def _io_open(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(file: Any, mode: str = "r", *rest: Any, **options: Any) -> Any:
+            writing = bool(set(mode) & set("wax+"))
+            if self.reading or writing:
+                self.step("open")
+            opened = function(file, mode, *rest, **options)
+            if writing and not isinstance(file, int):
+                write = opened.write
+
+                def counted_write(data: Any) -> Any:
+                    def half() -> None:
+                        write(memoryview(data)[: len(memoryview(data)) // 2])
+                        opened.flush()
+
+                    self.step("write", half)
+                    return write(data)
+
+                opened.write = counted_write
+            return opened
+
+        return counted
+
+
+# ---- what must hold afterwards ----
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def check_survivor(root: Path, reference: dict[str, bytes]) -> str:
+    """Say what is wrong with a store after its writer died; nothing where it is whole, partial or absent."""
+    if not root.exists():
+        return ""
+    store = open_store(root, allow_partial=True)
+    damage = [line for line in verify_store(root).findings if line.startswith("array")]
+    if damage:
+        return f"damaged: {damage}"
+    for unit, commit in store.commits.items():
+        for path in (*commit.files, f"commits/unit-{unit:06d}.json"):
+            if (root / path).read_bytes() != reference[path]:
+                return f"committed {path} differs"
+    return ""
+
+
+def check_resumed(root: Path, reference: dict[str, bytes], *, only_create: bool = False) -> str:
+    """Resume, and say how the store differs from one that was never interrupted."""
+    run(root, only_create=only_create)
+    found = files_of(root)
+    if found != reference:
+        wrong = sorted(path for path in found.keys() | reference.keys() if found.get(path) != reference.get(path))
+        return f"resumed store differs in {wrong}"
+    debris = [path.name for path in root.parent.rglob("*.partial")]
+    return f"left {debris}" if debris else ""
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Run `work` in a forked child; return how it ended: the exit code, or minus the signal."""
+    child = os.fork()
+    if child == 0:
+        gc.disable()  # a collection would touch, and so copy, all memory of the parent
+        try:
+            work()
+        except BaseException:  # noqa: BLE001 - the child must not go on as a second parent
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+class Stage:
+    """A phase of the run: what it starts from, and the bytes that it ends with."""
+
+    def __init__(self, folder: Path, phase: str) -> None:
+        self.root, self.empty, self.phase = folder / "work" / "s", folder / "empty", phase
+        self.only_create = phase != "commit"
+        run(self.empty, only_create=True)
+        run(folder / "whole", only_create=self.only_create)
+        self.reference = files_of(folder / "whole")
+
+    def prepare(self) -> None:
+        shutil.rmtree(self.root.parent, ignore_errors=True)
+        self.root.parent.mkdir()
+        if self.phase != "create":
+            shutil.copytree(self.empty, self.root)
+
+    def run(self) -> None:
+        run(self.root, only_create=self.only_create, overwrite=self.phase == "overwrite")
+
+    def operations(self, *, reading: bool) -> list[str]:
+        self.prepare()
+        faults = Faults(0, lambda name, half: None, reading=reading)
+        with faults.installed():
+            self.run()
+        return faults.names
+
+    def finish(self) -> str:
+        """Say what is wrong with what is left, now and after resuming."""
+        try:
+            problem = check_survivor(self.root, self.reference)
+            return problem or check_resumed(self.root, self.reference, only_create=self.only_create)
+        except VlaError as caught:
+            return f"{type(caught).__name__}: {caught}"
+
+
+def crash(folder: Path, phase: str) -> dict[str, Any]:
+    """End the process before each changing operation, and in the middle of each write."""
+    stage = Stage(folder, phase)
+    names = stage.operations(reading=False)
+    failures, deaths = [], 0
+    moments = [(at, False) for at in range(1, len(names) + 1)]
+    moments += [(at, True) for at, name in enumerate(names, 1) if name == "write"]
+    for at, halfway in moments:
+
+        def strike(name: str, half: Callable[[], Any], halfway: bool = halfway) -> None:
+            if halfway:
+                half()
+            os._exit(7)
+
+        def work(at: int = at, strike: Callable[..., Any] = strike) -> None:
+            with Faults(at, strike, reading=False).installed():
+                stage.run()
+
+        stage.prepare()
+        code = in_child(work)
+        deaths += code == 7
+        problem = stage.finish() if code in (0, 7) else f"exit code {code}"
+        if problem:
+            failures.append(f"{names[at - 1]} {at} of {len(names)}{', halfway' if halfway else ''}: {problem}")
+    return {"operations": len(names), "deaths": deaths, "failures": failures}
+
+
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EMFILE)
+
+
+def error(folder: Path, phase: str, stride: int) -> dict[str, Any]:
+    """Let each operation fail: a one-line `MachineError`, and nothing broken."""
+    stage = Stage(folder, phase)
+    total = len(stage.operations(reading=True))
+    failures, raised = [], 0
+    for at in range(1, total + 1, stride):
+        code = ERRORS[at // stride % len(ERRORS)]
+
+        def strike(name: str, half: Callable[[], Any], code: int = code) -> None:
+            if code == errno.ENOSPC and name == "write":
+                half()  # a full disk takes what fits
+            raise OSError(code, os.strerror(code))
+
+        stage.prepare()
+        problem = ""
+        try:
+            with Faults(at, strike, reading=True).installed():
+                stage.run()
+        except MachineError as caught:
+            raised += 1
+            problem = "" if "\n" not in str(caught) else f"more than one line: {caught}"
+        except Exception as caught:  # noqa: BLE001 - whatever comes is the finding
+            problem = f"{type(caught).__name__}: {caught}"
+        problem = problem or stage.finish()
+        if problem:
+            failures.append(f"operation {at} of {total}, {errno.errorcode[code]}: {problem}")
+    return {"operations": total, "raised": raised, "failures": failures}
+
+
+def kill(folder: Path, count: int, seed: int) -> dict[str, Any]:
+    """SIGKILL a slow run at random moments, again and again, until it has been killed `count` times; then resume."""
+    rng = random.Random(seed)
+    run(folder / "whole")
+    reference = files_of(folder / "whole")
+    failures: list[str] = []
+    kills, commits_seen = 0, set()
+    while kills < count:
+        work = folder / "work"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        for _ in range(count):  # until one run comes through; each goes on where the one before was killed
+            child = os.fork()
+            if child == 0:
+                try:
+                    run(work / "s", delay_ms=10.0)
+                finally:
+                    os._exit(0)
+            time.sleep(rng.uniform(0.0, 0.30))
+            os.kill(child, signal.SIGKILL)
+            killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+            kills += killed
+            try:
+                problem = check_survivor(work / "s", reference)
+            except VlaError as caught:
+                problem = f"{type(caught).__name__}: {caught}"
+            if problem:
+                failures.append(f"kill {kills}: {problem}")
+            commits_seen.add(len(list(work.glob("s/commits/unit-*.json"))))
+            if not killed or kills >= count:
+                break
+        try:
+            problem = check_resumed(work / "s", reference)
+        except VlaError as caught:
+            problem = f"{type(caught).__name__}: {caught}"
+        if problem:
+            failures.append(f"after kill {kills}: {problem}")
+    return {"kills": kills, "commits_seen": sorted(commits_seen), "failures": failures}
+
+
+def full(folder: Path) -> dict[str, Any]:
+    """Leave 0, 4, 8, ... KiB free before each run, until one comes through."""
+    run(folder / "whole")
+    reference = files_of(folder / "whole")
+    shutil.rmtree(folder / "whole")
+    failures, refused, page = [], 0, 4096
+    for pages in range(200):
+        work = folder / "work"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        free = shutil.disk_usage(folder).free
+        (folder / "ballast").write_bytes(bytes(max(free - pages * page, 0)))
+        through = False
+        try:
+            run(work / "s")
+            through = True
+        except MachineError as caught:
+            refused += 1
+            problem = "" if "the disk is full" in str(caught) and "\n" not in str(caught) else str(caught)
+            problem = problem or check_survivor(work / "s", reference)
+        (folder / "ballast").unlink()
+        if through:
+            break
+        problem = problem or check_resumed(work / "s", reference)
+        if problem:
+            failures.append(f"{pages * 4} KiB free: {problem}")
+    return {"refused": refused, "through": through, "failures": failures}
+
+
+if __name__ == "__main__":
+    command, where, *rest = sys.argv[1:]
+    target = Path(where)
+    if command == "crash":
+        result = crash(target, rest[0])
+    elif command == "error":
+        result = error(target, rest[0], int(rest[1]))
+    elif command == "full":
+        result = full(target)
+    else:
+        result = kill(target, int(rest[0]), int(rest[1]))
+    sys.stdout.write(json.dumps(result) + "\n")

@@ -1,0 +1,73 @@
+"""The machine under the loop: device, processes, precision and trackers, all through accelerate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import DistributedType
+
+from vla.stores.errors import MachineError, UsageError
+from vla.stores.settings import nearest
+from vla.training.config import TrainConfig
+
+SUPPORTED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
+"""One process, or data-parallel ones. Sharded optimisers (FSDP, DeepSpeed) would need checkpoints of another form."""
+
+
+@contextmanager
+def accelerated(config: TrainConfig, run_dir: Path) -> Iterator[Accelerator]:
+    """Yield the Accelerator of one run; end its trackers and its process group afterwards.
+
+    Raises `UsageError` for unknown trackers and settings of the launcher that contradict `config`, `MachineError`
+    where a device or a tracker's package is missing.
+    """
+    _check_trackers(config.trackers)
+    fresh = not AcceleratorState._shared_state
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.precision,
+            gradient_accumulation_steps=config.accumulate,
+            cpu=config.device == "cpu",
+            log_with=list(config.trackers) or None,
+            project_dir=str(run_dir),
+        )
+    except ValueError as error:
+        found = str(error).split("\n")[0]
+        fix = "--set train.precision=no" if config.precision != "no" else "--set train.device=auto"
+        raise MachineError(f"accelerate refuses these settings: {found}", fix=fix) from None
+    try:
+        if config.device == "cuda" and accelerator.device.type != "cuda":
+            fix = "--set train.device=auto"
+            raise MachineError("device 'cuda' is not there", expected="a GPU that torch sees", fix=fix)
+        if accelerator.distributed_type not in SUPPORTED:
+            raise UsageError(f"launched as {accelerator.distributed_type.value}", expected="one process, or plain DDP")
+        if accelerator.gradient_accumulation_steps != config.accumulate:  # the launcher's variable wins over ours
+            raise UsageError(
+                f"the launcher asks for {accelerator.gradient_accumulation_steps} accumulation steps",
+                expected=f"train.accumulate = {config.accumulate}",
+                fix="unset ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+            )
+        yield accelerator
+    finally:
+        accelerator.end_training()
+        if fresh:  # accelerate keeps device and precision for the whole process; the next run may want others
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+
+
+def _check_trackers(names: tuple[str, ...]) -> None:
+    """Refuse what accelerate would drop with no more than a debug message."""
+    available = {str(tracker) for tracker in get_available_trackers()}
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(LOGGER_TYPE_TO_CLASS)
+            raise UsageError(
+                f"unknown tracker {name!r}{nearest(name, LOGGER_TYPE_TO_CLASS)}", expected=f"one of {known}"
+            )
+        if name not in available:
+            raise MachineError(f"tracker {name!r} is not installed", fix=f"pip install {name}")

@@ -1,0 +1,126 @@
+"""The folder of a run: begun, refused, gone on with, replaced; and which of its checkpoints are kept.
+
+run.json        what decides the weights: settings, processes, the caller's artefact
+metrics.jsonl   one line per log step
+best.json       the checkpoint with the lowest validation metric
+checkpoints/    see checkpoint.py
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vla.stores.errors import CheckpointError, UsageError
+from vla.stores.filesystem import PARTIAL, explaining, sweep_partial, write_atomic
+from vla.training.checkpoint import checkpoints, read_object, step_of, survey
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The checkpoint with the lowest `metric` so far."""
+
+    checkpoint: str
+    metric: str
+    value: float
+
+
+def can_resume(run_dir: Path) -> bool:
+    """Return whether a run has come as far as a first checkpoint, from which `fit(…, resume=True)` would go on.
+
+    Before that, resuming starts at step 0 with the module as it is given.
+    """
+    return bool(checkpoints(run_dir))
+
+
+def prepare_run(
+    run_dir: Path, decides: Mapping[str, Any], *, resume: bool, overwrite: bool
+) -> tuple[Path | None, tuple[str, ...]]:
+    """Make the folder ready. Return the checkpoint to go on from (None: from step 0), and why newer ones are not it.
+
+    `decides` is everything the weights depend on, JSON-able. Raises `UsageError` where the folder exists and neither
+    flag is given, where it is not a run, and where the run was begun with something else, naming the field;
+    `CheckpointError` where there are checkpoints and all of them are damaged.
+    """
+    file = run_dir / "run.json"
+    with explaining(run_dir):
+        inside = [path for path in run_dir.iterdir() if path.suffix != PARTIAL] if run_dir.exists() else []
+        if inside and not file.is_file():
+            raise UsageError(f"{run_dir} exists and is not a run of `vla train-head`", fix="another --out")
+        if inside and not resume and not overwrite:
+            raise UsageError(f"{run_dir} exists", fix="--resume to go on, --overwrite to replace it, or another --out")
+        if inside and resume:
+            _require_same(file, decides)
+        elif inside:
+            for path in inside:  # run.json stays until it is replaced: an interrupted --overwrite leaves a run of ours
+                if path != file:
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        run_dir.mkdir(parents=True, exist_ok=True)
+        sweep_partial(run_dir)
+        write_atomic(file, json.dumps(decides, indent=1).encode())
+    found = survey(run_dir)
+    if found.newest is None and found.passed_over:
+        raise CheckpointError(
+            f"every checkpoint of {run_dir} is damaged: {found.passed_over[0]}", fix="--overwrite to start again"
+        )
+    if resume:
+        log.info("going on from %s", found.newest or f"step 0: {run_dir} has no checkpoint yet")
+    return found.newest, found.passed_over
+
+
+def write_best(run_dir: Path, best: Best | None) -> None:
+    """Point `best.json` to a checkpoint, or to none."""
+    file = run_dir / "best.json"
+    if best is None:
+        file.unlink(missing_ok=True)
+    else:
+        write_atomic(file, json.dumps({"checkpoint": best.checkpoint, best.metric: best.value}).encode())
+
+
+def prune(run_dir: Path, keep: int, step: int, best: Best | None) -> None:
+    """Delete all checkpoints up to `step` but the newest `keep` and the best.
+
+    Later ones stay: they are damaged ones, from which a resumed run fell back, and take nobody's place.
+    """
+    past = [folder for folder in checkpoints(run_dir) if step_of(folder) <= step]
+    with explaining(run_dir):
+        for folder in past[keep:]:
+            if best is None or folder.name != best.checkpoint:
+                # Under its name a checkpoint is whole: half a deletion must not look like damage.
+                partial = folder.rename(folder.with_name(folder.name + PARTIAL))
+                shutil.rmtree(partial)
+
+
+def _require_same(file: Path, decides: Mapping[str, Any]) -> None:
+    begun: Any = read_object(file)
+    lines = _differences(begun, json.loads(json.dumps(decides)))
+    if lines:
+        more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
+        raise UsageError(
+            f"{file.parent} was begun with {'; '.join(lines[:3])}{more}",
+            fix="the settings it was begun with, --overwrite, or another --out",
+        )
+
+
+def _differences(begun: Any, now: Any, prefix: str = "") -> list[str]:
+    if isinstance(begun, Mapping) and isinstance(now, Mapping):
+        lines = []
+        for key in sorted(begun.keys() | now.keys()):
+            path = f"{prefix}.{key}" if prefix else str(key)
+            lines += _differences(begun.get(key, "<absent>"), now.get(key, "<absent>"), path)
+        return lines
+    if json.dumps(begun) == json.dumps(now):  # as text, because NaN is not equal to itself
+        return []
+    return [f"{prefix} = {_short(begun)}, not {_short(now)}"]
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
