@@ -2,68 +2,89 @@
 
 Training: eps ~ N(0, I), k uniform, error = (eps_hat(sqrt(abar_k) a + sqrt(1 - abar_k) eps, k, obs) - eps)^2. Sampling
 by DDIM in few steps, or by DDPM. The predicted horizon begins with the first observed frame, so the actions from the
-present on are those from n_obs - 1. Schedulers are diffusers'.
+present on are those from n_obs - 1. The noise schedule and the DDPM step are diffusers'. The DDIM step is ours:
+diffusers' takes the step before k to be k - train_steps // sample_steps, which is wrong unless the one divides the
+other (16 of 100 steps shift a Gaussian's mean by 1 %; tests/heads/test_dp.py).
 """
 
 from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDPMScheduler
 from pydantic import Field
 from torch import Tensor
 
 from vla.heads.batch import Batch, HeadIO
-from vla.heads.model import HeadConfig, HeadModel, noise_like
+from vla.heads.model import HeadConfig, HeadModel, noise_like, real_dims
 from vla.heads.nets.residual_mlp import ResidualMLP
-from vla.heads.nets.unet1d import ConditionalUnet1D, check_horizon
+from vla.heads.nets.unet1d import ConditionalUnet1D, check_sizes
 from vla.stores.errors import UsageError
+
+DDIM_STEPS = 16
+"""Default of DDIM. The paper's robots take 10; 16 cost little more with these nets."""
 
 
 class DiffusionConfig(HeadConfig):
     """Diffusion Policy's settings; defaults are the published ones.
 
     `net`: "unet" (the published 1-D U-Net) or "mlp" (a residual MLP: ten times faster on a CPU). `down_dims`: channels
-    of the U-Net's levels; (64, 128, 256) has 4 M parameters instead of 65 M. `hidden`, `layers`, `dropout`: of the MLP.
-    `train_steps`: diffusion steps in training. `sampler` and `sample_steps`: DDIM reaches in 16 steps what DDPM needs
-    all for.
+    of the U-Net's levels; (64, 128, 256) has 8 M parameters instead of 84 M. `cond_predict_scale`: FiLM with scale and
+    shift rather than shift alone. `hidden`, `layers`, `dropout`: of the MLP. `train_steps`: diffusion steps in
+    training. `sampler`, `sample_steps`: DDIM needs few steps (None: 16), DDPM all of them (None: `train_steps`).
+    `clip_sample`: keep each step's estimate of the action in [-1, 1], where `action_norm` "limits" puts actions.
     """
 
     n_obs: int = Field(2, ge=1)
     horizon: int = Field(16, ge=1)
     n_action: int = Field(8, ge=1)
     net: Literal["unet", "mlp"] = "unet"
-    down_dims: tuple[int, ...] = (256, 512, 1024)
+    down_dims: tuple[int, ...] = Field((256, 512, 1024), min_length=1)
     kernel_size: int = Field(5, ge=1)
     n_groups: int = Field(8, ge=1)
-    diffusion_step_embed_dim: int = Field(256, ge=4)
+    diffusion_step_embed_dim: int = Field(256, ge=4, multiple_of=2)
+    cond_predict_scale: bool = True
     hidden: int = Field(512, ge=8)
     layers: int = Field(3, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     train_steps: int = Field(100, ge=1)
     sampler: Literal["ddim", "ddpm"] = "ddim"
-    sample_steps: int = Field(16, ge=1)
+    sample_steps: int | None = Field(None, ge=1)
+    clip_sample: bool = True
 
     @property
     def action_offset(self) -> int:
         """See `HeadConfig`."""
         return 1 - self.n_obs
 
+    @property
+    def steps(self) -> int:
+        """Steps that the sampler takes."""
+        default = min(DDIM_STEPS, self.train_steps) if self.sampler == "ddim" else self.train_steps
+        return self.sample_steps or default
+
 
 class DiffusionHead(HeadModel):
-    """Denoiser over [B, H, A]; see the module."""
+    """Denoiser over [B, H, A]; see the module. Raises `UsageError` for settings that contradict each other."""
 
     Config: ClassVar[type[HeadConfig]] = DiffusionConfig
     config: DiffusionConfig
 
     def __init__(self, config: DiffusionConfig, io: HeadIO) -> None:
         super().__init__(config, io)
-        if config.sample_steps > config.train_steps:
-            raise UsageError(f"{config.sample_steps} sampling steps", expected=f"at most {config.train_steps}")
+        if config.steps > config.train_steps:
+            raise UsageError(f"{config.steps} sampling steps", expected=f"at most train_steps = {config.train_steps}")
+        if config.clip_sample and config.action_norm in ("zscore", "none"):
+            raise UsageError(
+                f"clip_sample with action_norm {config.action_norm!r} would cut actions off at 1",
+                expected="actions in [-1, 1]",
+                fix="--set model.action_norm=limits, or model.clip_sample=false",
+            )
         cond = config.n_obs * config.encoder.dim
         if config.net == "unet":
-            check_horizon(config.horizon, config.down_dims)
+            check_sizes(config.horizon, config.down_dims, config.kernel_size, config.n_groups)
             self.net: torch.nn.Module = ConditionalUnet1D(
                 io.action_dim,
                 cond,
@@ -71,17 +92,18 @@ class DiffusionHead(HeadModel):
                 config.down_dims,
                 config.kernel_size,
                 config.n_groups,
+                config.cond_predict_scale,
             )
         else:
             # Steps 0..99 embedded as they are: the sinusoid's fastest rate is 1 radian a step.
             self.net = ResidualMLP(
                 config.horizon, io.action_dim, cond, config.hidden, config.layers, config.dropout, time_scale=1.0
             )
-        self._noising = _scheduler("ddpm", config.train_steps)
+        self._noising = noise_schedule(config.train_steps, clip_sample=config.clip_sample)
 
     def errors(self, batch: Batch, action: Tensor) -> Tensor:
         """Squared error of the predicted noise."""
-        eps = torch.randn_like(action)
+        eps = real_dims(batch, torch.randn_like(action))
         k = torch.randint(0, self.config.train_steps, (len(batch),), device=action.device)
         noisy = self._noising.add_noise(action, eps, k)
         predicted: Tensor = self.net(noisy, k, self.encoder.frames(batch).flatten(1))
@@ -89,27 +111,47 @@ class DiffusionHead(HeadModel):
 
     def sample(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
         """Denoise from x_T ~ N(0, I)."""
-        cond = self.encoder.frames(batch).flatten(1)
-        scheduler = _scheduler(self.config.sampler, self.config.train_steps)
-        scheduler.set_timesteps(self.config.sample_steps, device=cond.device)
-        x = noise_like((len(batch), self.config.horizon, self.io.action_dim), cond, generator)
-        for k in scheduler.timesteps:
-            eps = self.net(x, k.expand(len(batch)), cond)
-            x = scheduler.step(eps, k, x, generator=generator).prev_sample
+        config, cond = self.config, self.encoder.frames(batch).flatten(1)
+        steps = sampling_steps(config.train_steps, config.steps)
+        scheduler = noise_schedule(config.train_steps, clip_sample=config.clip_sample)
+        scheduler.set_timesteps(timesteps=steps, device=cond.device)
+        abar = scheduler.alphas_cumprod.tolist()
+        x = real_dims(batch, noise_like((len(batch), config.horizon, self.io.action_dim), cond, generator))
+        for k, previous in zip(steps, [*steps[1:], None], strict=True):
+            eps = self.net(x, torch.full((len(batch),), k, device=x.device), cond)
+            if config.sampler == "ddpm":
+                x = scheduler.step(eps, k, x, generator=generator).prev_sample
+            else:
+                x = ddim_step(eps, x, abar[k], 1.0 if previous is None else abar[previous], clip=config.clip_sample)
+            x = real_dims(batch, x)
         return x
 
 
-def _scheduler(kind: str, train_steps: int) -> Any:
-    """Return a diffusers scheduler with Diffusion Policy's settings (squared cosine, eps-prediction, clipped)."""
-    common = {
-        "num_train_timesteps": train_steps,
-        "beta_schedule": "squaredcos_cap_v2",
-        "beta_start": 1e-4,
-        "beta_end": 0.02,
-        "clip_sample": True,
-        "prediction_type": "epsilon",
-    }
-    if kind == "ddpm":
-        return DDPMScheduler(**common, variance_type="fixed_small", timestep_spacing="trailing")
-    # Trailing spacing starts at the last training step, pure noise, as x_T is; set_alpha_to_one ends at a clean sample.
-    return DDIMScheduler(**common, set_alpha_to_one=True, timestep_spacing="trailing")
+def noise_schedule(train_steps: int, *, clip_sample: bool = True) -> Any:
+    """Return diffusers' DDPM scheduler with Diffusion Policy's settings (squared cosine, eps-prediction)."""
+    return DDPMScheduler(
+        num_train_timesteps=train_steps,
+        beta_schedule="squaredcos_cap_v2",
+        beta_start=1e-4,
+        beta_end=0.02,
+        variance_type="fixed_small",
+        clip_sample=clip_sample,
+        prediction_type="epsilon",
+    )
+
+
+def sampling_steps(train_steps: int, count: int) -> list[int]:
+    """Return `count` training steps, descending from the last, which is pure noise as x_T is ("trailing" spacing)."""
+    spaced = train_steps - np.arange(count) * (train_steps / count)
+    return [int(step) - 1 for step in spaced.round()]
+
+
+def ddim_step(eps: Tensor, x: Tensor, abar: float, abar_previous: float, *, clip: bool) -> Tensor:
+    """Equation 12 of Song et al. 2021 (https://arxiv.org/abs/2010.02502) with sigma = 0; `abar_previous` 1 at the end.
+
+    `clip` keeps the predicted clean sample in [-1, 1].
+    """
+    clean = (x - (1 - abar) ** 0.5 * eps) / abar**0.5
+    if clip:
+        clean = clean.clamp(-1, 1)
+    return abar_previous**0.5 * clean + (1 - abar_previous) ** 0.5 * eps

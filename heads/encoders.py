@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vla.heads.batch import Batch, FeatureIO, HeadIO
 from vla.heads.normalize import ChannelScaler, Normalizer
 from vla.heads.projection import WhiteningProjection
-from vla.stores.errors import UsageError
+from vla.stores.errors import DataError, UsageError
 from vla.stores.settings import Settings
 
 
@@ -47,9 +47,12 @@ class EncoderConfig(Settings):
 
 
 class ObservationEncoder(nn.Module):
-    """Window -> `frames` [B, N, dim], one vector per observed frame; `tokens` [B, L, dim] for attention heads."""
+    """Window -> `frames` [B, N, dim], one vector per observed frame; or, if made with `tokens`, `tokens` [B, L, dim].
 
-    def __init__(self, config: EncoderConfig, io: HeadIO, n_obs: int) -> None:
+    Only the layers of one of the two exist: data-parallel training refuses parameters that get no gradient.
+    """
+
+    def __init__(self, config: EncoderConfig, io: HeadIO, n_obs: int, *, tokens: bool = False) -> None:
         super().__init__()
         self.config, self.n_obs = config, n_obs
         self.columns = io.state_columns(config.state_columns) if config.use_state and io.state_dim else ()
@@ -59,17 +62,20 @@ class ObservationEncoder(nn.Module):
         self.state = Normalizer(io.state_dim) if self.columns else None
         self.readers = nn.ModuleDict({name: _reader(config, io.features[name]) for name in self.names})
         self.task = nn.Embedding(len(io.tasks), config.dim) if config.use_task and len(io.tasks) > 1 else None
-        width = sum(reader.width for reader in self.readers.values()) + len(self.columns)  # type: ignore[misc]
-        self.mix = nn.Sequential(nn.Linear(width, config.dim), nn.SiLU(), nn.Dropout(config.dropout))
-        self.to_token = nn.ModuleDict(
-            {name: nn.Linear(reader.token_width, config.dim) for name, reader in self.readers.items()}  # type: ignore[arg-type]
-        )
-        self.state_token = nn.Linear(len(self.columns), config.dim) if self.columns else None
-        self.frame_position = nn.Parameter(torch.randn(n_obs, 1, config.dim) * 0.02)
+        if tokens:
+            self.to_token = nn.ModuleDict(
+                {name: nn.Linear(reader.token_width, config.dim) for name, reader in self.readers.items()}  # type: ignore[arg-type]
+            )
+            self.state_token = nn.Linear(len(self.columns), config.dim) if self.columns else None
+            self.frame_position = nn.Parameter(torch.randn(n_obs, 1, config.dim) * 0.02)
+            self.token_dropout = nn.Dropout(config.dropout)
+        else:
+            width = sum(reader.width for reader in self.readers.values()) + len(self.columns)  # type: ignore[misc]
+            self.mix = nn.Sequential(nn.Linear(width, config.dim), nn.SiLU(), nn.Dropout(config.dropout))
 
     def frames(self, batch: Batch) -> Tensor:
         """Return [B, N, dim]."""
-        parts = [reader(batch.features[name]).flatten(2) for name, reader in self.readers.items()]
+        parts = [self._read(name, batch).flatten(2) for name in self.names]
         if self.columns:
             parts.append(self._state(batch))
         encoded: Tensor = self.mix(torch.cat(parts, dim=-1))
@@ -78,15 +84,19 @@ class ObservationEncoder(nn.Module):
     def tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return tokens [B, L, dim] of all frames, state and task among them, and which are real, bool [B, L]."""
         B, N = batch.obs_valid.shape
-        parts = [self.to_token[name](reader(batch.features[name])) for name, reader in self.readers.items()]
+        parts = [self.to_token[name](self._read(name, batch)) for name in self.names]
         if self.state_token is not None:
             parts.append(self.state_token(self._state(batch))[:, :, None])
-        sequence = (torch.cat(parts, dim=2) + self.frame_position).flatten(1, 2)
+        sequence = self.token_dropout(torch.cat(parts, dim=2) + self.frame_position).flatten(1, 2)
         valid = batch.obs_valid[:, :, None].expand(B, N, sequence.shape[1] // N).flatten(1)
         if self.task is not None:
             sequence = torch.cat([sequence, self.task(batch.task)[:, None]], dim=1)
             valid = torch.cat([valid, valid.new_ones(B, 1)], dim=1)
         return sequence, valid
+
+    def _read(self, name: str, batch: Batch) -> Tensor:
+        read: Tensor = self.readers[name](batch.features[name], batch.feature_valid.get(name))
+        return read
 
     def _state(self, batch: Batch) -> Tensor:
         assert self.state is not None
@@ -96,7 +106,10 @@ class ObservationEncoder(nn.Module):
 
 
 class _Standardised(nn.Module):
-    """Base of the readers: standardised channels, with noise while training."""
+    """Base of the readers: standardised channels, with noise while training.
+
+    `forward(feature [B, N, V, *layout, C], valid [B, N, V, P] bool or None)` -> [B, N, tokens, token_width].
+    """
 
     width: int
     token_width: int
@@ -107,8 +120,17 @@ class _Standardised(nn.Module):
         self.noise = config.noise
 
     def standardise(self, feature: Tensor) -> Tensor:
-        x: Tensor = self.scaler(feature.float())
-        return x + self.noise * torch.randn_like(x) if self.training and self.noise else x
+        x: Tensor = self.scaler(feature)
+        return x.add_(torch.randn_like(x), alpha=self.noise) if self.training and self.noise else x
+
+    def refuse_mask(self, valid: Tensor | None) -> None:
+        """Raise `DataError` where cells are marked as padding: only attention can leave some of them out."""
+        if valid is not None:
+            raise DataError(
+                "a feature with a varying number of tokens",
+                expected="the same number in every frame",
+                fix="--set model.encoder.kind=attention",
+            )
 
 
 class ProjectionReader(_Standardised):
@@ -120,14 +142,19 @@ class ProjectionReader(_Standardised):
         self.projection = WhiteningProjection(cells, io.channels, config.channel_components, config.components)
         self.width = self.token_width = self.projection.components
 
-    def forward(self, feature: Tensor) -> Tensor:
-        x: Tensor = self.projection(self.scaler(feature.float()).flatten(2, -2))[:, :, None]
+    def forward(self, feature: Tensor, valid: Tensor | None = None) -> Tensor:
+        self.refuse_mask(valid)
+        x: Tensor = self.projection(self.scaler(feature).flatten(2, -2))[:, :, None]
         # The noise is in the whitened space: there every direction has unit variance.
         return x + self.noise * torch.randn_like(x) if self.training and self.noise else x
 
 
 class AttentionReader(_Standardised):
-    """[B, N, V, *layout, C] -> [B, N, V * queries, width of a token]: learned queries over cells with positions."""
+    """[B, N, V, *layout, C] -> [B, N, V * queries, width of a token]: learned queries over cells with positions.
+
+    Cells are W x + b + position, for keys and values. All that is linear: queries are carried back through W to score
+    the raw channels, and W is applied after pooling, to `queries` vectors a view instead of to every cell.
+    """
 
     def __init__(self, config: EncoderConfig, io: FeatureIO) -> None:
         super().__init__(config, io)
@@ -136,12 +163,16 @@ class AttentionReader(_Standardised):
         self.cell = nn.Linear(io.channels, self.token_width)
         self.position = nn.Parameter(torch.randn(io.views, math.prod(io.layout), self.token_width) * 0.02)
         self.queries = nn.Parameter(torch.randn(io.views, config.queries, self.token_width) / math.sqrt(64))
-        self.key = nn.Linear(self.token_width, self.token_width)
+        self.key = nn.Linear(self.token_width, self.token_width, bias=False)  # softmax cancels what a bias adds
 
-    def forward(self, feature: Tensor) -> Tensor:
-        x = self.cell(self.standardise(feature).flatten(3, -2)) + self.position
-        scores = torch.einsum("vqd,bnvpd->bnvqp", self.queries, self.key(x)) / math.sqrt(self.token_width)
-        return torch.einsum("bnvqp,bnvpd->bnvqd", scores.softmax(-1), x).flatten(2, 3)
+    def forward(self, feature: Tensor, valid: Tensor | None = None) -> Tensor:
+        x = self.standardise(feature).flatten(3, -2)
+        query = self.queries @ self.key.weight / math.sqrt(self.token_width)  # [V, Q, token_width]
+        scores = _scores(x, query @ self.cell.weight) + query @ self.position.transpose(1, 2)
+        if valid is not None:
+            scores = scores.masked_fill(~valid[:, :, :, None], torch.finfo(scores.dtype).min)
+        where = scores.softmax(-1)
+        return (self.cell(where @ x) + where @ self.position).flatten(2, 3)
 
 
 class KeypointReader(_Standardised):
@@ -151,25 +182,31 @@ class KeypointReader(_Standardised):
         super().__init__(config, io)
         self.token_width = 3
         self.width = io.views * config.queries * 3
-        self.heat = nn.Parameter(torch.randn(io.views, io.channels, config.queries) / math.sqrt(io.channels))
+        self.heat = nn.Parameter(torch.randn(io.views, config.queries, io.channels) / math.sqrt(io.channels))
         self.temperature = nn.Parameter(torch.ones(config.queries))
         rows, columns = io.layout
         y, x = torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij")
         self.register_buffer("grid", torch.stack([x.flatten(), y.flatten()], dim=1), persistent=False)
 
-    def forward(self, feature: Tensor) -> Tensor:
+    def forward(self, feature: Tensor, valid: Tensor | None = None) -> Tensor:
+        self.refuse_mask(valid)
         grid: Tensor = self.get_buffer("grid")
-        heat = torch.einsum("bnvpc,vcq->bnvqp", self.standardise(feature).flatten(3, -2), self.heat)
+        heat = _scores(self.standardise(feature).flatten(3, -2), self.heat)
         where = (heat * self.temperature.exp()[:, None]).softmax(-1)
         value = (where * heat).sum(-1, keepdim=True).tanh()
         return torch.cat([where @ grid, value], dim=-1).flatten(2, 3)
+
+
+def _scores(x: Tensor, weight: Tensor) -> Tensor:
+    """Score cells [B, N, V, P, C] by each view's weights [V, Q, C]: [B, N, V, Q, P]."""
+    return weight @ x.transpose(-1, -2)
 
 
 def _reader(config: EncoderConfig, io: FeatureIO) -> _Standardised:
     if config.kind == "keypoints" and len(io.layout) != 2:
         raise UsageError(
             f"keypoints need a grid (y, x, channel), and a feature has {io.dims}",
-            fix="--set head.encoder.kind=attention",
+            fix="--set model.encoder.kind=attention",
         )
     kinds = {"projection": ProjectionReader, "attention": AttentionReader, "keypoints": KeypointReader}
     reader: _Standardised = kinds[config.kind](config, io)

@@ -14,9 +14,10 @@ from pydantic import Field
 from torch import Tensor
 
 from vla.heads.batch import Batch, HeadIO
-from vla.heads.model import HeadConfig, HeadModel, noise_like
+from vla.heads.model import HeadConfig, HeadModel, noise_like, real_dims
 from vla.heads.nets.action_expert import ActionExpert
 from vla.heads.nets.residual_mlp import ResidualMLP
+from vla.stores.errors import UsageError
 
 TIME_SCALE = 1000.0
 """t in [0, 1] is embedded as 1000 t: the sinusoid's slowest rate is 1/10000 radian a unit."""
@@ -27,8 +28,8 @@ class FlowConfig(HeadConfig):
 
     `net`: "expert", a small transformer over feature tokens, proprioception and noisy actions; or "mlp", a residual
     MLP over the whole chunk, which is faster on a CPU. `width`, `layers`, `heads`, `dropout`: its size (`heads` is the
-    expert's alone; `encoder.dim` has to equal `width` there). `time`: "beta" draws t = 0.999 Beta(1.5, 1) + 0.001 as
-    pi0 does, "uniform" U(0, 1). `sampler`: Euler, or Heun (second order, two evaluations a step).
+    expert's alone). `time`: "beta" draws t = 0.999 Beta(1.5, 1) + 0.001 as pi0 does, "uniform" U(0, 1). `sampler`:
+    Euler, or Heun (second order, two evaluations a step); `sample_steps` of it.
     """
 
     net: Literal["expert", "mlp"] = "mlp"
@@ -48,9 +49,11 @@ class FlowHead(HeadModel):
     config: FlowConfig
 
     def __init__(self, config: FlowConfig, io: HeadIO) -> None:
-        super().__init__(config, io)
+        super().__init__(config, io, tokens=config.net == "expert")
         H, A, width = config.horizon, io.action_dim, config.width
         if config.net == "expert":
+            if width % config.heads or width % 2:
+                raise UsageError(f"width {width} with {config.heads} heads", expected="an even multiple of the heads")
             self.to_width = torch.nn.Linear(config.encoder.dim, width)
             self.net: torch.nn.Module = ActionExpert(
                 H, A, width, config.layers, config.heads, config.dropout, TIME_SCALE
@@ -61,7 +64,7 @@ class FlowHead(HeadModel):
 
     def errors(self, batch: Batch, action: Tensor) -> Tensor:
         """Squared error of the velocity."""
-        noise = torch.randn_like(action)
+        noise = real_dims(batch, torch.randn_like(action))
         t = self._draw_time(len(batch), action)
         x_t = t[:, None, None] * noise + (1 - t[:, None, None]) * action
         v: Tensor = self.net(x_t, t, *self._context(batch))
@@ -70,11 +73,11 @@ class FlowHead(HeadModel):
     def sample(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
         """Integrate from noise."""
         context = self._context(batch)
-        x = noise_like((len(batch), self.config.horizon, self.io.action_dim), context[0], generator)
+        shape = (len(batch), self.config.horizon, self.io.action_dim)
+        x = real_dims(batch, noise_like(shape, context[0], generator))
 
         def velocity(x: Tensor, t: float) -> Tensor:
-            v: Tensor = self.net(x, torch.full((len(x),), t, device=x.device), *context)
-            return v
+            return real_dims(batch, self.net(x, torch.full((len(x),), t, device=x.device), *context))
 
         return integrate(velocity, x, self.config.sample_steps, self.config.sampler)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vla.heads.batch import Batch, HeadIO, check_batch
 from vla.heads.encoders import EncoderConfig, ObservationEncoder, ProjectionReader
 from vla.heads.normalize import Mode, Normalizer
-from vla.stores.errors import UsageError
+from vla.stores.errors import DataError, UsageError
 from vla.stores.settings import Settings
 from vla.stores.windows import WindowSpec
 
@@ -50,18 +50,21 @@ class HeadConfig(Settings):
 
 
 class HeadModel(nn.Module):
-    """Base of the heads: `loss` for training, `act` for a robot. Subclasses define `errors` and `sample`."""
+    """Base of the heads: `loss` for training, `act` for a robot. Subclasses define `errors` and `sample`.
+
+    `tokens`: the head reads the observation as tokens rather than as one vector a frame.
+    """
 
     Config: ClassVar[type[HeadConfig]] = HeadConfig
 
-    def __init__(self, config: HeadConfig, io: HeadIO) -> None:
+    def __init__(self, config: HeadConfig, io: HeadIO, *, tokens: bool = False) -> None:
         super().__init__()
         if config.n_action > config.n_action_max:
             raise UsageError(
                 f"n_action {config.n_action} of horizon {config.horizon}", expected=f"at most {config.n_action_max}"
             )
         self.config, self.io = config, io
-        self.encoder = ObservationEncoder(config.encoder, io, config.n_obs)
+        self.encoder = ObservationEncoder(config.encoder, io, config.n_obs, tokens=tokens)
         self.action = Normalizer(io.action_dim)
 
     def errors(self, batch: Batch, action: Tensor) -> Tensor:
@@ -75,26 +78,39 @@ class HeadModel(nn.Module):
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean error over valid steps and valid dimensions, and metrics to log.
 
-        Padded steps and dimensions have weight 0: they contribute neither to the loss nor to any gradient of it.
+        Padded steps and dimensions contribute neither to the loss nor to any gradient of it. What the batch holds
+        there does not matter either: the nets see the nearest valid step and 0. Raises `DataError` without actions.
         """
         self._check(batch)
-        assert batch.action is not None  # check_batch saw to it
-        errors = self.errors(batch, self.action(batch.action))
-        weight = torch.ones_like(errors)
-        if batch.action_valid is not None:
-            weight = weight * batch.action_valid[..., None]
+        if batch.action is None:
+            raise DataError("the batch has no action", expected=f"[B, {self.config.horizon}, {self.io.action_dim}]")
+        action, valid = batch.action, batch.action_valid
+        action = real_dims(batch, self.action(action if valid is None else repeat_edges(action, valid)))
+        errors = self.errors(batch, action)
+        counted = torch.ones_like(errors, dtype=torch.bool)
+        if valid is not None:
+            counted &= valid[..., None]
         if batch.action_dims is not None:
-            weight = weight * batch.action_dims[:, None]
-        return (errors * weight).sum() / weight.sum().clamp(min=1), {"mask_share": weight.mean()}
+            counted &= batch.action_dims[:, None]
+        total = torch.where(counted, errors, 0.0).sum()
+        return total / counted.sum().clamp(min=1), {"mask_share": counted.float().mean()}
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def act(self, batch: Batch, generator: torch.Generator | None = None, *, whole: bool = False) -> Tensor:
-        """Return the actions from the present on, [B, n_action_max, A] in the data's units.
+        """Return the actions from the present on, [B, n_action_max, A] in the data's units, 0 in padded dimensions.
 
-        `whole`: the whole predicted horizon [B, H, A] instead. `generator` seeds the sampler.
+        `whole`: the whole predicted horizon [B, H, A] instead. `generator` (on the model's device) seeds the sampler.
+        Dropout and noise are off whatever mode the module is in.
         """
         self._check(batch)
-        chunk = self.action.inverse(self.sample(batch, generator))
+        training = self.training
+        try:
+            if training:
+                self.eval()
+            chunk = real_dims(batch, self.action.inverse(self.sample(batch, generator)))
+        finally:
+            if training:
+                self.train()
         return chunk if whole else chunk[:, -self.config.action_offset :]
 
     def _check(self, batch: Batch) -> None:
@@ -109,6 +125,23 @@ class HeadModel(nn.Module):
     def projections(self) -> dict[str, ProjectionReader]:
         """Return `{feature: reader}` of the projections that have to be fitted before training."""
         return {name: r for name, r in self.encoder.readers.items() if isinstance(r, ProjectionReader)}
+
+
+def real_dims(batch: Batch, x: Tensor) -> Tensor:
+    """Return x [B, H, A] with 0 in the dimensions that a task pads, in training as in every step of a sampler."""
+    return x if batch.action_dims is None else torch.where(batch.action_dims[:, None], x, 0.0)
+
+
+def repeat_edges(action: Tensor, valid: Tensor) -> Tensor:
+    """Replace padded steps of [B, H, A] by the last valid step before them, or the first valid one; valid bool [B, H].
+
+    Convolutions and attention mix steps: what stands in padded ones has to be the same whoever made the batch.
+    """
+    step = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
+    latest = torch.where(valid, step, -1).cummax(dim=1).values
+    first = valid.to(torch.uint8).argmax(dim=1, keepdim=True)
+    source = torch.where(latest >= 0, latest, first)
+    return action.gather(1, source[..., None].expand_as(action))
 
 
 def noise_like(shape: tuple[int, ...], reference: Tensor, generator: torch.Generator | None) -> Tensor:

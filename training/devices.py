@@ -44,6 +44,9 @@ def accelerated(config: TrainConfig, run_dir: Path) -> Iterator[Accelerator]:
         if config.device == "cuda" and accelerator.device.type != "cuda":
             fix = "--set train.device=auto"
             raise MachineError("device 'cuda' is not there", expected="a GPU that torch sees", fix=fix)
+        if config.precision != "no" and not accelerator.native_amp:  # accelerate ignores fp16 on a CPU in silence
+            found = f"precision {config.precision!r} is not there on device {accelerator.device.type!r}"
+            raise MachineError(found, expected="a GPU", fix="--set train.precision=no, or bf16")
         if accelerator.distributed_type not in SUPPORTED:
             raise UsageError(f"launched as {accelerator.distributed_type.value}", expected="one process, or plain DDP")
         if accelerator.gradient_accumulation_steps != config.accumulate:  # the launcher's variable wins over ours

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Self
 
 import torch
@@ -90,19 +90,19 @@ class Clock:
         self._begin()
 
     def _begin(self) -> None:
-        self.steps, self._paused, self._began = 0, 0.0, time.perf_counter()
+        self.steps, self._paused, self._began = 0, 0.0, perf_counter()
         self._feed.waited = 0.0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave the time of a block out."""
-        began = time.perf_counter()
+        began = perf_counter()
         yield
-        self._paused += time.perf_counter() - began
+        self._paused += perf_counter() - began
 
     def close(self) -> dict[str, float]:
         """Return steps per second and the share of the time spent waiting for data, and begin anew."""
-        seconds = max(time.perf_counter() - self._began - self._paused, 1e-9)
+        seconds = max(perf_counter() - self._began - self._paused, 1e-9)
         figures = {"steps_per_s": self.steps / seconds, "data_wait_share": self._feed.waited / seconds}
         self._begin()
         return figures

@@ -215,11 +215,12 @@ def _load_towers(settings: DinoSiglipSettings) -> tuple[Tower, Tower]:
         "there is a network, then --weights weights (or --weights random for a trial run)"
     )
     folders = [find_model(name, fix) for name in names]
-    towers = []
-    for folder, known in zip(folders, (DINO_LICENCES, SIGLIP_LICENCES), strict=True):
-        kind, config_sha256 = read_model_config(folder)
+    described = [read_model_config(folder) for folder in folders]
+    for folder, (kind, _), known in zip(folders, described, (DINO_LICENCES, SIGLIP_LICENCES), strict=True):
         if kind not in known:
             raise DataError(f"{folder} holds a {kind!r} model", expected=f"one of {', '.join(known)}")
+    towers = []
+    for folder, (kind, config_sha256) in zip(folders, described, strict=True):
         unused = ("text_model.", "logit_") if kind == "siglip" else ()
         network = load_model(getattr(transformers, CLASSES[kind]), folder, unused=unused)
         identity = {"config_sha256": config_sha256, "weights_sha256": digest_files(weight_files(folder))}

@@ -19,13 +19,13 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
+    StrictDataclassError,
 )
-from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging
 
 from vla.featurize.backbones.inference import freeze
-from vla.featurize.backbones.weights import require_keys
+from vla.featurize.backbones.weights import DAMAGE, require_keys
 from vla.stores.errors import DataError, MachineError
 from vla.stores.fingerprint import digest
 
@@ -77,7 +77,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         return []
-    files = [folder / file for file in sorted(set(_read_json(index)["weight_map"].values()))]
+    files = [folder / file for file in sorted(set(_read_json(index).get("weight_map", {}).values()))]
     return files if all(file.is_file() for file in files) else []
 
 
@@ -103,7 +103,7 @@ def load_model(model_class: Any, folder: Path, *, unused: tuple[str, ...] = ()) 
                 attn_implementation="sdpa",
                 output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (*DAMAGE, StrictDataclassError) as error:
         raise DataError(f"{folder} does not load: {str(error).strip().partition(chr(10))[0]}") from None
     unexpected = sorted(key for key in info["unexpected_keys"] if not key.startswith(unused))
     require_keys(sorted(info["missing_keys"]), unexpected, folder)
@@ -112,12 +112,16 @@ def load_model(model_class: Any, folder: Path, *, unused: tuple[str, ...] = ()) 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {error}") from None
     if not isinstance(values, dict):
         raise DataError(f"{path} holds a {type(values).__name__}", expected="a table")
     return values
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not a number")
 
 
 @contextmanager

@@ -1,53 +1,65 @@
-"""LeRobot data sets (v3.0 and v2.1) straight from disk, without the lerobot package."""
+"""LeRobot data sets, v3.0 and v2.1, straight from disk: pyarrow and PyAV, without the lerobot package."""
 
 from __future__ import annotations
 
 import hashlib
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vla.featurize.image import Image
-from vla.featurize.sources.base import Episode, Role, SourceIndex, StepSpec
-from vla.featurize.sources.lerobot_layout import EpisodeRecord, Layout, inside, read_columns, read_layout
+from vla.featurize.sources import parquet
+from vla.featurize.sources.base import Episode, SourceIndex
+from vla.featurize.sources.episode_checks import (
+    SKIP,
+    clip_of,
+    fitted,
+    locate,
+    require_finite,
+    require_grid,
+    require_order,
+)
+from vla.featurize.sources.lerobot_info import INFO, Info, inferred, inside, missing_file, read_info
+from vla.featurize.sources.lerobot_layout import EpisodeRow, Layout, read_layout
+from vla.featurize.sources.mapping import Column, ColumnMap, resolve
 from vla.featurize.sources.pictures import decode_picture
-from vla.featurize.sources.video import read_clip
+from vla.featurize.sources.video import Clip, read_clip
 from vla.stores.errors import SourceError
 from vla.stores.filesystem import digest_file
-from vla.stores.settings import nearest
-
-ALIASES = {
-    "action": ("action", "actions"),
-    "state": ("observation.state", "state", "observation.states"),
-    "privileged": ("observation.environment_state",),
-}
-"""Names under which data sets in the wild keep what we call action, state and privileged; only the first counts
-without a `--map`, the others are what an error proposes."""
-
-CACHED_FILES = 4
 
 
 @dataclass(frozen=True)
-class _Table:
-    """The numbers of one data file: `columns[name]` [rows, D], `episode` int64 [rows]."""
+class _Checked:
+    """An episode whose files are there and whose numbers hold: rows `first`..`first + length - 1` of `data`."""
 
-    columns: dict[str, NDArray[Any]]
-    episode: NDArray[np.int64]
+    row: EpisodeRow
+    data: Path
+    first: int
+    clips: dict[str, Clip]
+
+
+@dataclass(frozen=True)
+class _Indexed:
+    index: SourceIndex
+    columns: ColumnMap
+    sizes: dict[str, tuple[int, int] | None]
+    episodes: tuple[_Checked, ...]
+    files: frozenset[str]
 
 
 class LeRobotSource:
     """A LeRobot data set as a `Source`.
 
-    `map` takes our names (`action`, `state`, `privileged`, or a camera's) to columns of the data set; `cameras` chooses
-    views, in order (None: all); `skip_bad` leaves out episodes whose files or numbers are bad, and names them.
+    `map` takes our names (`action`, `state`, `privileged`, a camera's, or a new one) to columns of the data set;
+    `cameras` chooses views, in order (None: all); `skip_bad` leaves out episodes whose files are missing or whose
+    numbers are wrong, and names them in `index().skipped`. Steps are `action`, `state` and `privileged` float32 [D],
+    `timestamp` float64 [] in seconds, `frame_index` int64 [], and every other number or vector column under its name.
     """
 
     def __init__(
@@ -55,274 +67,206 @@ class LeRobotSource:
         root: Path | str,
         *,
         map: Mapping[str, str] | None = None,
-        cameras: tuple[str, ...] | list[str] | None = None,
+        cameras: Sequence[str] | None = None,
         skip_bad: bool = False,
     ) -> None:
         self.root = Path(root)
-        self._map, self._wanted_cameras, self._skip_bad = dict(map or {}), cameras, skip_bad
-        self._tables: OrderedDict[str, _Table] = OrderedDict()
+        self._map, self._cameras, self._skip_bad = dict(map or {}), cameras, skip_bad
+        self._reader = parquet.RowReader()
         self._lock = threading.Lock()
-        self._indexed: tuple[SourceIndex, list[EpisodeRecord]] | None = None
+        self._indexed: _Indexed | None = None
+        self._digest: str | None = None
 
     def index(self) -> SourceIndex:
-        """See `Source.index`. Every number of the data files is looked at; no picture is."""
-        return self._index()[0]
+        """See `Source.index`. Every number of the data files is checked; no picture is looked at."""
+        return self._index().index
 
     def digest(self) -> str:
-        """See `Source.digest`."""
-        total = hashlib.sha256()
-        for path in sorted(self._files()):
-            file = self.root / path
-            total.update(f"{path}\0{file.stat().st_size}\0{digest_file(file)}\n".encode())
-        return total.hexdigest()
+        """See `Source.digest`: metadata, data files and the videos of the chosen cameras of the indexed episodes."""
+        indexed = self._index()
+        with self._lock:
+            if self._digest is None:
+                root = self.root.resolve()
+                total = hashlib.sha256()
+                for name in sorted(indexed.files):
+                    total.update(f"{name}\0{(root / name).stat().st_size}\0{digest_file(root / name)}\n".encode())
+                self._digest = total.hexdigest()
+            return self._digest
 
     def steps(self, episode: int) -> dict[str, NDArray[np.generic]]:
-        """See `Source.steps`. Besides the mapped columns: `timestamp` and `frame_index`."""
-        index, records = self._index()
-        record = records[episode]
-        table = self._table(record.data)
-        rows = table.episode == record.index
-        values = {ours: table.columns[theirs][rows] for ours, theirs in self._columns(self._layout).items()}
-        return {name: values[name].reshape(record.length, *index.steps[name].shape) for name in index.steps}
+        """See `Source.steps`."""
+        indexed = self._index()
+        checked = indexed.episodes[episode]
+        return self._steps(indexed.columns, checked.data, checked.row, checked.first)
 
     def frames(self, episode: int, start: int, stop: int) -> Iterator[tuple[Image, ...]]:
-        """See `Source.frames`."""
-        index, records = self._index()
-        record = records[episode]
-        if not 0 <= start <= stop <= record.length:
+        """See `Source.frames`. Each call opens the files for itself and holds one frame a camera."""
+        indexed = self._index()
+        checked = indexed.episodes[episode]
+        if not 0 <= start <= stop <= checked.row.length:
             raise SourceError(
-                f"frames {start}..{stop - 1} of episode {record.index}", expected=f"0..{record.length - 1}"
+                f"frames {start} to {stop} of {checked.row.id} in {self.root}", expected=f"0 to {checked.row.length}"
             )
+        return self._frames(indexed, checked, start, stop)
+
+    def _frames(self, indexed: _Indexed, checked: _Checked, start: int, stop: int) -> Iterator[tuple[Image, ...]]:
         if start == stop:
             return
-        views = [self._view(record, index.mapping[camera], start, stop) for camera in index.cameras]
-        for number, images in enumerate(zip(*views, strict=True), start):
-            for camera, image in zip(index.cameras, images, strict=True):
-                height, width = self._layout.features[index.mapping[camera]]["shape"][:2]
-                if image.shape[:2] not in ((height, width), self._channels_first(index.mapping[camera])):
-                    found = f"{image.shape[1]} x {image.shape[0]}"
-                    raise SourceError(
-                        f"{self.root}, episode {record.index}, frame {number}: {camera} is {found} pixels",
-                        expected=f"{width} x {height}, as meta/info.json says",
-                    )
-            yield images
-
-    def _index(self) -> tuple[SourceIndex, list[EpisodeRecord]]:
-        if self._indexed is None:
-            self._layout = read_layout(self.root)
-            columns = self._columns(self._layout)
-            cameras = self._cameras(self._layout)
-            steps = {ours: self._step_spec(ours, theirs) for ours, theirs in columns.items()}
-            kept, skipped = [], {}
-            seen: set[int] = set()
-            for record in self._layout.episodes:
-                try:
-                    if record.index in seen:
-                        raise SourceError(f"{self.root} lists episode {record.index} twice", expected="unique indices")
-                    seen.add(record.index)
-                    self._check(record, columns, steps, [theirs for _, theirs in cameras])
-                except SourceError as error:
-                    if not self._skip_bad:
-                        raise
-                    skipped[_episode_id(record)] = str(error)
-                    continue
-                kept.append(record)
-            if not kept:
-                raise SourceError(f"every episode of {self.root} is bad; the first: {next(iter(skipped.values()))}")
-            index = SourceIndex(
-                kind=f"lerobot-{self._layout.version}",
-                root=str(self.root),
-                fps=self._layout.fps,
-                cameras=tuple(ours for ours, _ in cameras),
-                episodes=tuple(Episode(_episode_id(record), record.length, record.task) for record in kept),
-                steps=steps,
-                licence=self._layout.licence,
-                mapping={**columns, **dict(cameras)},
-                skipped=skipped,
-            )
-            self._indexed = index, kept
-        return self._indexed
-
-    def _columns(self, layout: Layout) -> dict[str, str]:
-        """Return {our name: their column} of the numbers."""
-        columns = {}
-        for ours, names in ALIASES.items():
-            theirs = self._map.get(ours, names[0])
-            if theirs in layout.features:
-                columns[ours] = theirs
-            elif ours in self._map:
-                hint = nearest(theirs, layout.features)
-                raise SourceError(f"--map {ours}={theirs}: {self.root} has no {theirs!r}{hint}", expected=_list(layout))
-            elif ours == "action":
-                raise self._missing(layout, "action", names[0])
-            elif ours == "state" and any(alias in layout.features for alias in names[1:]):
-                raise self._missing(layout, "state", names[0])
-        columns |= {name: name for name in ("timestamp", "frame_index") if name in layout.features}
-        return columns
-
-    def _missing(self, layout: Layout, ours: str, wanted: str) -> SourceError:
-        there = [alias for alias in ALIASES[ours] if alias in layout.features]
-        fix = f"--map {ours}={there[0] if there else 'THEIR_COLUMN'}"
-        return SourceError(f"{self.root / 'meta/info.json'} has no {wanted!r}", expected=_list(layout), fix=fix)
-
-    def _cameras(self, layout: Layout) -> list[tuple[str, str]]:
-        """Return (our name, their column) of each view, in order."""
-        renamed = {theirs: ours for ours, theirs in self._map.items() if theirs in layout.cameras}
-        unknown = [
-            f"{ours}={theirs}"
-            for ours, theirs in self._map.items()
-            if ours not in ALIASES and theirs not in layout.cameras
+        views = [
+            read_clip(checked.clips[column], start, stop)
+            if column in checked.clips
+            else self._pictures(checked, camera, column, indexed.sizes[column], start, stop)
+            for camera, column in indexed.columns.cameras.items()
         ]
-        if unknown:
-            raise SourceError(f"--map {unknown[0]}: no such camera", expected=f"one of {', '.join(layout.cameras)}")
-        known = {renamed.get(theirs, theirs): theirs for theirs in layout.cameras}
-        if not known:
-            raise SourceError(f"{self.root / 'meta/info.json'} names no camera", expected="a video or image feature")
-        wanted = list(known) if self._wanted_cameras is None else list(self._wanted_cameras)
-        cameras = []
-        for name in wanted:
-            matches = [ours for ours in known if ours == name or ours.rsplit(".", 1)[-1] == name]
-            if len(matches) != 1:
-                hint = nearest(name, known)
-                raise SourceError(f"{self.root} has no camera {name!r}{hint}", expected=f"one of {', '.join(known)}")
-            cameras.append((matches[0], known[matches[0]]))
-        return cameras
+        yield from zip(*views, strict=True)
 
-    def _step_spec(self, ours: str, theirs: str) -> StepSpec:
-        spec = self._layout.features[theirs]
-        shape = tuple(int(n) for n in spec.get("shape") or ())
-        if ours in ("timestamp", "frame_index"):
-            return StepSpec((), "float64" if ours == "timestamp" else "int64", "other")
-        if len(shape) != 1 or shape[0] < 1:
-            raise SourceError(f"{self.root / 'meta/info.json'}: {theirs} has shape {shape}", expected="one axis")
-        roles: dict[str, Role] = {"action": "action", "state": "state"}
-        role = "privileged" if spec.get("privileged") else roles.get(ours, "privileged")
-        return StepSpec(shape, "float32", role, _names(spec.get("names"), shape[0]))
+    def _pictures(
+        self, checked: _Checked, camera: str, column: str, size: tuple[int, int] | None, start: int, stop: int
+    ) -> Iterator[Image]:
+        """Yield the pictures of a camera that are kept in the parquet file."""
+        frame = start
+        for table in self._reader.read(checked.data, [column], checked.first + start, checked.first + stop):
+            for cell in table.column(column):
+                where = f"{checked.data}, camera {camera}, {checked.row.id}, frame {frame}"
+                yield decode_picture(_picture_bytes(cell, where), where, size)
+                frame += 1
+
+    def _index(self) -> _Indexed:
+        with self._lock:
+            if self._indexed is None:
+                self._indexed = self._read_index()
+            return self._indexed
+
+    def _read_index(self) -> _Indexed:
+        info = read_info(self.root)
+        videos = [name for name, column in info.columns.items() if column.kind == "video"]
+        columns, layout = self._resolve(info, videos)
+        kept, skipped = [], self._unlisted(info, layout)
+        places: dict[str, dict[int, tuple[int, int]]] = {}
+        for row in layout.rows:
+            try:
+                kept.append(self._check(info, columns, row, places))
+            except SourceError as error:
+                if not self._skip_bad:
+                    raise
+                skipped[row.id] = str(error)
+        if not kept:
+            raise SourceError(f"every episode of {self.root} is bad; the first: {next(iter(skipped.values()))}")
+        index = SourceIndex(
+            kind=f"lerobot-{info.version}",
+            root=str(self.root),
+            fps=info.fps,
+            cameras=tuple(columns.cameras),
+            episodes=tuple(Episode(c.row.id, c.row.length, self._task(layout, c)) for c in kept),
+            steps=columns.specs,
+            licence=info.licence,
+            mapping=columns.names,
+            skipped=skipped,
+        )
+        used = {checked.row.data for checked in kept} | {
+            checked.row.videos[column].path for checked in kept for column in checked.clips
+        }
+        sizes = {column: info.columns[column].size for column in columns.cameras.values()}
+        return _Indexed(index, columns, sizes, tuple(kept), frozenset(used | set(layout.files)))
+
+    def _resolve(self, info: Info, videos: Sequence[str]) -> tuple[ColumnMap, Layout]:
+        """Resolve the mapping against the columns that are there, and read the spans of the chosen videos only."""
+        layout = read_layout(info, [])
+        data = next((row.data for row in layout.rows if inside(info.root, row.data).is_file()), layout.rows[0].data)
+        there = _columns_of(info, data)
+        where = str(info.root / INFO) if there.keys() == info.columns.keys() else str(info.root / data)
+        columns = resolve(there, self._map, self._cameras, where=where)
+        chosen = [column for column in columns.cameras.values() if column in videos]
+        return columns, read_layout(info, chosen) if chosen else layout
+
+    def _unlisted(self, info: Info, layout: Layout) -> dict[str, str]:
+        """Return {id: reason} of the episodes that info.json counts and no list describes."""
+        listed = {row.index for row in layout.rows}
+        if info.total_episodes is None or info.total_episodes == len(listed):
+            return {}
+        found = f"{info.root / layout.files[1]} lists {len(listed)} episodes, {INFO} says {info.total_episodes}"
+        if not self._skip_bad:
+            fix = f"--skip-bad, or total_episodes {len(listed)} in {INFO}"
+            raise SourceError(found, expected="one number", fix=fix)
+        absent = sorted(set(range(max(info.total_episodes, max(listed) + 1))) - listed)
+        return {f"episode_{number:06d}": found for number in absent[:100_000]}
 
     def _check(
-        self, record: EpisodeRecord, columns: dict[str, str], steps: dict[str, StepSpec], cams: list[str]
-    ) -> None:
+        self, info: Info, columns: ColumnMap, row: EpisodeRow, places: dict[str, dict[int, tuple[int, int]]]
+    ) -> _Checked:
         """Raise `SourceError` where an episode's files are missing or its numbers are not what the metadata say."""
-        if record.length < 1:
+        if row.length < 1:
+            raise SourceError(f"{self.root}: {row.id} has {row.length} frames", expected="at least 1", fix=SKIP)
+        data = inside(info.root, row.data)
+        if not data.is_file():
+            raise missing_file(info.root, row.data, f"the steps of {row.id}", SKIP)
+        if row.data not in places:
+            places.clear()  # episodes come file by file
+            places[row.data] = locate(data, row.index)
+        first, count = places[row.data].get(row.index, (0, 0))
+        if count != row.length:
+            raise SourceError(f"{data}: {row.id} has {count} rows", expected=f"{row.length} as meta/ says", fix=SKIP)
+        steps = self._steps(columns, data, row, first)
+        times = np.asarray(steps["timestamp"], np.float64)
+        videos = {name: row.videos[name] for name in columns.cameras.values() if name in row.videos}
+        if videos:
+            require_grid(times, info.fps, f"{data}, {row.id}")
+        clips = {}
+        for camera, column in columns.cameras.items():
+            if column in videos:
+                label = f"camera {camera}, {row.id}"
+                clips[column] = clip_of(info, videos[column], float(times[0]), row, info.columns[column], label)
+        return _Checked(row, data, first, clips)
+
+    def _steps(self, columns: ColumnMap, data: Path, row: EpisodeRow, first: int) -> dict[str, NDArray[np.generic]]:
+        """Read and check the numbers of one episode, {our name: [T, *shape]}."""
+        theirs = tuple(dict.fromkeys(columns.steps.values()))
+        table = pa.concat_tables(list(self._reader.read(data, theirs, first, first + row.length)))
+        steps = {}
+        for ours, name in columns.steps.items():
+            where = f"{data}, {row.id}, column {name}"
+            steps[ours] = fitted(parquet.to_array(table.column(name), where), columns.specs[ours], where)
+        for ours in ("action", "state"):
+            if ours in steps:
+                require_finite(steps[ours], f"{data}, {row.id}, column {columns.steps[ours]}")
+        require_order(steps["frame_index"], steps["timestamp"], f"{data}, {row.id}")
+        return steps
+
+    def _task(self, layout: Layout, checked: _Checked) -> str:
+        """Return an episode's instruction; several are joined, as each holds for a part of it."""
+        if checked.row.tasks:
+            return "; ".join(checked.row.tasks)
+        table = next(self._reader.read(checked.data, ["task_index"], checked.first, checked.first + 1))
+        index = int(parquet.to_array(table.column("task_index"), f"{checked.data}, column task_index")[0])
+        if index not in layout.tasks:
             raise SourceError(
-                f"{self.root}: episode {record.index} has {record.length} frames", expected="at least one"
+                f"{checked.data}, {checked.row.id} has task {index}", expected=f"one of {layout.files[-1]}"
             )
-        table = self._table(record.data)
-        rows = np.flatnonzero(table.episode == record.index)
-        where = f"{self.root / record.data}, episode {record.index}"
-        if len(rows) != record.length:
-            raise SourceError(f"{where}: {len(rows)} rows", expected=f"{record.length}, as the metadata say")
-        if rows[-1] - rows[0] + 1 != len(rows):
-            raise SourceError(f"{where}: its rows are scattered", expected="consecutive rows")
-        for ours, theirs in columns.items():
-            values = table.columns[theirs][rows]
-            if values[0].size != max(int(np.prod(steps[ours].shape)), 1):
-                raise SourceError(f"{where}: {theirs} has width {values[0].size}", expected=f"{steps[ours].shape}")
-            if ours in ("action", "state") and not np.isfinite(values).all():
-                row = int(np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(axis=1))[0])
-                raise SourceError(f"{where}, frame {row}: {theirs} is not finite", expected="numbers", fix="--skip-bad")
-        if "timestamp" in columns and (np.diff(table.columns[columns["timestamp"]][rows].ravel()) <= 0).any():
-            raise SourceError(
-                f"{where}: timestamps do not increase", expected="increasing timestamps", fix="--skip-bad"
-            )
-        for camera in cams:
-            if camera in record.clips and not inside(self.root, record.clips[camera].path).is_file():
-                raise self._missing_video(record, camera)
-
-    def _missing_video(self, record: EpisodeRecord, camera: str) -> SourceError:
-        path = record.clips[camera].path
-        first = path.split("/")[0]
-        other = sorted(p.name for p in self.root.iterdir() if p.is_dir() and nearest(p.name, [first])) if first else []
-        fix = f"mv {self.root / other[0]} {self.root / first}" if other and other[0] != first else "--skip-bad"
-        return SourceError(f"{self.root / path} is missing", expected=f"the video of episode {record.index}", fix=fix)
-
-    def _table(self, path: str) -> _Table:
-        with self._lock:
-            table = self._tables.get(path)
-            if table is None:
-                theirs = sorted(set(self._columns(self._layout).values()))
-                read = read_columns(inside(self.root, path), ["episode_index", *theirs])
-                columns = {name: self._to_numpy(read.column(name), path, name) for name in theirs}
-                episode = read.column("episode_index").to_numpy().astype(np.int64)
-                table = self._tables[path] = _Table(columns, episode)
-                if len(self._tables) > CACHED_FILES:
-                    self._tables.popitem(last=False)
-            return table
-
-    def _to_numpy(self, column: Any, path: str, name: str) -> NDArray[Any]:
-        """Turn a column of numbers or of equally long lists into an array [rows, D] (float) or [rows] (integers)."""
-        array = column.combine_chunks()
-        kind = array.type
-        if pa.types.is_integer(kind) or pa.types.is_floating(kind):
-            return np.asarray(array.to_numpy(zero_copy_only=False))
-        if pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind):
-            flat = array.flatten().to_numpy(zero_copy_only=False)
-            if array.null_count == 0 and len(array) and len(flat) % len(array) == 0:
-                lengths = (
-                    {len(flat) // len(array)}
-                    if pa.types.is_fixed_size_list(kind)
-                    else set(array.value_lengths().to_pylist())
-                )
-                if len(lengths) == 1:
-                    return np.asarray(flat).reshape(len(array), -1)
-        raise SourceError(f"{self.root / path}: column {name} is {kind}", expected="numbers, or lists of one length")
-
-    def _view(self, record: EpisodeRecord, camera: str, start: int, stop: int) -> Iterator[Image]:
-        clip = record.clips.get(camera)
-        if clip is not None:
-            return read_clip(inside(self.root, clip.path), clip.start, self._layout.fps, start, stop)
-        return self._stored_pictures(record, camera, start, stop)
-
-    def _stored_pictures(self, record: EpisodeRecord, camera: str, start: int, stop: int) -> Iterator[Image]:
-        """Yield pictures kept in the parquet file, reading only the row groups that hold them."""
-        file = inside(self.root, record.data)
-        first = int(np.flatnonzero(self._table(record.data).episode == record.index)[0])
-        reader = pq.ParquetFile(file)
-        if camera not in reader.schema_arrow.names:
-            raise SourceError(
-                f"{file} has no column {camera}", expected=f"one of {', '.join(reader.schema_arrow.names)}"
-            )
-        begin = 0
-        for group in range(reader.num_row_groups):
-            rows = reader.metadata.row_group(group).num_rows
-            low, high = max(first + start - begin, 0), min(first + stop - begin, rows)
-            if low < high:
-                for number, cell in enumerate(reader.read_row_group(group, [camera]).column(0)[low:high], begin + low):
-                    where = f"{file}, episode {record.index}, frame {number - first}, {camera}"
-                    yield self._picture(cell.as_py(), where)
-            begin += rows
-
-    def _picture(self, cell: Any, where: str) -> Image:
-        if isinstance(cell, dict) and cell.get("bytes"):
-            return decode_picture(cell["bytes"], where)
-        if isinstance(cell, dict) and cell.get("path"):
-            file = inside(self.root, str(cell["path"]))
-            if file.is_file():
-                return decode_picture(file.read_bytes(), str(file))
-        raise SourceError(f"{where} holds no picture", expected="a struct of bytes and path")
-
-    def _channels_first(self, camera: str) -> tuple[int, int] | None:
-        shape = self._layout.features[camera]["shape"]
-        return (int(shape[1]), int(shape[2])) if len(shape) == 3 and shape[0] in (1, 3) else None
-
-    def _files(self) -> set[str]:
-        index, records = self._index()
-        cameras = {index.mapping[camera] for camera in index.cameras}
-        files = {*self._layout.files, *(record.data for record in records)}
-        return files | {record.clips[cam].path for record in records for cam in cameras if cam in record.clips}
+        return layout.tasks[index]
 
 
-def _episode_id(record: EpisodeRecord) -> str:
-    return f"episode_{record.index:06d}"
+def _columns_of(info: Info, data: str) -> dict[str, Column]:
+    """Return the columns that exist: those of info.json that the data hold, the videos, and those it does not list."""
+    file = inside(info.root, data)
+    if not file.is_file():
+        raise missing_file(info.root, data, "the steps of the first episode", SKIP)
+    kinds = {field.name: field.type for field in parquet.schema(file)}
+    columns = {name: c for name, c in info.columns.items() if name in kinds or c.kind == "video"}
+    unlisted = [name for name in kinds if name not in columns]
+    if unlisted:
+        head = next(parquet.RowReader().read(file, unlisted, 0, 1), None)
+        for name in unlisted:
+            cell = head.column(name)[0].as_py() if head is not None else None
+            columns[name] = inferred(*parquet.described(kinds[name], cell))
+    return columns
 
 
-def _names(names: Any, width: int) -> tuple[str, ...]:
-    """Return component names where there is one for each; data sets nest them under "motors" and the like, or not."""
-    if isinstance(names, dict):
-        names = next(iter(names.values()), None)
-    fits = isinstance(names, list) and len(names) == width and all(isinstance(name, str) for name in names)
-    return tuple(names) if fits else ()
-
-
-def _list(layout: Layout) -> str:
-    return f"one of {', '.join(layout.features)}"
+def _picture_bytes(cell: Any, where: str) -> bytes:
+    """Return a picture's bytes from a cell of type struct {bytes, path}, or of plain bytes."""
+    value = cell.as_py()
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if isinstance(data, bytes) and data:
+        return data
+    path = value.get("path") if isinstance(value, dict) else None
+    found = f"names {path!r} and holds no bytes" if path else "is empty"
+    raise SourceError(f"{where} {found}", expected="pictures inside the parquet file", fix=SKIP)

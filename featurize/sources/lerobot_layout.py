@@ -1,185 +1,162 @@
-"""Where LeRobot data sets keep things: versions 3.0 and 2.1 on disk, read into one form.
+"""Which file, rows and seconds belong to which episode, in LeRobot v3.0 and v2.1, read into one form.
 
-v3.0: many episodes a file; `meta/episodes/*/*.parquet` says which rows and which seconds of which video are whose.
-v2.1: one parquet and one video per camera for each episode; `meta/episodes.jsonl` and `meta/tasks.jsonl`.
-Format facts: https://huggingface.co/docs/lerobot (LeRobotDataset v2.1 and v3.0).
+v3.0: many episodes a file; `meta/episodes/*/*.parquet` names each one's data file and its seconds of each video.
+v2.1: one parquet file and one video per camera for each episode; `meta/episodes.jsonl` and `meta/tasks.jsonl`.
+Format: LeRobot's `lerobot/datasets/utils.py` and its documentation of LeRobotDataset v3.0.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-from pyarrow import ArrowInvalid
+import pyarrow as pa
 
+from vla.featurize.sources.lerobot_info import INFO, Info, inside, missing_file, parse_object
+from vla.featurize.sources.parquet import read_table, schema
 from vla.stores.errors import SourceError
 
-INFO = "meta/info.json"
-MAX_JSON_BYTES = 64 << 20
+EPISODES_V3 = "meta/episodes"
+EPISODES_V21 = "meta/episodes.jsonl"
 
 
 @dataclass(frozen=True)
-class Clip:
-    """An episode's part of a video file: it begins `start` seconds into `path` (relative to the root)."""
+class Span:
+    """An episode's part of a video: from `start` seconds into `path` (below the root) to `stop` (None: not said)."""
 
     path: str
     start: float
+    stop: float | None
 
 
 @dataclass(frozen=True)
-class EpisodeRecord:
-    """One episode as the metadata describe it. `data` is its parquet file; `clips` the video of each video camera."""
+class EpisodeRow:
+    """One episode as the metadata describe it. `data` is its parquet file below the root; `videos` by column."""
 
     index: int
     length: int
-    task: str
+    tasks: tuple[str, ...]
     data: str
-    clips: dict[str, Clip]
+    videos: Mapping[str, Span]
+
+    @property
+    def id(self) -> str:
+        """The stable key: the data set's own number, whatever the position."""
+        return f"episode_{self.index:06d}"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The metadata of a data set. `features` is info.json's: name -> {"dtype", "shape", "names", …}."""
+    """All episodes in the order of their indices. `files` are the metadata files read; `tasks` {task_index: text}."""
 
-    root: Path
-    version: str
-    fps: float
-    features: dict[str, dict[str, Any]]
-    episodes: tuple[EpisodeRecord, ...]
+    rows: tuple[EpisodeRow, ...]
     files: tuple[str, ...]
-    licence: str
-
-    @property
-    def cameras(self) -> tuple[str, ...]:
-        """Columns that hold pictures, as video or as images."""
-        return tuple(name for name, spec in self.features.items() if spec.get("dtype") in ("video", "image"))
+    tasks: Mapping[int, str]
 
 
-def read_layout(root: Path) -> Layout:
-    """Read a data set's metadata. Raises `SourceError` naming the file that is missing or does not fit."""
-    info = _read_json(root / INFO)
-    version = str(info.get("codebase_version", "none"))
-    if version not in ("v3.0", "v2.1"):
-        fix = "convert it with lerobot's own converter (v2.0 to v2.1, v2.1 to v3.0)"
-        raise SourceError(f"{root / INFO}: codebase_version is {version}", expected="v3.0 or v2.1", fix=fix)
-    for key in ("fps", "features", "data_path"):
-        if key not in info:
-            raise SourceError(f"{root / INFO} has no {key!r}", expected=f"LeRobot {version} metadata")
-    features = {str(name): dict(spec) for name, spec in info["features"].items()}
-    videos = tuple(name for name, spec in features.items() if spec.get("dtype") == "video")
-    if videos and not info.get("video_path"):
-        raise SourceError(
-            f"{root / INFO} has video features and no 'video_path'", expected=f"LeRobot {version} metadata"
-        )
-    episodes, meta = (_episodes_v3 if version == "v3.0" else _episodes_v21)(root, info, videos)
+def read_layout(info: Info, videos: Sequence[str]) -> Layout:
+    """Read the episodes, with the spans of the video columns `videos`.
+
+    Raises `SourceError` naming the file that is missing or does not conform, and on an index listed twice.
+    """
+    episodes, files = (_episodes_v3 if info.version == "v3.0" else _episodes_v21)(info, videos)
     if not episodes:
-        raise SourceError(f"{root} has no episodes", expected="at least one")
-    licence = str(info.get("license", "unknown"))
-    return Layout(root, version, float(info["fps"]), features, tuple(episodes), (INFO, *meta), licence)
+        raise SourceError(f"{info.root / files[0]} lists no episode", expected="at least one")
+    rows = sorted(episodes, key=lambda row: row.index)
+    for row, following in itertools.pairwise(rows):
+        if row.index == following.index:
+            raise SourceError(f"{info.root / files[0]} lists episode {row.index} twice", expected="one entry for each")
+    tasks: dict[int, str] = {}
+    if not all(row.tasks for row in rows):
+        tasks, tasks_file = _tasks(info)
+        files.append(tasks_file)
+    return Layout(tuple(rows), (INFO, *files), tasks)
 
 
-def inside(root: Path, path: str) -> Path:
-    """Return `root / path`. Raises `SourceError` where that leaves the data set (`..`, absolute, a link outwards)."""
-    file = root / path
-    if not file.resolve().is_relative_to(root.resolve()):
-        raise SourceError(f"{path} leads out of {root}", expected="a path inside the data set")
-    return file
-
-
-def _episodes_v3(root: Path, info: dict[str, Any], videos: tuple[str, ...]) -> tuple[list[EpisodeRecord], list[str]]:
-    files = sorted((root / "meta" / "episodes").glob("chunk-*/file-*.parquet"))
+def _episodes_v3(info: Info, videos: Sequence[str]) -> tuple[list[EpisodeRow], list[str]]:
+    folder = inside(info.root, EPISODES_V3)
+    files = sorted(path.relative_to(info.root).as_posix() for path in folder.glob("*/*.parquet"))
     if not files:
-        raise SourceError(f"{root / 'meta/episodes'} holds no chunk-*/file-*.parquet", expected="LeRobot v3.0 metadata")
-    episodes = []
+        fix = "convert it with lerobot's converter from v2.1 to v3.0" if (info.root / EPISODES_V21).is_file() else ""
+        raise SourceError(f"{folder} holds no chunk-*/file-*.parquet", expected="the episodes of LeRobot v3.0", fix=fix)
+    needed = ["episode_index", "length", "data/chunk_index", "data/file_index"]
+    spans = [f"videos/{video}/{key}" for video in videos for key in ("chunk_index", "file_index", "from_timestamp")]
+    ends = [f"videos/{video}/to_timestamp" for video in videos]
+    rows = []
     for file in files:
-        needed = ["episode_index", "tasks", "length", "data/chunk_index", "data/file_index"]
-        needed += [
-            f"videos/{camera}/{key}" for camera in videos for key in ("chunk_index", "file_index", "from_timestamp")
-        ]
-        for row in read_columns(file, needed).to_pylist():
-            clips = {
-                camera: Clip(
-                    _format(root, info["video_path"], video_key=camera, **_place(row, f"videos/{camera}")),
-                    float(row[f"videos/{camera}/from_timestamp"]),
-                )
-                for camera in videos
-            }
-            data = _format(root, info["data_path"], **_place(row, "data"))
-            task = str(row["tasks"][0]) if row["tasks"] else ""
-            episodes.append(EpisodeRecord(int(row["episode_index"]), int(row["length"]), task, data, clips))
-    return episodes, [file.relative_to(root).as_posix() for file in files]
+        for raw in read_table(inside(info.root, file), [*needed, *spans], ["tasks", *ends]).to_pylist():
+            rows.append(_row_v3(info, raw, videos, file))
+    return rows, files
 
 
-def _episodes_v21(root: Path, info: dict[str, Any], videos: tuple[str, ...]) -> tuple[list[EpisodeRecord], list[str]]:
-    chunk_size = int(info.get("chunks_size", 1000))
-    episodes = []
-    for row in _read_jsonl(root / "meta/episodes.jsonl"):
+def _row_v3(info: Info, raw: dict[str, Any], videos: Sequence[str], file: str) -> EpisodeRow:
+    try:
+        data = info.data_path.format(**_place(raw, "data"))
+        spans = {}
+        for video in videos:
+            path = info.video_path.format(video_key=video, **_place(raw, f"videos/{video}"))
+            stop = raw.get(f"videos/{video}/to_timestamp")
+            start = float(raw[f"videos/{video}/from_timestamp"])
+            spans[video] = Span(path, start, None if stop is None else float(stop))
+        return EpisodeRow(int(raw["episode_index"]), int(raw["length"]), _texts(raw.get("tasks")), data, spans)
+    except (TypeError, ValueError):
+        where = f"{info.root / file}, episode {raw.get('episode_index')}"
+        raise SourceError(f"{where} lacks a place, a length or a timestamp", expected="numbers") from None
+
+
+def _place(raw: dict[str, Any], prefix: str) -> dict[str, int]:
+    return {key: int(raw[f"{prefix}/{key}"]) for key in ("chunk_index", "file_index")}
+
+
+def _episodes_v21(info: Info, videos: Sequence[str]) -> tuple[list[EpisodeRow], list[str]]:
+    rows = []
+    for number, raw in enumerate(_read_jsonl(info, EPISODES_V21), 1):
         try:
-            index, length, tasks = int(row["episode_index"]), int(row["length"]), row.get("tasks") or [""]
+            index, length = int(raw["episode_index"]), int(raw["length"])
         except (KeyError, TypeError, ValueError):
-            raise SourceError(
-                f"{root / 'meta/episodes.jsonl'}: {row}", expected="episode_index, length, tasks"
-            ) from None
-        place = {"episode_chunk": index // chunk_size, "episode_index": index}
-        clips = {cam: Clip(_format(root, info["video_path"], video_key=cam, **place), 0.0) for cam in videos}
-        data = _format(root, info["data_path"], **place)
-        episodes.append(EpisodeRecord(index, length, str(tasks[0]), data, clips))
-    return episodes, ["meta/episodes.jsonl"]
+            where = f"{info.root / EPISODES_V21}, line {number}"
+            raise SourceError(f"{where} lacks episode_index or length", expected="both, as counts") from None
+        place = {"episode_chunk": index // info.chunk_size, "episode_index": index}
+        spans = {video: Span(info.video_path.format(video_key=video, **place), 0.0, None) for video in videos}
+        rows.append(EpisodeRow(index, length, _texts(raw.get("tasks")), info.data_path.format(**place), spans))
+    return rows, [EPISODES_V21]
 
 
-def _place(row: dict[str, Any], prefix: str) -> dict[str, int]:
-    return {key: int(row[f"{prefix}/{key}"]) for key in ("chunk_index", "file_index")}
+def _texts(tasks: Any) -> tuple[str, ...]:
+    if isinstance(tasks, str):
+        tasks = [tasks]
+    return tuple(str(task) for task in tasks) if isinstance(tasks, list | tuple) else ()
 
 
-def _format(root: Path, template: str, **values: Any) -> str:
-    try:
-        path = str(template).format(**values)
-    except (KeyError, IndexError, ValueError, AttributeError):
-        raise SourceError(f"{root / INFO}: path template {template!r}", expected=f"only {', '.join(values)}") from None
-    inside(root, path)
-    return path
+def _tasks(info: Info) -> tuple[dict[int, str], str]:
+    """Return {task_index: text} and the file it is from; in v3.0 the text is the pandas index, under any name."""
+    if info.version == "v2.1":
+        name = "meta/tasks.jsonl"
+        table = _read_jsonl(info, name)
+        pairs = [(raw.get("task_index"), raw.get("task")) for raw in table]
+    else:
+        name = "meta/tasks.parquet"
+        file = _existing(info.root, name, "the texts of the tasks")
+        text = next((field.name for field in schema(file) if pa.types.is_string(field.type)), "task")
+        columns = read_table(file, ["task_index", text]).to_pydict()
+        pairs = list(zip(columns["task_index"], columns[text], strict=True))
+    tasks = {index: text for index, text in pairs if isinstance(index, int) and isinstance(text, str)}
+    if len(tasks) != len(pairs):
+        raise SourceError(f"{info.root / name} has a line without task_index or task", expected="both, once")
+    return tasks, name
 
 
-def read_columns(file: Path, columns: list[str]) -> Any:
-    """Read columns of a parquet file as a pyarrow table. Raises `SourceError` naming file and missing columns."""
+def _read_jsonl(info: Info, name: str) -> list[dict[str, Any]]:
+    file = _existing(info.root, name, f"metadata of LeRobot {info.version}")
+    with file.open("rb") as lines:
+        return [parse_object(line, f"{file}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def _existing(root: Path, name: str, what: str) -> Path:
+    file = inside(root, name)
     if not file.is_file():
-        raise SourceError(f"{file} is missing", expected="the parquet file that the metadata name")
-    try:
-        reader = pq.ParquetFile(file)
-        names = set(reader.schema_arrow.names)
-        missing = [name for name in columns if name not in names]
-        if missing:
-            raise SourceError(
-                f"{file} has no column {', '.join(missing)}", expected=f"one of {', '.join(sorted(names))}"
-            )
-        return reader.read(columns=columns)
-    except (ArrowInvalid, OSError) as error:
-        raise SourceError(f"{file} cannot be read: {error}", expected="a parquet file") from None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise SourceError(
-            f"{file} is missing", expected="a LeRobot data set", fix="the folder that holds meta/info.json"
-        )
-    if file.stat().st_size > MAX_JSON_BYTES:
-        raise SourceError(f"{file} has {file.stat().st_size} bytes", expected="metadata")
-    try:
-        value = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        raise SourceError(f"{file} is not JSON", expected="LeRobot metadata") from None
-    if not isinstance(value, dict) or not isinstance(value.get("features", {}), dict):
-        raise SourceError(f"{file} holds no table of features", expected="LeRobot metadata")
-    return value
-
-
-def _read_jsonl(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
-        raise SourceError(f"{file} is missing", expected="LeRobot v2.1 metadata")
-    try:
-        return [dict(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (ValueError, TypeError, RecursionError):
-        raise SourceError(f"{file} is not one JSON object a line", expected="LeRobot v2.1 metadata") from None
+        raise missing_file(root, name, what)
+    return file

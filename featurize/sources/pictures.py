@@ -3,39 +3,74 @@
 from __future__ import annotations
 
 import io
-import warnings
+import struct
+import zlib
 
 import numpy as np
 from PIL import Image as Pillow
-from PIL import ImageOps, UnidentifiedImageError
+from PIL import ImageOps
 
 from vla.featurize.image import Image
 from vla.stores.errors import SourceError
 
-RGB_MODES = {"RGB", "RGBA", "L", "LA", "P", "CMYK", "1"}
+FORMATS = ("PNG", "JPEG", "WEBP")
+"""What LeRobot and its neighbours write. Fewer decoders face files from strangers."""
+
+RGB_MODES = frozenset({"RGB", "RGBA", "L", "LA", "P", "PA", "CMYK", "YCbCr", "1"})
+"""Pillow's modes of at most 8 bits a channel that are colour or grey."""
+
 MAX_PIXELS = 64_000_000
 """Above this a picture of some kilobytes may be made to fill the memory; cameras have 12 million."""
 
+_PNG = b"\x89PNG\r\n\x1a\n"
 
-def decode_picture(data: bytes, where: str) -> Image:
-    """Decode PNG, JPEG and the like to uint8 [H, W, 3] RGB, turned upright by its EXIF orientation.
 
-    Transparency is dropped, grey and CMYK are converted. Raises `SourceError` naming `where` for bytes that are no
-    picture, for more than 8 bits a channel (depth is not colour), and for pictures above 64 million pixels.
+def decode_picture(data: bytes, where: str, size: tuple[int, int] | None = None) -> Image:
+    """Decode PNG, JPEG or WebP to uint8 [H, W, 3] RGB, turned upright by its EXIF orientation.
+
+    Transparency is dropped; grey, palette and CMYK are converted. Raises `SourceError` naming `where` for bytes that
+    are no such picture, for more than 8 bits a channel (depth is not colour), for pictures above 64 million pixels,
+    and for another size than `size` (height, width), both before any pixel is decoded.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Pillow.DecompressionBombWarning)
-            with Pillow.open(io.BytesIO(data)) as picture:
-                if picture.width * picture.height > MAX_PIXELS:
-                    raise SourceError(
-                        f"{where} has {picture.width} x {picture.height} pixels", expected="a camera picture"
-                    )
-                if picture.mode not in RGB_MODES:
-                    raise SourceError(f"{where} has pixels of mode {picture.mode}", expected="8 bits a channel")
-                upright = ImageOps.exif_transpose(picture)
-                return np.array(upright.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError, Pillow.DecompressionBombWarning) as error:
-        raise SourceError(f"{where} cannot be decoded: {error}", expected="a PNG or JPEG") from None
-    except Pillow.DecompressionBombError as error:
-        raise SourceError(f"{where}: {error}", expected="a camera picture") from None
+        with Pillow.open(io.BytesIO(data), formats=FORMATS) as picture:
+            _require_8_bit(picture, data, where)
+            require_size((picture.height, picture.width), size, where, turned=_is_turned(picture))
+            upright = ImageOps.exif_transpose(picture)
+            return np.array(upright.convert("RGB"))
+    except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning) as error:
+        raise SourceError(f"{where}: {error}", expected=f"at most {MAX_PIXELS} pixels") from None
+    except SourceError:
+        raise
+    # What Pillow's decoders raise on bytes cut or changed, besides the documented OSError and SyntaxError.
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error) as error:
+        raise SourceError(f"{where} cannot be decoded: {_brief(error)}", expected=" or ".join(FORMATS)) from None
+
+
+def require_size(found: tuple[int, int], wanted: tuple[int, int] | None, where: str, turned: bool = False) -> None:
+    """Raise `SourceError` where a picture (height, width) is not of the size that the metadata say, or a bomb."""
+    height, width = reversed(found) if turned else found
+    if height * width > MAX_PIXELS:
+        raise SourceError(f"{where} has {width} x {height} pixels", expected=f"at most {MAX_PIXELS} in all")
+    if wanted is not None and (height, width) != wanted:
+        expected = f"{wanted[1]} x {wanted[0]} as meta/info.json says"
+        raise SourceError(
+            f"{where} has {width} x {height} pixels", expected=expected, fix="resize it, or correct the shape there"
+        )
+
+
+def _is_turned(picture: Pillow.Image) -> bool:
+    """Tell whether the EXIF orientation (tag 0x0112, values 5 to 8) swaps height and width."""
+    return picture.getexif().get(0x0112) in (5, 6, 7, 8)
+
+
+def _require_8_bit(picture: Pillow.Image, data: bytes, where: str) -> None:
+    # Pillow opens a PNG of 16 bits a channel as "RGB" and drops the lower byte; byte 24 of a PNG is its bit depth.
+    is_deep = data.startswith(_PNG) and data[24] == 16
+    if is_deep or picture.mode not in RGB_MODES:
+        depth = "16 bits a channel" if is_deep else f"pixels of mode {picture.mode}"
+        raise SourceError(f"{where} has {depth}", expected="8 bits a channel; depth maps are no pictures")
+
+
+def _brief(error: BaseException) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__

@@ -3,57 +3,94 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
-from collections.abc import Callable, Mapping
+import re
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from vla.featurize.sources.base import Source
 from vla.stores.errors import SourceError, UsageError
+from vla.stores.settings import nearest
 
-SOURCES: dict[str, tuple[str, str]] = {
-    "lerobot": ("meta/info.json", "vla.featurize.sources.lerobot:LeRobotSource"),
+
+class Entry(NamedTuple):
+    """`target` is "module:Class", imported when used; `marker` the file that tells a folder of this kind, if any."""
+
+    target: str
+    marker: str
+    layout: str
+
+
+SOURCES: dict[str, Entry] = {
+    "lerobot": Entry("vla.featurize.sources.lerobot:LeRobotSource", "meta/info.json", "LeRobot v3.0 or v2.1"),
+    "synthetic": Entry("vla.featurize.sources.synthetic:SyntheticSource", "", "made up in memory"),
 }
-"""Kind -> (file whose presence tells it, "module:Class"); the class takes the folder and keyword options."""
+"""A class with a marker takes the folder first; all take their options as keywords, each with a default."""
 
 
-def open_source(
-    spec: str | Path, *, map: Mapping[str, str] | None = None, skip_bad: bool = False, **options: Any
-) -> Source:
-    """Open a folder of demonstrations, or `synthetic`, or `synthetic:episodes=8,seed=1`.
+def open_source(spec: str | Path, **options: Any) -> Source:
+    """Open a folder of demonstrations, or `synthetic`, or `synthetic:episodes=8,seed=1`; nothing is read yet.
 
-    `map` {our name: their column}, `skip_bad` and `options` go to the source. Raises `SourceError` for a folder that
-    is missing, empty or of no known layout, saying what it holds; `UsageError` for options that the source has not.
+    `options` go to the source: `map` {our name: their column}, `cameras`, `skip_bad` for LeRobot. Those that are None,
+    False or empty count as not given. Raises `SourceError` for a folder that is missing or of no known layout, saying
+    what it holds; `UsageError` for options that the source has not.
     """
-    text = str(spec)
-    if text == "synthetic" or text.startswith("synthetic:"):
-        return _synthetic(text.partition(":")[2], map, skip_bad, options)
+    given = {key: value for key, value in options.items() if value is not None and value is not False}
+    given = {key: value for key, value in given.items() if value != {} and value != () and value != []}
+    kind, colon, text = str(spec).partition(":")
+    if isinstance(spec, str) and kind in SOURCES and not SOURCES[kind].marker:
+        return _make(kind, (), _written(kind, text) | given if colon else given)
     root = Path(spec)
+    return _make(_kind_of(root), (root,), given)
+
+
+def _kind_of(root: Path) -> str:
+    layouts = ", ".join(f"{entry.marker} ({entry.layout})" for entry in SOURCES.values() if entry.marker)
     if not root.is_dir():
-        raise SourceError(f"{root} is no folder", expected="a folder of demonstrations", fix="--source DIR")
-    for marker, target in SOURCES.values():
-        if (root / marker).exists():
-            module, _, attribute = target.partition(":")
-            cls = cast(Callable[..., Source], getattr(importlib.import_module(module), attribute))
-            try:
-                return cls(root, map=map, skip_bad=skip_bad, **options)
-            except TypeError as error:
-                raise UsageError(f"source options {sorted(options)}: {error}") from None
-    inside = sorted(path.name for path in root.iterdir())
-    listing = ", ".join(inside[:5]) + (", …" if len(inside) > 5 else "") if inside else "nothing"
-    markers = ", ".join(f"{marker} ({kind})" for kind, (marker, _) in SOURCES.items())
-    raise SourceError(f"{root} is no data set that vla knows (it holds {listing})", expected=markers)
+        found = f"{root} is no folder" if root.exists() else f"{root} does not exist"
+        hint = nearest(str(root), [name for name, entry in SOURCES.items() if not entry.marker])
+        raise SourceError(f"{found}{hint}", expected=f"a folder with {layouts}", fix="--source DIR")
+    for kind, entry in SOURCES.items():
+        if entry.marker and (root / entry.marker).is_file():
+            return kind
+    inside = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
+    listing = ", ".join(inside[:8]) + (f" and {len(inside) - 8} more" if len(inside) > 8 else "")
+    raise SourceError(
+        f"{root} is of no known layout: it holds {listing or 'nothing'}",
+        expected=layouts,
+        fix=_nested(root) or "--source DIR",
+    )
 
 
-def _synthetic(text: str, map: Mapping[str, str] | None, skip_bad: bool, options: dict[str, Any]) -> Source:
-    from vla.featurize.sources.synthetic import SyntheticSettings, SyntheticSource
+def _nested(root: Path) -> str:
+    """Return `--source` with a folder one level down that is a data set, or nothing."""
+    markers = [entry.marker for entry in SOURCES.values() if entry.marker]
+    folders = [root.parent, *sorted(path for path in root.iterdir() if path.is_dir())]
+    found = next((folder for folder in folders if any((folder / marker).is_file() for marker in markers)), None)
+    return f"--source {found}" if found else ""
 
-    for pair in filter(None, text.split(",")):
+
+def _written(kind: str, text: str) -> dict[str, Any]:
+    """Parse `a=1,b=[2,3]`; commas inside brackets do not separate. Values are JSON, or strings where they are not."""
+    options: dict[str, Any] = {}
+    for pair in filter(None, re.split(r",(?![^\[]*\])", text)):
         key, equals, raw = pair.partition("=")
         if not equals:
-            raise UsageError(f"synthetic source option {pair!r}", expected="KEY=VALUE")
+            raise UsageError(f"{kind} source option {pair!r}", expected=f"KEY=VALUE, such as {kind}:episodes=8,seed=1")
         try:
-            options[key] = json.loads(raw)
-        except json.JSONDecodeError:
-            options[key] = raw
-    return SyntheticSource(SyntheticSettings.build(options, where="the synthetic source"), map=map, skip_bad=skip_bad)
+            options[key.strip()] = json.loads(raw)
+        except (json.JSONDecodeError, RecursionError):
+            options[key.strip()] = raw
+    return options
+
+
+def _make(kind: str, place: tuple[Path, ...], options: dict[str, Any]) -> Source:
+    module, _, name = SOURCES[kind].target.partition(":")
+    source = getattr(importlib.import_module(module), name)
+    known = [key for key, p in inspect.signature(source).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    for key in options:
+        if key not in known:
+            hint = nearest(key, known)
+            raise UsageError(f"a {kind} source has no option {key!r}{hint}", expected=f"one of {', '.join(known)}")
+    return cast(Source, source(*place, **options))

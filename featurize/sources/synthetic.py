@@ -1,18 +1,26 @@
-"""Seeded demonstrations made up in memory, for tests: a coloured blob whose place is what the action should be."""
+"""Seeded demonstrations made up in memory, for tests: coloured blobs whose places are what the action should be."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from vla.featurize.image import Image
 from vla.featurize.sources.base import Episode, SourceIndex, StepSpec
 from vla.stores.errors import SourceError
 from vla.stores.fingerprint import digest
 from vla.stores.settings import Settings
+
+VERSION = 1
+"""Part of the digest: raise it whenever the same settings would give other pixels or numbers."""
+
+COLOURS = {"red": (255, 64, 64), "green": (64, 255, 64), "blue": (64, 64, 255)}
+FPS = 10.0
+REACH = 0.8
+"""Blobs stay within this distance of the centre, in units of half a picture."""
 
 
 class SyntheticSettings(Settings):
@@ -22,72 +30,127 @@ class SyntheticSettings(Settings):
     length: tuple[int, int] = (8, 20)
     cameras: int = Field(2, ge=1, le=16)
     image_size: int = Field(32, ge=8, le=4096)
-    action_dim: int = Field(4, ge=2, le=64)
-    state_dim: int = Field(4, ge=1, le=64)
-    fps: float = Field(20.0, gt=0)
+    action_dim: int = Field(4, ge=1, le=256)
+    state_dim: int = Field(4, ge=1, le=256)
     seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _lengths_in_order(self) -> SyntheticSettings:
+        if not 1 <= self.length[0] <= self.length[1]:
+            raise ValueError("length is the least and the greatest number of frames, from 1 on")
+        return self
 
 
 class SyntheticSource:
-    """A blob wanders; the action's first two numbers are its place in [-1, 1], the others 0; the state is noise."""
+    """One blob a camera, wandering smoothly; the action is where the blobs are.
+
+    Camera v shows its blob at (x_v, y_v) in [-1, 1], right and down positive. With p = (x_0, y_0, x_1, y_1, …) of
+    length 2V, action k is p[k % 2V], its sign turned every further round: the pictures of one step determine its
+    action exactly. The state is a hand that goes a tenth of its way to the blobs each step, laid out likewise: it
+    hints at the action without giving it. The task names the blobs' colour.
+    """
 
     def __init__(
-        self, settings: SyntheticSettings, *, map: Mapping[str, str] | None = None, skip_bad: bool = False
+        self,
+        *,
+        episodes: int = 6,
+        length: tuple[int, int] = (8, 20),
+        cameras: int = 2,
+        image_size: int = 32,
+        action_dim: int = 4,
+        state_dim: int = 4,
+        seed: int = 0,
     ) -> None:
-        if map:
-            raise SourceError("the synthetic source has nothing to map", expected="no --map")
-        del skip_bad  # nothing here is ever bad
-        self.settings = settings
-        generator = np.random.default_rng(settings.seed)
-        low, high = settings.length
-        self._lengths = generator.integers(low, high + 1, settings.episodes)
+        values = {
+            "episodes": episodes,
+            "length": length,
+            "cameras": cameras,
+            "image_size": image_size,
+            "action_dim": action_dim,
+            "state_dim": state_dim,
+            "seed": seed,
+        }
+        self.settings = SyntheticSettings.build(values, where="the synthetic source")
+        low, high = self.settings.length
+        self._lengths = np.random.default_rng(self.settings.seed).integers(low, high + 1, self.settings.episodes)
 
     def index(self) -> SourceIndex:
         """See `Source.index`."""
         s = self.settings
+        tasks = [f"reach the {colour} blob" for colour in COLOURS]
         return SourceIndex(
             kind="synthetic",
             root="synthetic",
-            fps=s.fps,
+            fps=FPS,
             cameras=tuple(f"camera{view}" for view in range(s.cameras)),
-            episodes=tuple(Episode(f"episode_{i:06d}", int(n), "follow the blob") for i, n in enumerate(self._lengths)),
+            episodes=tuple(
+                Episode(f"episode_{i:06d}", int(n), tasks[i % len(tasks)]) for i, n in enumerate(self._lengths)
+            ),
             steps={
-                "action": StepSpec((s.action_dim,), "float32", "action"),
+                "action": StepSpec((s.action_dim,), "float32", "action", _names(s.action_dim, s.cameras)),
                 "state": StepSpec((s.state_dim,), "float32", "state"),
+                "timestamp": StepSpec((), "float64", "other"),
+                "frame_index": StepSpec((), "int64", "other"),
             },
             licence="CC0-1.0",
         )
 
     def digest(self) -> str:
-        """SHA-256 of the settings: they are all that the data depend on."""
-        return digest(self.settings.model_dump(mode="json"))
+        """SHA-256 (hex) of the settings and the version: they are all that the data depend on."""
+        return digest({"version": VERSION, **self.settings.model_dump(mode="json")})
 
     def steps(self, episode: int) -> dict[str, NDArray[np.generic]]:
         """See `Source.steps`."""
-        s = self.settings
-        place = self._place(episode)
-        action = np.zeros((len(place), s.action_dim), np.float32)
-        action[:, :2] = place
-        state = np.random.default_rng([s.seed, episode, 1]).normal(size=(len(place), s.state_dim))
-        return {"action": action, "state": state.astype(np.float32)}
+        places, hands = self._paths(episode)
+        frames = np.arange(len(places))
+        return {
+            "action": _spread(places, self.settings.action_dim),
+            "state": _spread(hands, self.settings.state_dim),
+            "timestamp": frames / FPS,
+            "frame_index": frames.astype(np.int64),
+        }
 
     def frames(self, episode: int, start: int, stop: int) -> Iterator[tuple[Image, ...]]:
         """See `Source.frames`."""
-        size = self.settings.image_size
-        axis = np.linspace(-1, 1, size)
-        for x, y in self._place(episode)[start:stop]:
-            blob = np.exp(-((axis[None, :] - x) ** 2 + (axis[:, None] - y) ** 2) / 0.05)
-            views = []
-            for view in range(self.settings.cameras):
-                image = np.full((size, size, 3), 20 * view, np.float64)
-                image[:, :, view % 3] += 200 * blob
-                views.append(image.clip(0, 255).astype(np.uint8))
-            yield tuple(views)
+        length = int(self._lengths[episode])
+        if not 0 <= start <= stop <= length:
+            raise SourceError(f"frames {start} to {stop} of synthetic episode {episode}", expected=f"0 to {length}")
+        return self._draw(episode, start, stop)
 
-    def _place(self, episode: int) -> NDArray[np.float64]:
-        """Return the blob's path [T, 2] in [-0.9, 0.9]."""
+    def _draw(self, episode: int, start: int, stop: int) -> Iterator[tuple[Image, ...]]:
+        size = self.settings.image_size
+        axis = (np.arange(size) + 0.5) / size * 2 - 1  # centres of pixels, in [-1, 1]
+        colour = np.array(list(COLOURS.values())[episode % len(COLOURS)], np.float64)
+        dim = np.random.default_rng([self.settings.seed, episode, 1]).uniform(0, 60, (self.settings.cameras, 1, 1, 3))
+        for place in self._paths(episode)[0][start:stop]:
+            x, y = place.reshape(-1, 2, 1, 1).swapaxes(0, 1)
+            # A radius of an eighth of the picture: several pixels wide even at 16 px, so a coarse grid still sees it.
+            glow = np.exp(-((axis[None, None, :] - x) ** 2 + (axis[None, :, None] - y) ** 2) / (2 * 0.25**2))
+            pictures = dim + (colour - dim) * glow[..., None]
+            yield tuple(np.round(pictures).astype(np.uint8))
+
+    def _paths(self, episode: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the blobs' places and the hands', both [T, 2V] in [-1, 1]."""
         generator = np.random.default_rng([self.settings.seed, episode])
-        steps = generator.normal(0, 0.15, (int(self._lengths[episode]), 2)).cumsum(axis=0)
-        start = generator.uniform(-0.6, 0.6, 2)
-        place: NDArray[np.float64] = (start + steps).clip(-0.9, 0.9)
-        return place
+        coordinates = 2 * self.settings.cameras
+        # 0.15 to 0.45 rad a step: a lap takes 14 to 42 frames, so an episode shows some but not all of it.
+        speed, phase = generator.uniform(0.15, 0.45, coordinates), generator.uniform(0, 2 * np.pi, coordinates)
+        frames = np.arange(int(self._lengths[episode]))[:, None]
+        places: NDArray[np.float64] = REACH * np.sin(speed * frames + phase)
+        hands = np.empty_like(places)
+        hands[0] = generator.uniform(-REACH, REACH, coordinates)
+        for t in range(1, len(hands)):
+            hands[t] = hands[t - 1] + 0.1 * (places[t - 1] - hands[t - 1])
+        return places, hands
+
+
+def _spread(values: NDArray[np.float64], width: int) -> NDArray[np.float32]:
+    """Lay coordinates [T, 2V] out over [T, width], the sign turned every further round."""
+    rounds, which = np.divmod(np.arange(width), values.shape[1])
+    return (values[:, which] * (-1.0) ** rounds).astype(np.float32)
+
+
+def _names(width: int, cameras: int) -> tuple[str, ...]:
+    rounds, which = np.divmod(np.arange(width), 2 * cameras)
+    signs = np.where(rounds % 2, "-", "")
+    return tuple(f"{sign}{'xy'[k % 2]}{k // 2}" for sign, k in zip(signs, which, strict=True))

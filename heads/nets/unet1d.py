@@ -97,7 +97,7 @@ class Upsample1d(nn.Module):
 class ConditionalUnet1D(nn.Module):
     """Predict the noise in a chunk of actions: (sample [B, T, A], step [B], global_cond [B, D]) -> [B, T, A].
 
-    T has to be divisible by 2^(len(down_dims) - 1) (`check_horizon`). `n_groups` divides every entry of `down_dims`.
+    T has to be divisible by 2^(len(down_dims) - 1) (`check_sizes`). `n_groups` divides every entry of `down_dims`.
     """
 
     def __init__(
@@ -158,8 +158,12 @@ class ConditionalUnet1D(nn.Module):
         return out.transpose(1, 2)
 
 
-def check_horizon(horizon: int, down_dims: tuple[int, ...]) -> None:
-    """Raise `UsageError` where the U-Net cannot halve and double the horizon without a remainder."""
+def check_sizes(horizon: int, down_dims: tuple[int, ...], kernel_size: int, n_groups: int) -> None:
+    """Raise `UsageError` where the U-Net cannot be built or cannot halve and double the horizon without remainder."""
     factor = 2 ** (len(down_dims) - 1)
     if horizon % factor:
         raise UsageError(f"horizon {horizon} with {len(down_dims)} levels", expected=f"a multiple of {factor}")
+    if kernel_size % 2 == 0:  # padding of kernel_size // 2 keeps the length of odd kernels only
+        raise UsageError(f"kernel_size {kernel_size}", expected="an odd number")
+    if wrong := [dim for dim in down_dims if dim < 1 or dim % n_groups]:
+        raise UsageError(f"down_dims has {wrong[0]}", expected=f"a multiple of n_groups = {n_groups}")

@@ -44,7 +44,7 @@ def test_a_crash_at_any_change_of_the_disk_loses_no_committed_unit(memory_path: 
 def test_an_error_of_any_file_operation_is_one_line_and_breaks_nothing(memory_path: Path, phase: str) -> None:
     report = report_of(sys.executable, "-W", "error", VICTIM, "error", memory_path, phase, STRIDE)
     assert report["failures"] == []
-    assert report["raised"] >= 0.8 * report["operations"] / STRIDE  # a few are looked over: the thing is not needed
+    assert report["raised"] >= 0.7 * report["operations"] / STRIDE  # a few are looked over: the thing is not needed
 
 
 def test_a_run_killed_at_random_moments_resumes_to_the_same_bytes(memory_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from vla.stores.errors import CorruptionError, DataError, FingerprintError, SourceError, StoreError, UsageError
+from vla.stores.filesystem import writer_lock
 from vla.stores.store import open_store
 from vla.stores.tables import EpisodeTable
 from vla.stores.verify import verify_store
@@ -185,6 +187,21 @@ def test_the_lock_of_a_killed_writer_is_free_again(tmp_path: Path, make_store: C
         child.kill()
         child.wait()
     with writer_of(made, resume=True):
+        pass
+
+
+def test_a_store_replaced_between_opening_and_locking_is_not_taken_for_the_new_one(
+    tmp_path: Path, make_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, real = make_store(tmp_path / "s", units=[]), fcntl.flock
+
+    def late(descriptor: int, operation: int) -> None:
+        made.root.rename(tmp_path / "old")
+        shutil.copytree(tmp_path / "old", made.root)
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(StoreError, match="written by another process"), writer_lock(made.root):
         pass
 
 

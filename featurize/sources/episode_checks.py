@@ -1,0 +1,94 @@
+"""Whether an episode of a LeRobot data set is what its metadata say: rows, times, finite numbers, whole videos."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vla.featurize.sources import parquet
+from vla.featurize.sources.base import StepSpec
+from vla.featurize.sources.lerobot_info import Info, inside, missing_file
+from vla.featurize.sources.lerobot_layout import EpisodeRow, Span
+from vla.featurize.sources.mapping import Column
+from vla.featurize.sources.video import TOLERANCE, Clip
+from vla.stores.errors import SourceError
+
+SKIP = "--skip-bad leaves the episode out"
+
+
+def locate(data: Path, episode: int) -> dict[int, tuple[int, int]]:
+    """Return {episode index: (first row, rows)} of a data file; without an index column all rows are `episode`'s.
+
+    Rows of one episode that do not follow each other count up to the gap only, so that the length does not fit.
+    """
+    if "episode_index" not in parquet.schema(data).names:
+        return {episode: (0, parquet.rows(data))}
+    where = f"{data}, column episode_index"
+    indices = parquet.to_array(parquet.read_table(data, ["episode_index"]).column(0), where)
+    if not len(indices):
+        return {}
+    starts = np.flatnonzero(np.r_[True, indices[1:] != indices[:-1]])
+    counts = np.diff(np.r_[starts, len(indices)])
+    places: dict[int, tuple[int, int]] = {}
+    for start, count in zip(starts, counts, strict=True):
+        places.setdefault(int(indices[start]), (int(start), int(count)))
+    return places
+
+
+def clip_of(info: Info, span: Span, first_time: float, row: EpisodeRow, column: Column, label: str) -> Clip:
+    """Locate an episode in its video by timestamps: its frame 0 is the file's frame round((from + t_0) * fps)."""
+    path = inside(info.root, span.path)
+    if not path.is_file():
+        raise missing_file(info.root, span.path, f"the video of {label}", f"another camera, or {SKIP}")
+    if path.stat().st_size == 0:
+        raise SourceError(f"{path} has 0 bytes", expected=f"the video of {label}", fix=SKIP)
+    exact = (span.start + first_time) * info.fps
+    frames = row.length if span.stop is None else (span.stop - span.start) * info.fps
+    if not (np.isfinite(exact) and exact > -0.5 and abs(exact - round(exact)) <= TOLERANCE):
+        raise SourceError(f"{path}, {label} begins at {exact:.2f} frames", expected="a whole frame", fix=SKIP)
+    if not frames > row.length - 0.5:
+        raise SourceError(
+            f"{path}, {label} spans {frames:.1f} frames", expected=f"{row.length} as its length says", fix=SKIP
+        )
+    return Clip(path, round(exact), info.fps, column.size, label)
+
+
+def fitted(values: NDArray[np.generic], spec: StepSpec, where: str) -> NDArray[np.generic]:
+    """Return [T, *shape] in the declared type; a column [T] of one number and [T, 1] are the same."""
+    if values[0].size != int(np.prod(spec.shape)):
+        raise SourceError(f"{where} has {values[0].size} numbers a frame", expected=f"{int(np.prod(spec.shape))}")
+    with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which is refused where it matters
+        return values.reshape(len(values), *spec.shape).astype(spec.dtype)
+
+
+def require_finite(values: NDArray[np.generic], where: str) -> None:
+    """Raise `SourceError` naming the first row of values [T, D] with a NaN or an infinity."""
+    bad = ~np.isfinite(values.astype(np.float64)).reshape(len(values), -1).all(axis=1)
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        raise SourceError(f"{where}, frame {row} is NaN or infinite", expected="finite numbers", fix=SKIP)
+
+
+def require_order(frames: NDArray[np.generic], times: NDArray[np.generic], where: str) -> None:
+    """Raise `SourceError` where rows are shuffled, missing or doubled."""
+    off = np.flatnonzero(frames != np.arange(len(frames)))
+    if len(off):
+        raise SourceError(f"{where}: row {off[0]} has frame_index {frames[off[0]]}", expected=f"{off[0]}", fix=SKIP)
+    back = np.flatnonzero(~(np.diff(times.astype(np.float64)) > 0))
+    if len(back) or not np.isfinite(times.astype(np.float64)).all():
+        at = int(back[0]) + 1 if len(back) else 0
+        raise SourceError(f"{where}: timestamp {times[at]} at row {at}", expected="increasing seconds", fix=SKIP)
+
+
+def require_grid(times: NDArray[np.float64], fps: float, where: str) -> None:
+    """Raise `SourceError` where steps are not 1/fps apart: then no rule tells which frame a step saw."""
+    off = np.abs((times - times[0]) * fps - np.arange(len(times)))
+    if off.max() > TOLERANCE:
+        row = int(np.flatnonzero(off > TOLERANCE)[0])
+        raise SourceError(
+            f"{where}: timestamp {times[row]:.4f} at row {row} is off",
+            expected=f"{row}/{fps:g} s after row 0",
+            fix=SKIP,
+        )
