@@ -59,7 +59,9 @@ def featurize(
 ) -> None:
     """Run a frozen backbone over demonstrations, once, into a store."""
     from vla.featurize.job import FeaturizeConfig, prepare, run
+    from vla.stores.memory import keep_freed_memory
 
+    keep_freed_memory()
     pairs = dict(_pair(text) for text in mapping) if mapping else None
     settings = FeaturizeConfig.from_sources(
         config,

@@ -154,4 +154,5 @@ def ddim_step(eps: Tensor, x: Tensor, abar: float, abar_previous: float, *, clip
     clean = (x - (1 - abar) ** 0.5 * eps) / abar**0.5
     if clip:
         clean = clean.clamp(-1, 1)
-    return abar_previous**0.5 * clean + (1 - abar_previous) ** 0.5 * eps
+    stepped: Tensor = abar_previous**0.5 * clean + (1 - abar_previous) ** 0.5 * eps
+    return stepped

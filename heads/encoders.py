@@ -172,7 +172,8 @@ class AttentionReader(_Standardised):
         if valid is not None:
             scores = scores.masked_fill(~valid[:, :, :, None], torch.finfo(scores.dtype).min)
         where = scores.softmax(-1)
-        return (self.cell(where @ x) + where @ self.position).flatten(2, 3)
+        pooled: Tensor = self.cell(where @ x) + where @ self.position
+        return pooled.flatten(2, 3)
 
 
 class KeypointReader(_Standardised):

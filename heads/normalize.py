@@ -133,7 +133,7 @@ class ChannelScaler(nn.Module):
 
     def fit(self, mean: NDArray[Any], std: NDArray[Any]) -> None:
         """Set from the training set's mean and standard deviation [C]. Raises `DataError` where they do not fit."""
-        mean, std = np.asarray(mean, np.float64), np.asarray(std, np.float64)
+        mean, std = np.array(mean, np.float64), np.array(std, np.float64)  # own, writable memory for torch
         if mean.shape != self.mean.shape or std.shape != self.mean.shape:
             raise DataError(f"feature statistics of shape {mean.shape}", expected=f"{tuple(self.mean.shape)}")
         if not (np.isfinite(mean).all() and np.isfinite(std).all()):

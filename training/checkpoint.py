@@ -14,6 +14,7 @@ checkpoint with the lowest validation metric.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from vla.stores.errors import CheckpointError
 from vla.stores.filesystem import PARTIAL, digest_file, explaining, fsync_dir, fsync_tree
@@ -37,7 +38,8 @@ OPTIONAL = {"ema.safetensors"}
 MAX_JSON_BYTES = 64 << 20
 """A larger JSON file is none of ours: state.json of ten thousand parameters has 1 MB."""
 
-_NAME = re.compile(r"step-(\d{8,})")
+CHECKPOINT_NAME = r"^step-[0-9]{8,}$"
+_NAME = re.compile(CHECKPOINT_NAME)
 log = logging.getLogger(__name__)
 
 
@@ -91,15 +93,12 @@ def save_checkpoint(
             if old.exists():
                 shutil.rmtree(old)
         partial.mkdir(parents=True)
-        for name, model in models.items():
-            save_file(_tensors(model), partial / f"{name}.safetensors")
-        save_file(dict(optimizer_tensors), partial / "optimizer.safetensors")
-        (partial / "state.json").write_text(json.dumps({"step": step, **state}))
-        (partial / "artefact.json").write_text(json.dumps(artefact, indent=1))
-        files = {
-            file.name: _FileRecord(size=file.stat().st_size, sha256=digest_file(file)) for file in partial.iterdir()
-        }
-        (partial / "complete.json").write_text(_Complete(step=step, files=files).model_dump_json(indent=1))
+        contents = {f"{name}.safetensors": save(_tensors(model)) for name, model in models.items()}
+        contents["optimizer.safetensors"] = save(dict(optimizer_tensors))
+        contents["state.json"] = json.dumps({"step": step, **state}).encode()
+        contents["artefact.json"] = json.dumps(artefact, indent=1).encode()
+        files = {name: _write(partial / name, data) for name, data in contents.items()}
+        _write(partial / "complete.json", _Complete(step=step, files=files).model_dump_json(indent=1).encode())
         fsync_tree(partial)
         partial.rename(folder)
         fsync_dir(folder.parent)
@@ -234,6 +233,12 @@ def read_object(file: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} holds a {type(value).__name__}", expected="a JSON object")
     return value
+
+
+def _write(file: Path, data: bytes) -> _FileRecord:
+    # Not by safetensors' save_file: a full disk is no OSError there, and its files can be read by their owner alone.
+    file.write_bytes(data)
+    return _FileRecord(size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:

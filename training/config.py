@@ -37,7 +37,8 @@ class TrainConfig(Settings):
     min(ema_max, 1 - (1 + k)^-ema_power) at update k = 0, 1, …
     `validate_every`: steps between validations; every regular checkpoint is validated as well.
     `keep_checkpoints`: newest ones kept, besides the one whose `best_metric` is lowest.
-    `threads`: torch's threads while the loop runs on a CPU (0: as they are); small heads are fastest with one.
+    `threads`: torch's threads on a CPU, which the caller of the loop sets (0: as they are); small heads are fastest
+    with one.
     `trackers`: names accelerate knows, such as "tensorboard" or "wandb".
     """
 

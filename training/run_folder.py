@@ -12,22 +12,23 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from vla.stores.errors import CheckpointError, UsageError
 from vla.stores.filesystem import PARTIAL, explaining, sweep_partial, write_atomic
-from vla.training.checkpoint import checkpoints, read_object, step_of, survey
+from vla.stores.settings import Settings
+from vla.training.checkpoint import CHECKPOINT_NAME, checkpoints, read_object, step_of, survey
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Best:
+class Best(Settings):
     """The checkpoint with the lowest `metric` so far."""
 
-    checkpoint: str
+    checkpoint: str = Field(pattern=CHECKPOINT_NAME)
     metric: str
     value: float
 

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 
-def seed_everything(seed: int, process: int = 0) -> None:
-    """Seed torch (all devices), numpy and python: an independent stream for each (seed, process).
+def seed_everything(seed: int, stream: int = 0) -> None:
+    """Seed torch (all devices), numpy and python: independent numbers for each (seed, stream).
 
-    The seed is hashed (numpy's SeedSequence), so that a module initialised under `torch.manual_seed(seed)` and the
-    noise of its training are not the same numbers.
+    Stream 0 is for whoever initialises a module, 1 + r for its training in process r: initial weights and noise that
+    come from the same numbers would not be independent. Both are hashed (numpy's SeedSequence).
     """
-    torch_seed, numpy_seed, python_seed = np.random.SeedSequence([seed, process]).generate_state(3)
+    torch_seed, numpy_seed, python_seed = np.random.SeedSequence([seed, stream]).generate_state(3)
     torch.manual_seed(int(torch_seed))
     np.random.seed(int(numpy_seed))  # noqa: NPY002 - libraries may draw from the global generator
     random.seed(int(python_seed))

@@ -62,7 +62,7 @@ class TrainState:
         self.latest: dict[str, float] = {}
         self.window = Window(self._mean_over_processes, scaled=accelerator.scaler is not None)
         self._saved = -1
-        seed_everything(config.seed, accelerator.process_index)
+        seed_everything(config.seed, 1 + accelerator.process_index)
 
     def update(self) -> torch.Tensor:
         """Clip, step, advance the schedule, average, forget the gradient; return its norm before clipping."""
@@ -102,7 +102,7 @@ class TrainState:
             metric = self.config.best_metric
             value = figures.get(metric)
             if value is not None and (self.best is None or value < self.best.value):
-                self.best = Best(f"step-{self.step:08d}", metric, value)
+                self.best = Best(checkpoint=f"step-{self.step:08d}", metric=metric, value=value)
             models = {"model": self.module} | ({"ema": self.ema.averaged} if self.ema is not None else {})
             tensors, rest = dump_optimizer(self.optimizer, self.names)
             state = self._json_state() | {"optimizer": rest, "random": random_states}
@@ -147,7 +147,7 @@ class TrainState:
             "schedule": {key: schedule[key] for key in _SCHEDULE},
             "scaler": scaler.state_dict() if scaler is not None else None,
             "ema_updates": self.ema.updates if self.ema is not None else None,
-            "best": vars(self.best) if self.best is not None else None,
+            "best": self.best.model_dump() if self.best is not None else None,
         }
 
     def _restore_json(self, state: Mapping[str, Any]) -> None:

@@ -173,7 +173,7 @@ def _require_usable(names: Mapping[str, str], count: int, where: str) -> None:
     folded: dict[str, str] = {}
     for ours, theirs in names.items():
         twin = folded.setdefault(ours.casefold(), theirs)
-        if twin != theirs or _NAME.fullmatch(ours) is None:
+        if twin != theirs or _NAME.fullmatch(ours) is None or not ours.isprintable():
             why = f"{twin!r} and {theirs!r} differ in case only" if twin != theirs else f"{ours!r} cannot name an array"
             raise SourceError(f"{where}: {why}", expected="distinct plain names", fix=f"--map NEW_NAME={theirs!r}")
 

@@ -166,6 +166,6 @@ def _naming(file: Path) -> Iterator[None]:
         yield
     except SourceError:
         raise
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise SourceError(f"{file} cannot be read: {reason}", expected="a parquet file") from None

@@ -30,14 +30,18 @@ def decode_picture(data: bytes, where: str, size: tuple[int, int] | None = None)
 
     Transparency is dropped; grey, palette and CMYK are converted. Raises `SourceError` naming `where` for bytes that
     are no such picture, for more than 8 bits a channel (depth is not colour), for pictures above 64 million pixels,
-    and for another size than `size` (height, width), both before any pixel is decoded.
+    and for another size upright than `size` (height, width).
     """
     try:
         with Pillow.open(io.BytesIO(data), formats=FORMATS) as picture:
             _require_8_bit(picture, data, where)
-            require_size((picture.height, picture.width), size, where, turned=_is_turned(picture))
-            upright = ImageOps.exif_transpose(picture)
-            return np.array(upright.convert("RGB"))
+            # Before anything else: to read a PNG's EXIF, Pillow decodes it.
+            require_size((picture.height, picture.width), None, where)
+            if size is not None and {picture.height, picture.width} != set(size):
+                require_size((picture.height, picture.width), size, where)
+            image = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+            require_size((image.shape[0], image.shape[1]), size, where)
+            return image
     except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning) as error:
         raise SourceError(f"{where}: {error}", expected=f"at most {MAX_PIXELS} pixels") from None
     except SourceError:
@@ -47,9 +51,9 @@ def decode_picture(data: bytes, where: str, size: tuple[int, int] | None = None)
         raise SourceError(f"{where} cannot be decoded: {_brief(error)}", expected=" or ".join(FORMATS)) from None
 
 
-def require_size(found: tuple[int, int], wanted: tuple[int, int] | None, where: str, turned: bool = False) -> None:
+def require_size(found: tuple[int, int], wanted: tuple[int, int] | None, where: str) -> None:
     """Raise `SourceError` where a picture (height, width) is not of the size that the metadata say, or a bomb."""
-    height, width = reversed(found) if turned else found
+    height, width = found
     if height * width > MAX_PIXELS:
         raise SourceError(f"{where} has {width} x {height} pixels", expected=f"at most {MAX_PIXELS} in all")
     if wanted is not None and (height, width) != wanted:
@@ -57,11 +61,6 @@ def require_size(found: tuple[int, int], wanted: tuple[int, int] | None, where: 
         raise SourceError(
             f"{where} has {width} x {height} pixels", expected=expected, fix="resize it, or correct the shape there"
         )
-
-
-def _is_turned(picture: Pillow.Image) -> bool:
-    """Tell whether the EXIF orientation (tag 0x0112, values 5 to 8) swaps height and width."""
-    return picture.getexif().get(0x0112) in (5, 6, 7, 8)
 
 
 def _require_8_bit(picture: Pillow.Image, data: bytes, where: str) -> None:

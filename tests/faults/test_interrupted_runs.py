@@ -20,7 +20,11 @@ KILLS = int(os.environ.get("VLA_FAULT_KILLS", "8"))
 STRIDE = int(os.environ.get("VLA_FAULT_STRIDE", "3"))
 SEED = int(os.environ.get("VLA_FAULT_SEED", "0"))
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="forks with threads")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(300),  # seconds of work, minutes on a machine that does something else
+    pytest.mark.skipif(sys.platform != "linux", reason="forks with threads"),
+]
 
 
 def report_of(*command: object) -> dict[str, Any]:

@@ -29,8 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from vla.featurize.sources.registry import open_source
 from vla.stores.errors import MachineError, VlaError
 from vla.stores.manifest import FeatureInfo, Manifest, StepInfo
 from vla.stores.store import open_store
@@ -38,34 +37,23 @@ from vla.stores.tables import EpisodeTable
 from vla.stores.verify import verify_store
 from vla.stores.writer import open_writer
 
-LENGTHS = (5, 9, 6)
-
-
-EPISODES = EpisodeTable.plan([f"episode-{n}" for n in range(len(LENGTHS))], LENGTHS, ["look"] * len(LENGTHS))
+SOURCE = open_source("synthetic", episodes=3, length=(5, 9), image_size=8, seed=2)
+INDEX = SOURCE.index()
+EPISODES = EpisodeTable.plan(*zip(*((e.id, e.length, e.task) for e in INDEX.episodes), strict=True))
 MANIFEST = Manifest(
-    rows=sum(LENGTHS),
+    rows=EPISODES.rows,
     unit_rows=8,
-    fps=10.0,
-    cameras=("front", "wrist"),
+    fps=INDEX.fps,
+    cameras=INDEX.cameras,
     features={"grid": FeatureInfo(shape=(2, 2, 2, 4), dims=("view", "y", "x", "channel"), dtype="float16")},
-    steps={"action": StepInfo(shape=(2,), dtype="float32", role="action")},
-    fingerprint={"source": {"digest": "ab" * 32}},
+    steps={
+        name: StepInfo.build({"shape": step.shape, "dtype": step.dtype, "role": step.role})
+        for name, step in INDEX.steps.items()
+    },
+    fingerprint={"source": {"digest": SOURCE.digest()}},
     tables={},
     provenance={},
 )
-
-
-class Stripes:
-    """Three episodes of pictures that tell episode and frame apart. The part of a source that `featurize` asks for."""
-
-    def steps(self, episode: int) -> dict[str, np.ndarray[Any, Any]]:
-        frame = np.arange(LENGTHS[episode], dtype=np.float32)[:, None]
-        return {"action": frame + np.float32([episode, -episode])}
-
-    def frames(self, episode: int, start: int, stop: int) -> Iterator[tuple[np.ndarray[Any, Any], ...]]:
-        for frame in range(start, stop):
-            picture = np.arange(8 * 8 * 3, dtype=np.int64).reshape(8, 8, 3) * (episode + 3) + frame * 11
-            yield (picture % 251).astype(np.uint8), (picture % 241).astype(np.uint8)
 
 
 def run(root: Path, *, only_create: bool = False, overwrite: bool = False, delay_ms: float = 0.0) -> None:
@@ -76,7 +64,7 @@ def run(root: Path, *, only_create: bool = False, overwrite: bool = False, delay
             from vla.featurize.run import featurize
 
             backbone = make_backbone("toy", grid=2, channels=4, delay_ms=delay_ms)
-            featurize(Stripes(), backbone, writer, EPISODES, batch_size=3)  # type: ignore[arg-type]
+            featurize(SOURCE, backbone, writer, EPISODES, batch_size=3)
 
 
 # ---- what goes wrong ----

@@ -1,0 +1,165 @@
+"""The command line: exit codes, one line for an error, JSON alone on stdout, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+VLA = [sys.executable, "-c", "from vla.cli import main; main()"]
+SOURCE = "synthetic:episodes=4,length=[6,9],cameras=1"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+
+
+def vla(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a command and check its exit code and that no traceback shows."""
+    command = [*VLA, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=55, env=ENVIRONMENT, check=False)
+    assert done.returncode == code, done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cli") / "stores"
+    vla("featurize", "--backbone", "toy", "--source", SOURCE, "--out", out)
+    return out / "toy"
+
+
+@pytest.fixture(scope="module")
+def run(store: Path) -> Path:
+    out = store.parent / "run"
+    settings = ["model.encoder.components=8", "model.hidden=32", "model.encoder.dim=32", "train.batch_size=4"]
+    vla("train-head", "mlp", "--store", store, "--out", out, "--steps", 3, *[x for s in settings for x in ("--set", s)])
+    return out
+
+
+def test_featurize_train_evaluate_end_to_end_with_json_alone_on_stdout(store: Path, run: Path) -> None:
+    facts = json.loads(vla("inspect", store, "--json").stdout)
+    assert facts["complete"]
+    assert facts["episodes"] == "4 usable of 4"
+    assert json.loads(vla("verify", store, "--json").stdout)["findings"] == []
+    error = json.loads(vla("evaluate", run, "--json").stdout)
+    assert set(error["per_dimension"]["mae"]) == {"0", "1", "2", "3"}
+    assert error["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["featurize", "--backbone", "tyo", "--source", SOURCE], 2, "did you mean 'toy'"),
+        (["featurize", "--backbone", "toy", "--source", "/nonexistent"], 3, "no folder"),
+        (
+            ["featurize", "--backbone", "toy", "--source", SOURCE, "--set", "optoins.grid=2"],
+            2,
+            "did you mean 'options'",
+        ),
+        (["featurize", "--backbone", "toy", "--source", SOURCE, "--set", "options.gird=2"], 2, "did you mean 'grid'"),
+        (["featurize", "--backbone", "toy", "--source", SOURCE, "--map", "action"], 2, "OURS=THEIRS"),
+        (["featurize", "--backbone", "dino-siglip", "--source", SOURCE], 4, "--weights"),
+        (["train-head", "diffusion", "--store", "x"], 2, "one of dp, fm, mlp"),
+        (["train-head", "dp", "--store", "/nonexistent"], 3, "does not exist"),
+        (["inspect", "/"], 3, "no store"),
+        (["verify", "/nonexistent"], 3, "does not exist"),
+        (["evaluate", "/nonexistent"], 3, ""),
+        (["rollout", "/nonexistent", "--env", "metaworld:push-v3"], 3, ""),
+        (["nonsense"], 2, "No such command"),
+    ],
+)
+def test_a_mistake_is_one_line_and_the_right_exit_code(
+    tmp_path: Path, arguments: list[str], code: int, says: str
+) -> None:
+    out = ["--out", str(tmp_path / "out")] if arguments[0] == "featurize" else []
+    done = vla(*arguments, *out, code=code)
+    assert says in done.stderr
+    assert done.stdout == ""
+    if code in (3, 4):
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_store_is_refused_naming_the_flags(store: Path) -> None:
+    done = vla("featurize", "--backbone", "toy", "--source", SOURCE, "--out", store.parent, code=2)
+    assert "--resume" in done.stderr
+    assert "--overwrite" in done.stderr
+
+
+def test_a_store_of_another_fingerprint_is_refused_by_field(store: Path) -> None:
+    options = ["--resume", "--set", "options.seed=9"]
+    done = vla("featurize", "--backbone", "toy", "--source", SOURCE, "--out", store.parent, *options, code=3)
+    assert "backbone.seed: 0 here, 9 wanted" in done.stderr
+
+
+def test_an_existing_run_is_refused_naming_the_flags(store: Path, run: Path) -> None:
+    done = vla("train-head", "mlp", "--store", store, "--out", run, code=2)
+    assert "--resume" in done.stderr
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "stores"
+    done = vla("featurize", "--backbone", "toy", "--source", SOURCE, "--out", out, "--dry-run", "--json")
+    plan = json.loads(done.stdout)
+    assert plan["episodes"] == 4
+    assert plan["units"] >= 1
+    assert not out.exists()
+
+
+def test_verify_of_a_damaged_store_exits_with_1_and_names_the_file(store: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "toy"
+    shutil.copytree(store, copy)
+    (shard,) = (copy / "frames" / "grid").glob("c.0*")
+    data = bytearray(shard.read_bytes())
+    data[7] ^= 1
+    shard.write_bytes(data)
+    done = vla("verify", copy, "--json", code=1)
+    assert str(shard) in json.loads(done.stdout)["findings"][0]
+
+
+def test_a_store_named_like_a_module_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "toy.py").write_text("")
+    done = vla("featurize", "--backbone", "toy", "--source", SOURCE, "--out", tmp_path, code=2)
+    assert "shadow" in done.stderr
+
+
+def test_an_episode_shorter_than_the_window_trains(tmp_path: Path) -> None:
+    source = "synthetic:episodes=3,length=[1,2],cameras=1"
+    vla("featurize", "--backbone", "toy", "--source", source, "--out", tmp_path)
+    small = [
+        "model.encoder.components=4",
+        "model.hidden=32",
+        "train.batch_size=2",
+        "model.horizon=8",
+        "data.validation=0",
+    ]
+    sets = [x for s in small for x in ("--set", s)]
+    vla("train-head", "mlp", "--store", tmp_path / "toy", "--out", tmp_path / "run", "--steps", 2, *sets)
+
+
+@pytest.mark.slow
+def test_ctrl_c_exits_with_130_and_the_run_resumes(tmp_path: Path) -> None:
+    options = ["--set", "options.delay_ms=60", "--set", "store.unit_rows=4", "--set", "batch_size=2"]
+    command = ["featurize", "--backbone", "toy", "--source", SOURCE, "--out", tmp_path, *options]
+    process = subprocess.Popen([*VLA, *map(str, command)], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    deadline = time.monotonic() + 40
+    while not list(tmp_path.glob("toy/commits/unit-*.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    vla(*command, "--resume")
+    assert json.loads(vla("inspect", tmp_path / "toy", "--json").stdout)["complete"]
+
+
+def test_help_of_every_command_fits_a_screen() -> None:
+    for command in ("featurize", "train-head", "evaluate", "rollout", "record", "inspect", "verify"):
+        assert len(vla(command, "--help").stdout.splitlines()) <= 45

@@ -1,0 +1,108 @@
+"""Small heads ready to train, on one toy data set: find the bright cell of a grid and move to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vla.heads.batch import Batch, FeatureIO, HeadIO
+from vla.heads.checkpoint import build_head
+from vla.heads.model import HeadModel
+
+GRID = (2, 4, 4, 3)
+SMALL: dict[str, dict[str, Any]] = {
+    "mlp": {"hidden": 64, "layers": 2},
+    "fm-mlp": {"net": "mlp", "width": 96, "layers": 2},
+    "fm-expert": {"net": "expert", "width": 32, "layers": 2, "heads": 4},
+    "dp-mlp": {"net": "mlp", "hidden": 96, "layers": 2},
+    "dp-unet": {"net": "unet", "down_dims": [16, 32], "diffusion_step_embed_dim": 32},
+}
+"""Every head with every net, at sizes that train in a second. The name is "head-net"."""
+
+
+@pytest.fixture(autouse=True)
+def _own_random_state() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture(scope="session")
+def toy_io() -> HeadIO:
+    """Two views of a 4 x 4 grid of 3 channels, a state of 3, an action of 2, two instructions."""
+    return HeadIO(
+        action_dim=2,
+        action_names=("x", "y"),
+        state_dim=3,
+        state_names=("a", "b", "c"),
+        features={"grid": FeatureIO(shape=GRID, dims=("y", "x", "channel"))},
+        tasks=("go there", "go away"),
+    )
+
+
+@pytest.fixture(scope="session")
+def toy_batch(toy_io: HeadIO) -> Callable[..., Batch]:
+    """`toy_batch(model or (n_obs, horizon, offset), count, seed)`.
+
+    View 0 shows where to go, view 1 noise; the second instruction turns the direction round; the state is noise.
+    """
+
+    def make(model: HeadModel, count: int = 8, seed: int = 0) -> Batch:
+        window = model.config.window
+        N, H = window.n_obs, window.horizon
+        rng = np.random.default_rng(seed)
+        cell = rng.integers(0, 16, count)
+        grid = rng.normal(0, 0.1, (count, N, *GRID)).astype(np.float32)
+        grid.reshape(count, N, 2, 16, 3)[np.arange(count), :, 0, cell] += 3.0
+        target = np.stack([cell % 4, cell // 4], axis=1) / 3 * 2 - 1
+        task = rng.integers(0, 2, count)
+        direction = target * np.where(task, -1.0, 1.0)[:, None]
+        steps = np.arange(1, H + 1) / H
+        return Batch(
+            features={"grid": torch.from_numpy(grid).half()},
+            state=torch.from_numpy(rng.normal(size=(count, N, 3)).astype(np.float32)),
+            task=torch.from_numpy(task),
+            obs_valid=torch.ones(count, N, dtype=torch.bool),
+            action=torch.from_numpy((5 + 10 * direction[:, None] * steps[:, None]).astype(np.float32)),
+            action_valid=torch.ones(count, H, dtype=torch.bool),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def toy_head(toy_io: HeadIO, toy_batch: Callable[..., Batch]) -> Callable[..., HeadModel]:
+    """`toy_head("dp-unet", encoder={...}, **settings)`: a small head with every statistic fitted. Seeded."""
+
+    def make(
+        name: str, *, encoder: dict[str, Any] | None = None, io: HeadIO = toy_io, fitted: bool = True, **settings: Any
+    ) -> HeadModel:
+        torch.manual_seed(0)
+        small = {"dim": 64, "components": 48, "queries": 4, "noise": 0.0}
+        values = {"horizon": 4, "n_action": 2, **SMALL[name], "encoder": {**small, **(encoder or {})}, **settings}
+        model = build_head(name.partition("-")[0], values, io)
+        if not fitted:
+            return model
+        sample = toy_batch(model, 256, seed=99)
+        assert sample.action is not None
+        assert sample.state is not None
+        actions, states = sample.action.flatten(0, 1).numpy(), sample.state.flatten(0, 1).numpy()
+        model.fit_normalisers(np.resize(actions, (len(actions), io.action_dim)), states[:, : io.state_dim])
+        for reader in model.encoder.readers.values():
+            reader.scaler.fit(np.full(3, 0.1), np.full(3, 0.6))  # type: ignore[union-attr, operator]
+        for reader in model.projections().values():
+            reader.projection.fit([reader.scaler(sample.features["grid"][:, 0]).flatten(1, -2)])
+        return model
+
+    return make
+
+
+@pytest.fixture(params=list(SMALL))
+def every(request: pytest.FixtureRequest) -> str:
+    """Each "head-net" in turn."""
+    name: str = request.param
+    return name
