@@ -1,10 +1,11 @@
 """From a window's observation to what a head is conditioned on. Grids keep their layout; nothing is pooled globally.
 
 Three ways to read a grid or a set of tokens:
-- `projection`: a fixed whitening projection (principal components of the channels, then of the whole grid), fitted on
-  the training episodes before the first step; cheap, hard to overfit, the default for small data sets;
-- `attention`: learned queries attend to the projected cells with their positions;
 - `keypoints`: spatial softmax (Levine et al. 2016): each learned heat map's expected position and value; grids only.
+  What it learns about a thing it knows at every place, and so it is the default for grids;
+- `attention`: learned queries attend to the projected cells with their positions;
+- `projection`: a fixed whitening projection (principal components of the channels, then of the whole grid), fitted on
+  the training episodes before the first step: the fastest to train.
 """
 
 from __future__ import annotations
@@ -26,19 +27,20 @@ from vla.stores.settings import Settings
 class EncoderConfig(Settings):
     """How observations are read.
 
-    `kind`: see the module. `dim`: width of what each observed frame becomes. `components` and `channel_components`:
-    sizes of the projection's two stages. `queries`: attention queries or heat maps a view. `noise`: standard deviation
-    of Gaussian noise on the standardised features while training (an augmentation that a cache allows). `dropout`: on
+    `kind`: see the module; "auto" takes keypoints for grids, attention for tokens, the projection for vectors.
+    `dim`: width of what each observed frame becomes. `components` and `channel_components`: sizes of the projection's
+    two stages. `queries`: attention queries or heat maps a view. `noise`: standard deviation of Gaussian noise on the
+    standardised features while training (an augmentation that a cache allows; 0.3 suits the projection). `dropout`: on
     the encoded frame. `use_features`, `use_state`, `use_task`: which inputs are read; the instruction is read where
     there is more than one. `state_columns`: columns of the state by name or index (None: all).
     """
 
-    kind: Literal["projection", "attention", "keypoints"] = "projection"
+    kind: Literal["auto", "keypoints", "attention", "projection"] = "auto"
     dim: int = Field(512, ge=8)
     components: int = Field(512, ge=1)
     channel_components: int = Field(16, ge=1)
     queries: int = Field(32, ge=1)
-    noise: float = Field(0.3, ge=0)
+    noise: float = Field(0.0, ge=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     use_features: bool = True
     use_state: bool = True
@@ -209,6 +211,7 @@ def _reader(config: EncoderConfig, io: FeatureIO) -> _Standardised:
             f"keypoints need a grid (y, x, channel), and a feature has {io.dims}",
             fix="--set model.encoder.kind=attention",
         )
+    auto = {0: "projection", 1: "attention", 2: "keypoints"}[min(len(io.layout), 2)]
     kinds = {"projection": ProjectionReader, "attention": AttentionReader, "keypoints": KeypointReader}
-    reader: _Standardised = kinds[config.kind](config, io)
+    reader: _Standardised = kinds[auto if config.kind == "auto" else config.kind](config, io)
     return reader

@@ -7,14 +7,14 @@ from t = 1 (noise) to t = 0 (action): x <- x + dt * v, dt = -1 / steps.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from vla.heads.batch import Batch, HeadIO
-from vla.heads.model import HeadConfig, HeadModel, noise_like, real_dims
+from vla.heads.model import SMALL_NET, HeadConfig, HeadModel, noise_like, real_dims
 from vla.heads.nets.action_expert import ActionExpert
 from vla.heads.nets.residual_mlp import ResidualMLP
 from vla.stores.errors import UsageError
@@ -46,6 +46,7 @@ class FlowHead(HeadModel):
     """Velocity net over [B, H, A]; see the module."""
 
     Config: ClassVar[type[HeadConfig]] = FlowConfig
+    train_defaults: ClassVar[dict[str, Any]] = SMALL_NET
     config: FlowConfig
 
     def __init__(self, config: FlowConfig, io: HeadIO) -> None:

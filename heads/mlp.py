@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from vla.heads.batch import Batch, HeadIO
-from vla.heads.model import HeadConfig, HeadModel
+from vla.heads.model import SMALL_NET, HeadConfig, HeadModel
 from vla.heads.nets.residual_mlp import ResidualMLP
 
 
@@ -25,6 +25,7 @@ class MlpHead(HeadModel):
     """Observation -> chunk, in one pass. Where demonstrations differ it predicts their mean: see `dp` and `fm`."""
 
     Config: ClassVar[type[HeadConfig]] = MlpConfig
+    train_defaults: ClassVar[dict[str, Any]] = SMALL_NET
     config: MlpConfig
 
     def __init__(self, config: MlpConfig, io: HeadIO) -> None:

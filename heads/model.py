@@ -16,6 +16,10 @@ from vla.stores.errors import DataError, UsageError
 from vla.stores.settings import Settings
 from vla.stores.windows import WindowSpec
 
+SMALL_NET = {"steps": 4000, "lr": 2e-3, "weight_decay": 1e-2, "betas": (0.9, 0.999), "warmup_steps": 100}
+"""Training settings for nets of about a million parameters on thousands of frames, chosen on push-v3 (on other scenes
+than benchmarks/rollout_success.py plays)."""
+
 
 class HeadConfig(Settings):
     """What every head can be told.
@@ -28,7 +32,7 @@ class HeadConfig(Settings):
 
     n_obs: int = Field(1, ge=1)
     horizon: int = Field(8, ge=1)
-    n_action: int = Field(4, ge=1)
+    n_action: int = Field(2, ge=1)
     action_norm: Mode = "limits"
     state_norm: Mode = "zscore"
     encoder: EncoderConfig = EncoderConfig()
@@ -56,6 +60,8 @@ class HeadModel(nn.Module):
     """
 
     Config: ClassVar[type[HeadConfig]] = HeadConfig
+    train_defaults: ClassVar[dict[str, Any]] = {}
+    """What this head is trained with where nothing else is said, over `TrainConfig`'s own defaults."""
 
     def __init__(self, config: HeadConfig, io: HeadIO, *, tokens: bool = False) -> None:
         super().__init__()

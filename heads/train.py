@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from vla.heads.checkpoint import Artefact, StoreRecord, build_head
 from vla.heads.data import DataConfig, HeadData, open_data
 from vla.heads.evaluate import action_error
 from vla.heads.model import HeadModel
+from vla.heads.registry import head_class
 from vla.stores.fingerprint import digest
 from vla.stores.settings import Settings
 from vla.training.config import TrainConfig
@@ -42,6 +44,7 @@ def train_head(
     progress: Progress = lambda step, total, metrics: None,
 ) -> FitReport:
     """Train a head into `run_dir`. Raises what opening the stores, building the head and `fit` raise."""
+    config = with_head_defaults(config)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     data = open_data(config.data)
@@ -72,6 +75,16 @@ def train_head(
         overwrite=overwrite,
         progress=progress,
     )
+
+
+def with_head_defaults(config: HeadTrainConfig) -> HeadTrainConfig:
+    """Fill in what the head is best trained with, wherever `train` was not set explicitly."""
+    explicit = config.train.model_dump(include=config.train.model_fields_set)
+    defaults = head_class(config.head).train_defaults
+    if explicit.get("steps", math.inf) <= explicit.get("warmup_steps", defaults.get("warmup_steps", 0)):
+        defaults = {key: value for key, value in defaults.items() if key != "warmup_steps"}
+    train = TrainConfig.build({**defaults, **explicit}, where="train")
+    return config.model_copy(update={"train": train})
 
 
 def prepare_head(model: HeadModel, data: HeadData) -> None:
