@@ -18,6 +18,7 @@ import torch
 from demonstrations import KEPT, store_of
 
 from vla.heads.checkpoint import load_head
+from vla.heads.model import SMALL_NET
 from vla.heads.train import HeadTrainConfig, train_head
 from vla.rollout.envs.registry import make_env
 from vla.rollout.evaluate import roll_out
@@ -40,8 +41,7 @@ def success(name: str, row: dict[str, Any], steps: int, episodes: int, runs: Pat
     """Train one row of the table and roll it out."""
     data = {"stores": [str(store_of(row["backbone"]))], "validation": 0.0}
     data |= {"state": row["state"]} if "state" in row else {}
-    # Twice the published learning rate and a little decay suit 2,000 frames; chosen on other scenes than these.
-    train = {"steps": steps, "lr": 1e-3, "weight_decay": 1e-2, "betas": (0.9, 0.999), "checkpoint_every": steps}
+    train = {**SMALL_NET, "steps": steps, "warmup_steps": min(100, steps // 10), "checkpoint_every": steps}
     values = {"head": row["head"], "data": data, "model": row.get("model", {}), "train": train}
     run_dir = runs / name.replace(" ", "_").replace(",", "").replace("(", "").replace(")", "")
     shutil.rmtree(run_dir, ignore_errors=True)
@@ -63,7 +63,7 @@ def success(name: str, row: dict[str, Any], steps: int, episodes: int, runs: Pat
 def main() -> None:
     """Measure and report."""
     options = measure.arguments(__doc__)
-    steps, episodes = (100, 1) if options.quick else (4000, 100)
+    steps, episodes = (100, 1) if options.quick else (3000, 100)
     torch.set_num_threads(1)
     rows = {key: row for key, row in ROWS.items() if not (options.quick and row["backbone"] == "efficientnet")}
     table = {name: success(name, row, steps, episodes, KEPT / "runs") for name, row in rows.items()}

@@ -106,7 +106,8 @@ def _side_by_side(observation: Observation) -> Image:
 
 def _write_video(path: Path, frames: list[Image], fps: float) -> None:
     height, width = frames[0].shape[:2]
-    file = VideoFile(path, fps=Fraction(fps), height=height, width=width)
+    # Half-resolution colour, because browsers play nothing else.
+    file = VideoFile(path, fps=Fraction(fps), height=height, width=width, pixel_format="yuv420p")
     try:
         file.append(frames)
     finally:

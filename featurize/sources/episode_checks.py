@@ -16,6 +16,7 @@ from vla.featurize.sources.video import TOLERANCE, Clip
 from vla.stores.errors import SourceError
 
 SKIP = "--skip-bad leaves the episode out"
+OTHER_CAMERA = f"""{SKIP}; --set 'source_options.cameras=["NAME"]' chooses other cameras"""
 
 
 def locate(data: Path, episode: int) -> dict[int, tuple[int, int]]:
@@ -41,7 +42,7 @@ def clip_of(info: Info, span: Span, first_time: float, row: EpisodeRow, column: 
     """Locate an episode in its video by timestamps: its frame 0 is the file's frame round((from + t_0) * fps)."""
     path = inside(info.root, span.path)
     if not path.is_file():
-        raise missing_file(info.root, span.path, f"the video of {label}", f"another camera, or {SKIP}")
+        raise missing_file(info.root, span.path, f"the video of {label}", OTHER_CAMERA)
     if path.stat().st_size == 0:
         raise SourceError(f"{path} has 0 bytes", expected=f"the video of {label}", fix=SKIP)
     exact = (span.start + first_time) * info.fps

@@ -40,6 +40,8 @@ BOOKKEEPING = frozenset({"index", "episode_index", "task_index"})
 MAX_OTHER_WIDTH = 1024
 """Numbers a frame: wider columns (depth maps, point clouds) are no step of a robot and are left out."""
 
+CHOOSE = """--set 'source_options.cameras=["NAME"]'"""
+
 _NAME = re.compile(r"(?!\.|__|zarr\.json$)[^/\\\x00-\x1f\x7f]{1,200}(?<!\.partial)")
 """What a store takes as the name of an array (stores/manifest.py), since step names become array names."""
 
@@ -159,7 +161,7 @@ def _views(
         if ours is None or ours in views:
             what = "no camera" if ours is None else "one camera asked for twice,"
             hint = nearest(name, known)
-            raise SourceError(f"{where} has {what} {name!r}{hint}", expected=f"some of {', '.join(known)}")
+            raise SourceError(f"{where} has {what} {name!r}{hint}", expected=f"some of {', '.join(known)}", fix=CHOOSE)
         views[ours] = known[ours]
     if not views:
         raise SourceError("no camera chosen", expected=f"some of {', '.join(known)}")

@@ -11,6 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +25,62 @@ from vla.stores.errors import SourceError
 BUDGET = 256 << 20
 """Bytes of decoded row groups kept. LeRobot's files are at most 100 MB (data_files_size_in_mb)."""
 
+FOOTERS = 16
+"""Files whose footer is kept: one of a thousand row groups takes 10 ms to parse, as long as an episode to read."""
+
 STREAM_ROWS = 16
 """Rows decoded at a time from a row group above the budget."""
 
 
+@dataclass(frozen=True)
+class _Footer:
+    """A file's metadata; row group g begins at row `starts[g]`, `starts[-1]` is the number of rows."""
+
+    metadata: Any
+    names: tuple[str, ...]
+    starts: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, file: Path) -> _Footer:
+        metadata = pq.read_metadata(file)
+        counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        names = tuple(metadata.schema.to_arrow_schema().names)
+        return cls(metadata, names, np.cumsum([0, *counts], dtype=np.int64))
+
+
 class RowReader:
-    """Reads row ranges of parquet files. Safe to call from several threads."""
+    """Reads row ranges of parquet files that do not change meanwhile. Safe to call from several threads."""
 
     def __init__(self, budget: int = BUDGET) -> None:
         self._budget = budget
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[Path, int, tuple[str, ...]], Any] = OrderedDict()
+        self._footers: OrderedDict[Path, _Footer] = OrderedDict()
 
     def read(self, file: Path, columns: Sequence[str], start: int, stop: int) -> Iterator[Any]:
         """Yield pyarrow tables that together are rows start..stop-1. Raises `SourceError` where it cannot be read."""
-        with _naming(file), pq.ParquetFile(file) as reader:
-            require_columns(reader.schema_arrow.names, columns, file)
-            first = 0
-            for group in range(reader.num_row_groups):
-                count = reader.metadata.row_group(group).num_rows
-                low, high = max(start - first, 0), min(stop - first, count)
-                if low < high:
-                    yield from self._group(reader, file, group, tuple(columns), low, high)
-                first += count
+        with _naming(file):
+            footer = self._footer(file)
+            require_columns(footer.names, columns, file)
+            with pq.ParquetFile(file, metadata=footer.metadata) as reader:
+                group = int(np.searchsorted(footer.starts, start, side="right")) - 1
+                while group < len(footer.starts) - 1 and footer.starts[group] < stop:
+                    low = max(start - int(footer.starts[group]), 0)
+                    high = int(min(stop, footer.starts[group + 1]) - footer.starts[group])
+                    if low < high:
+                        yield from self._group(reader, file, group, tuple(columns), low, high)
+                    group += 1
+
+    def _footer(self, file: Path) -> _Footer:
+        with self._lock:
+            footer = self._footers.get(file)
+        if footer is None:
+            footer = _Footer.of(file)
+            with self._lock:
+                self._footers[file] = footer
+                while len(self._footers) > FOOTERS:
+                    self._footers.popitem(last=False)
+        return footer
 
     def _group(
         self, reader: Any, file: Path, group: int, columns: tuple[str, ...], low: int, high: int

@@ -134,6 +134,7 @@ def _from_key_frame(
 ) -> Iterator[av.Packet[av.VideoStream]]:
     """Yield packets from a key frame shown at or before frame `number` on.
 
+    Pictures shown before that key frame may decode wrongly (open GOP); all of them are before `number`.
     A seek goes by decoding time, which with B-frames is earlier than the time shown: it may land on the key frame
     after the one needed. Then go further back.
     """
@@ -149,10 +150,7 @@ def _from_key_frame(
     if key is None or key.pts is None:
         return
     yield key
-    for packet in packets:
-        # What follows the key frame and is shown before it refers to pictures before it (open GOP): never decode that.
-        if packet.pts is None or packet.pts >= key.pts:
-            yield packet
+    yield from packets
 
 
 def _require_plain(frame: av.VideoFrame, clip: Clip, number: int) -> None:

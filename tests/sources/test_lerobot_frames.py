@@ -225,7 +225,12 @@ def test_a_video_of_another_size_is_refused_before_decoding(
     tmp_path: Path, write_lerobot: Write, write_video: Any
 ) -> None:
     root = write_lerobot(tmp_path, lengths=(4,))
-    write_video(next(root.rglob("*.mp4")), [np.zeros((32, 48, 3), np.uint8)] * 4)
+    video = next(root.rglob("*.mp4"))
+    write_video(video, [np.zeros((32, 48, 3), np.uint8)] * 4)
+    data = video.read_bytes()
+    start = data.index(b"mdat") + 4
+    stop = data.index(b"moov", start) - 4
+    video.write_bytes(data[:start] + bytes(stop - start) + data[stop:])  # nothing left to decode
     with pytest.raises(SourceError, match=r"front.* has 48 x 32 pixels; expected 64 x 64"):
         list(LeRobotSource(root).frames(0, 0, 4))
 
