@@ -23,6 +23,9 @@ from vla.heads.projection import WhiteningProjection
 from vla.stores.errors import DataError, UsageError
 from vla.stores.settings import Settings
 
+IDENTITY_STD = 0.02
+"""Initial scale of learned embeddings that are added to tokens: small beside the tokens, as in ViT."""
+
 
 class EncoderConfig(Settings):
     """How observations are read.
@@ -69,7 +72,9 @@ class ObservationEncoder(nn.Module):
                 {name: nn.Linear(reader.token_width, config.dim) for name, reader in self.readers.items()}  # type: ignore[arg-type]
             )
             self.state_token = nn.Linear(len(self.columns), config.dim) if self.columns else None
-            self.frame_position = nn.Parameter(torch.randn(n_obs, 1, config.dim) * 0.02)
+            # Which frame and which of its tokens: without it two heat maps that peak at one place are the same.
+            per_frame = sum(reader.tokens for reader in self.readers.values()) + bool(self.columns)  # type: ignore[misc]
+            self.identity = nn.Parameter(torch.randn(n_obs, per_frame, config.dim) * IDENTITY_STD)
             self.token_dropout = nn.Dropout(config.dropout)
         else:
             width = sum(reader.width for reader in self.readers.values()) + len(self.columns)  # type: ignore[misc]
@@ -89,7 +94,7 @@ class ObservationEncoder(nn.Module):
         parts = [self.to_token[name](self._read(name, batch)) for name in self.names]
         if self.state_token is not None:
             parts.append(self.state_token(self._state(batch))[:, :, None])
-        sequence = self.token_dropout(torch.cat(parts, dim=2) + self.frame_position).flatten(1, 2)
+        sequence = self.token_dropout(torch.cat(parts, dim=2) + self.identity).flatten(1, 2)
         valid = batch.obs_valid[:, :, None].expand(B, N, sequence.shape[1] // N).flatten(1)
         if self.task is not None:
             sequence = torch.cat([sequence, self.task(batch.task)[:, None]], dim=1)
@@ -113,8 +118,13 @@ class _Standardised(nn.Module):
     `forward(feature [B, N, V, *layout, C], valid [B, N, V, P] bool or None)` -> [B, N, tokens, token_width].
     """
 
-    width: int
+    tokens: int
     token_width: int
+
+    @property
+    def width(self) -> int:
+        """Numbers a frame becomes."""
+        return self.tokens * self.token_width
 
     def __init__(self, config: EncoderConfig, io: FeatureIO) -> None:
         super().__init__()
@@ -142,7 +152,7 @@ class ProjectionReader(_Standardised):
         super().__init__(config, io)
         cells = io.views * math.prod(io.layout)
         self.projection = WhiteningProjection(cells, io.channels, config.channel_components, config.components)
-        self.width = self.token_width = self.projection.components
+        self.tokens, self.token_width = 1, self.projection.components
 
     def forward(self, feature: Tensor, valid: Tensor | None = None) -> Tensor:
         self.refuse_mask(valid)
@@ -160,12 +170,14 @@ class AttentionReader(_Standardised):
 
     def __init__(self, config: EncoderConfig, io: FeatureIO) -> None:
         super().__init__(config, io)
-        self.token_width = 64
-        self.width = io.views * config.queries * self.token_width
+        self.tokens, self.token_width = io.views * config.queries, 64
         self.cell = nn.Linear(io.channels, self.token_width)
-        self.position = nn.Parameter(torch.randn(io.views, math.prod(io.layout), self.token_width) * 0.02)
-        self.queries = nn.Parameter(torch.randn(io.views, config.queries, self.token_width) / math.sqrt(64))
+        # Positions start as large as the cells' content, and scores of about unit size: with positions of 0.02 and flat
+        # scores, the head starts from the grid's mean and does not find its way out (tests/heads/test_learning.py).
+        self.position = nn.Parameter(torch.randn(io.views, math.prod(io.layout), self.token_width) * 0.5)
+        self.queries = nn.Parameter(torch.randn(io.views, config.queries, self.token_width))
         self.key = nn.Linear(self.token_width, self.token_width, bias=False)  # softmax cancels what a bias adds
+        nn.init.normal_(self.key.weight, std=1 / math.sqrt(self.token_width))
 
     def forward(self, feature: Tensor, valid: Tensor | None = None) -> Tensor:
         x = self.standardise(feature).flatten(3, -2)
@@ -183,8 +195,7 @@ class KeypointReader(_Standardised):
 
     def __init__(self, config: EncoderConfig, io: FeatureIO) -> None:
         super().__init__(config, io)
-        self.token_width = 3
-        self.width = io.views * config.queries * 3
+        self.tokens, self.token_width = io.views * config.queries, 3
         self.heat = nn.Parameter(torch.randn(io.views, config.queries, io.channels) / math.sqrt(io.channels))
         self.temperature = nn.Parameter(torch.ones(config.queries))
         rows, columns = io.layout

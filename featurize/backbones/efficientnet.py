@@ -193,7 +193,7 @@ def _build(settings: EfficientNetSettings) -> tuple[Any, dict[str, Any]]:
     if settings.weights == RANDOM:
         digest = digest_tensors(network.state_dict())
         return network, {"weights": RANDOM, "seed": settings.seed, "weights_sha256": digest}
-    path = find_file(Path(settings.weights)) if settings.weights is not None else _published_file()
+    path = find_file(Path(settings.weights).expanduser()) if settings.weights is not None else _published_file()
     load_strictly(network, read_tensors(path), path)
     return network, {"weights_sha256": digest_files([path])}
 
