@@ -19,7 +19,7 @@ from typing import Any
 from vla.stores.errors import VlaError
 
 BACKBONE, SOURCE, ENV = "efficientnet", "examples/push", "metaworld:push-v3"
-STEPS, EPISODES = 1500, 10
+STEPS, EPISODES = 2000, 10
 TRAIN_SETTINGS: list[str] = []
 """Further settings of the head, each as `--set` takes it, such as "train.lr=1e-3"."""
 

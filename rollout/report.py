@@ -247,7 +247,8 @@ def _video_frames(video: Path, frames: int) -> tuple[list[Image], list[float]]:
             kept = [frame for number, frame in enumerate(container.decode(stream)) if number in wanted]
             if not kept:
                 raise DataError(f"{video} has no frame")
-            return [frame.to_ndarray(format="rgb24") for frame in kept], [float(frame.time or 0) for frame in kept]
+            pictures = [cast(Image, frame.to_ndarray(format="rgb24")) for frame in kept]
+            return pictures, [float(frame.time or 0) for frame in kept]
     except (av.FFmpegError, OSError, IndexError) as error:
         raise DataError(f"{video} cannot be decoded: {error}", expected="a video of `vla rollout --video`") from None
 

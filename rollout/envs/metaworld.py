@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from vla.featurize.image import Image
 from vla.rollout.envs.base import EnvSpec, LiveImages, Observation, StepResult
 from vla.rollout.envs.metaworld_tasks import INSTRUCTIONS, instruction
+from vla.rollout.video_writer import through_codec
 from vla.stores.errors import MachineError, UsageError
 from vla.stores.settings import nearest
 
@@ -52,7 +53,8 @@ class MetaWorldEnv:
     """One Meta-World task, seen through `cameras` as square pictures of `image_size` pixels.
 
     `fps` has to divide 80. `max_steps` is the time limit in control steps (left out: Meta-World's 500 simulator
-    steps). With no cameras nothing is rendered and no OpenGL library is needed.
+    steps). `compressed` shows pictures with the loss of the codec that demonstrations are recorded with, as a camera
+    that streams video does. With no cameras nothing is rendered and no OpenGL library is needed.
     """
 
     spec: EnvSpec
@@ -69,6 +71,7 @@ class MetaWorldEnv:
         image_size: int = 128,
         fps: float = 20.0,
         max_steps: int | None = None,
+        compressed: bool = False,
     ) -> None:
         _check_options(task, cameras, image_size, fps, max_steps)
         self._mujoco, env_classes, self._experts = _import_simulator(renders=bool(cameras))
@@ -99,6 +102,7 @@ class MetaWorldEnv:
             action_names=ACTION_NAMES,
             max_steps=limit,
         )
+        self._compressed = compressed
         self._renderer = self._make_renderer() if cameras else None
         self._images = LiveImages((), self._render)
         self._steps_left = 0
@@ -168,7 +172,8 @@ class MetaWorldEnv:
         self._renderer.update_scene(self._sim.data, camera=camera)
         image: Image = self._renderer.render()
         # A pretrained backbone has never seen the world upside down.
-        return np.ascontiguousarray(image[::-1, ::-1]) if camera in UPSIDE_DOWN else image
+        upright = np.ascontiguousarray(image[::-1, ::-1]) if camera in UPSIDE_DOWN else image
+        return through_codec(upright) if self._compressed else upright
 
     def _make_renderer(self) -> Any:
         model, size = self._sim.model, self.spec.image_size
