@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 import av
+from av.video.codeccontext import VideoCodecContext
 
 from vla.featurize.image import Image
 
@@ -27,7 +28,7 @@ def through_codec(image: Image) -> Image:
 
     uint8 [H, W, 3] with even H and W. For a live camera whose policy learned from such video.
     """
-    encoder = av.CodecContext.create("libx264", "w")
+    encoder = cast(VideoCodecContext, av.CodecContext.create("libx264", "w"))
     encoder.height, encoder.width = image.shape[:2]
     encoder.pix_fmt, encoder.time_base = PIXEL_FORMAT, Fraction(1, 20)
     encoder.options = {**_OPTIONS, "tune": "zerolatency"}
@@ -35,7 +36,7 @@ def through_codec(image: Image) -> Image:
     frame = av.VideoFrame.from_ndarray(image, format="rgb24")
     frame.pts = 0
     packets = [*encoder.encode(frame), *encoder.encode(None)]
-    decoder = av.CodecContext.create(CODEC, "r")
+    decoder = cast(VideoCodecContext, av.CodecContext.create(CODEC, "r"))
     decoder.thread_count = 1
     shown = [out for packet in [*packets, None] for out in decoder.decode(packet)]
     return cast(Image, shown[0].to_ndarray(format="rgb24"))
