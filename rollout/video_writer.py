@@ -28,7 +28,7 @@ def through_codec(image: Image) -> Image:
 
     uint8 [H, W, 3] with even H and W. For a live camera whose policy learned from such video.
     """
-    encoder = cast(VideoCodecContext, av.CodecContext.create("libx264", "w"))
+    encoder = av.CodecContext.create("libx264", "w")
     encoder.height, encoder.width = image.shape[:2]
     encoder.pix_fmt, encoder.time_base = PIXEL_FORMAT, Fraction(1, 20)
     encoder.options = {**_OPTIONS, "tune": "zerolatency"}
