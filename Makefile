@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-long lint clean
 
 demo: .venv/.ready
 	$(BIN)/python examples/demo.py
 
 test: .venv/.ready lint
 	$(THREADS) $(BIN)/pytest -n 2 --dist loadfile -q
+
+test-long: .venv/.ready
+	$(THREADS) $(BIN)/pytest -n 2 --dist loadfile -q -m "long or not long"
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

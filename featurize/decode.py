@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from vla.featurize.backbones.base import Backbone
-from vla.featurize.image import Image
 from vla.featurize.sources.base import Source
 from vla.stores.errors import SourceError
 from vla.stores.tables import EpisodeTable
@@ -97,14 +96,12 @@ class Decoder:
         for unit in units:
             buffer = self._writer.begin(unit)
             row, count, images = buffer.rows.start, 0, None
-            for at, views in self._frames(buffer):
-                with self._clock.busy("preprocess"):
-                    ready = [self._backbone.preprocess(view) for view in views]
+            for at, ready in self._frames(buffer):
                 if images is not None and (at != row + count or count == self._batch_size):
                     yield Batch(buffer, row, images[:count])
                     images = None
                 if images is None:
-                    images, row, count = self._next_images(ready), at, 0
+                    images, row, count = self._next_images(), at, 0
                 for view, tensor in enumerate(ready):
                     images[count, view].copy_(tensor)
                 count += 1
@@ -112,8 +109,8 @@ class Decoder:
                 yield Batch(buffer, row, images[:count])
             yield Batch(buffer, buffer.rows.stop, None)
 
-    def _frames(self, buffer: UnitBuffer) -> Iterator[tuple[int, tuple[Image, ...]]]:
-        """Yield (store row, images) of a unit, and fill its steps; leave bad episodes out where that is allowed."""
+    def _frames(self, buffer: UnitBuffer) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        """Yield (store row, network inputs) of a unit, and fill its steps; leave bad episodes out where allowed."""
         for segment in segments(self._episodes, buffer.rows):
             try:
                 yield from self._frames_of(buffer, segment)
@@ -123,12 +120,10 @@ class Decoder:
                 rows = range(segment.row, segment.row + segment.stop - segment.start)
                 buffer.leave_out(self._episodes.ids[segment.episode], rows, str(error))
 
-    def _frames_of(self, buffer: UnitBuffer, segment: Segment) -> Iterator[tuple[int, tuple[Image, ...]]]:
+    def _frames_of(self, buffer: UnitBuffer, segment: Segment) -> Iterator[tuple[int, list[torch.Tensor]]]:
         stop = segment.row + segment.stop - segment.start
         with self._clock.busy("decode"):
-            part = slice(segment.row - buffer.rows.start, stop - buffer.rows.start)
-            for name, values in self._source.steps(segment.episode).items():
-                buffer.steps[name][part] = values[segment.start : segment.stop]
+            self._fill_steps(buffer, segment)
         frames = self._source.frames(segment.episode, segment.start, segment.stop)
         for row in range(segment.row, stop):
             with self._clock.busy("decode"):
@@ -136,13 +131,37 @@ class Decoder:
             if views is None:
                 frame = row - segment.row + segment.start
                 raise SourceError(f"episode {self._episodes.ids[segment.episode]!r} has no frame {frame}")
-            yield row, views
+            with self._clock.busy("preprocess"):
+                ready = [self._backbone.preprocess(view) for view in views]
+            self._require_shape(ready, segment)
+            yield row, ready
 
-    def _next_images(self, ready: list[torch.Tensor]) -> torch.Tensor:
-        shape = (self._batch_size, len(ready), *ready[0].shape)
+    def _fill_steps(self, buffer: UnitBuffer, segment: Segment) -> None:
+        steps, name = self._source.steps(segment.episode), self._episodes.ids[segment.episode]
+        if steps.keys() != buffer.steps.keys():
+            raise SourceError(f"episode {name!r} has columns {sorted(steps)}", expected=f"{sorted(buffer.steps)}")
+        first = segment.row - buffer.rows.start
+        for column, values in steps.items():
+            wanted = (int(self._episodes.length[segment.episode]), *buffer.steps[column].shape[1:])
+            if values.shape != wanted:
+                raise SourceError(f"episode {name!r} has {column!r} of shape {values.shape}", expected=f"{wanted}")
+            part = values[segment.start : segment.stop]
+            buffer.steps[column][first : first + len(part)] = part
+
+    def _require_shape(self, ready: list[torch.Tensor], segment: Segment) -> None:
+        """The first frame of a run decides the shape of the network's input."""
+        shapes = {tuple(tensor.shape) for tensor in ready}
+        shape = (len(ready), *ready[0].shape)
+        self._shape = self._shape or shape
+        if len(shapes) > 1 or shape != self._shape:
+            raise SourceError(
+                f"episode {self._episodes.ids[segment.episode]!r} makes a network input of {len(ready)} x "
+                f"{' and '.join(map(str, sorted(shapes)))}",
+                expected=f"{self._shape[0]} x {self._shape[1:]} as before",
+            )
+
+    def _next_images(self) -> torch.Tensor:
         if self._ring is None:
             # Reused memory: the first touch of a fresh page costs more than filling it again.
-            self._shape, self._ring = shape, itertools.cycle([torch.empty(shape) for _ in range(RING)])
-        if shape != self._shape:
-            raise SourceError(f"a frame makes a network input of {shape[1:]}", expected=f"{self._shape[1:]} as before")
+            self._ring = itertools.cycle([torch.empty(self._batch_size, *self._shape) for _ in range(RING)])
         return next(self._ring)

@@ -22,6 +22,7 @@ from vla.stores.fingerprint import digest
 from vla.stores.settings import Settings
 from vla.training.config import TrainConfig
 from vla.training.loop import FitReport, Progress, fit, seed_everything
+from vla.training.run_folder import can_resume
 
 PROJECTION_BATCH = 64
 
@@ -50,7 +51,7 @@ def train_head(
     data = open_data(config.data)
     seed_everything(config.train.seed)
     model = build_head(config.head, config.model, data.io)
-    if not resume:  # a resumed run takes every statistic from its checkpoint
+    if not (resume and can_resume(run_dir)):  # a checkpoint holds every statistic
         prepare_head(model, data)
     seed_everything(config.train.seed)
     pin = config.train.device != "cpu" and torch.cuda.is_available()

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
-from typing import cast
 
 import av
-from av.video.codeccontext import VideoCodecContext
 
 from vla.featurize.image import Image
 
@@ -21,25 +19,6 @@ PIXEL_FORMAT = "yuv444p"
 # resolution of colours hurts most. No B frames: presentation and decoding order agree, so that no edit list shifts the
 # first timestamp.
 _OPTIONS = {"crf": "15", "g": "20", "bf": "0", "preset": "slow"}
-
-
-def through_codec(image: Image) -> Image:
-    """Return a picture as a demonstration's video would show it: encoded as one keyframe with our settings, decoded.
-
-    uint8 [H, W, 3] with even H and W. For a live camera whose policy learned from such video.
-    """
-    encoder = av.CodecContext.create("libx264", "w")
-    encoder.height, encoder.width = image.shape[:2]
-    encoder.pix_fmt, encoder.time_base = PIXEL_FORMAT, Fraction(1, 20)
-    encoder.options = {**_OPTIONS, "tune": "zerolatency"}
-    encoder.thread_count = 1
-    frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-    frame.pts = 0
-    packets = [*encoder.encode(frame), *encoder.encode(None)]
-    decoder = cast(VideoCodecContext, av.CodecContext.create(CODEC, "r"))
-    decoder.thread_count = 1
-    shown = [out for packet in [*packets, None] for out in decoder.decode(packet)]
-    return cast(Image, shown[0].to_ndarray(format="rgb24"))
 
 
 class VideoFile:

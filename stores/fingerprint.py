@@ -31,7 +31,10 @@ def differences(found: Any, wanted: Any, prefix: str = "") -> list[str]:
             path = f"{prefix}.{key}" if prefix else str(key)
             lines += differences(found.get(key, "<absent>"), wanted.get(key, "<absent>"), path)
         return lines
-    return [] if found == wanted else [f"{prefix}: {_short(found)} here, {_short(wanted)} wanted"]
+    # As text, because NaN is not equal to itself, and True is equal to 1.
+    if json.dumps(found, sort_keys=True) == json.dumps(wanted, sort_keys=True):
+        return []
+    return [f"{prefix}: {_short(found)} here, {_short(wanted)} wanted"]
 
 
 def require_equal(found: Mapping[str, Any], wanted: Mapping[str, Any], *, what: str, fix: str) -> None:

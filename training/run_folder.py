@@ -19,6 +19,7 @@ from pydantic import Field
 
 from vla.stores.errors import CheckpointError, UsageError
 from vla.stores.filesystem import PARTIAL, explaining, sweep_partial, write_atomic
+from vla.stores.fingerprint import differences
 from vla.stores.settings import Settings
 from vla.training.checkpoint import CHECKPOINT_NAME, checkpoints, read_object, step_of, survey
 
@@ -101,27 +102,10 @@ def prune(run_dir: Path, keep: int, step: int, best: Best | None) -> None:
 
 def _require_same(file: Path, decides: Mapping[str, Any]) -> None:
     begun: Any = read_object(file)
-    lines = _differences(begun, json.loads(json.dumps(decides)))
+    lines = differences(begun, json.loads(json.dumps(decides)))
     if lines:
         more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
         raise UsageError(
-            f"{file.parent} was begun with {'; '.join(lines[:3])}{more}",
+            f"{file.parent} was begun with other settings: {'; '.join(lines[:3])}{more}",
             fix="the settings it was begun with, --overwrite, or another --out",
         )
-
-
-def _differences(begun: Any, now: Any, prefix: str = "") -> list[str]:
-    if isinstance(begun, Mapping) and isinstance(now, Mapping):
-        lines = []
-        for key in sorted(begun.keys() | now.keys()):
-            path = f"{prefix}.{key}" if prefix else str(key)
-            lines += _differences(begun.get(key, "<absent>"), now.get(key, "<absent>"), path)
-        return lines
-    if json.dumps(begun) == json.dumps(now):  # as text, because NaN is not equal to itself
-        return []
-    return [f"{prefix} = {_short(begun)}, not {_short(now)}"]
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."

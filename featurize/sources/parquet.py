@@ -55,6 +55,7 @@ class RowReader:
         self._budget = budget
         self._lock = threading.Lock()
         self._kept: OrderedDict[tuple[Path, int, tuple[str, ...]], Any] = OrderedDict()
+        self._bytes = 0
         self._footers: OrderedDict[Path, _Footer] = OrderedDict()
 
     def read(self, file: Path, columns: Sequence[str], start: int, stop: int) -> Iterator[Any]:
@@ -96,9 +97,10 @@ class RowReader:
                 return
             table = reader.read_row_group(group, columns=list(columns), use_threads=False)
             with self._lock:
+                self._bytes += table.nbytes if key not in self._kept else 0
                 self._kept[key] = table
-                while len(self._kept) > 1 and sum(kept.nbytes for kept in self._kept.values()) > self._budget:
-                    self._kept.popitem(last=False)
+                while len(self._kept) > 1 and self._bytes > self._budget:
+                    self._bytes -= self._kept.popitem(last=False)[1].nbytes
         yield table.slice(low, high - low)
 
 

@@ -61,7 +61,8 @@ def read_clip(clip: Clip, start: int, stop: int) -> Iterator[Image]:
             # An episode is short: starting threads and filling their pipeline costs more than they save.
             stream.codec_context.thread_count = 1
             grid = _Grid.of(stream, clip)
-            colour = VideoReformatter()  # one for all frames: each would set up its own conversion, 3 times slower
+            # One for all frames, without threads: each frame would set up its own conversion, 3 times slower.
+            colour = VideoReformatter()
             for packet in _from_key_frame(container, stream, grid, clip.first + start):
                 for frame in packet.decode():
                     number = grid.number(frame.pts) - clip.first
@@ -71,7 +72,7 @@ def read_clip(clip: Clip, start: int, stop: int) -> Iterator[Image]:
                     if number != wanted:
                         raise _misplaced(clip, stream, number, wanted)
                     _require_plain(frame, clip, number)
-                    yield cast(Image, colour.reformat(frame, format="rgb24").to_ndarray())
+                    yield cast(Image, colour.reformat(frame, format="rgb24", threads=1).to_ndarray())
                     wanted += 1
                     if wanted == stop:
                         return

@@ -64,8 +64,7 @@ class Observation:
     """What the policy sees at one control step.
 
     `images` maps camera to a picture, drawn when first looked at (`LiveImages`); `state` is honest proprioception,
-    float32 [S]; `privileged` is simulator truth,
-    float32 [P], which only experts and declared ceilings may read.
+    float32 [S]; `privileged` is simulator truth, float32 [P], which only experts and declared ceilings may read.
     """
 
     images: Mapping[str, Image]

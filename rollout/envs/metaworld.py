@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 from vla.featurize.image import Image
 from vla.rollout.envs.base import EnvSpec, LiveImages, Observation, StepResult
 from vla.rollout.envs.metaworld_tasks import INSTRUCTIONS, instruction
-from vla.rollout.video_writer import through_codec
 from vla.stores.errors import MachineError, UsageError
 from vla.stores.settings import nearest
 
@@ -53,8 +52,7 @@ class MetaWorldEnv:
     """One Meta-World task, seen through `cameras` as square pictures of `image_size` pixels.
 
     `fps` has to divide 80. `max_steps` is the time limit in control steps (left out: Meta-World's 500 simulator
-    steps). `compressed` shows pictures with the loss of the codec that demonstrations are recorded with, as a camera
-    that streams video does. With no cameras nothing is rendered and no OpenGL library is needed.
+    steps). With no cameras nothing is rendered and no OpenGL library is needed.
     """
 
     spec: EnvSpec
@@ -71,7 +69,6 @@ class MetaWorldEnv:
         image_size: int = 128,
         fps: float = 20.0,
         max_steps: int | None = None,
-        compressed: bool = False,
     ) -> None:
         _check_options(task, cameras, image_size, fps, max_steps)
         self._mujoco, env_classes, self._experts = _import_simulator(renders=bool(cameras))
@@ -102,7 +99,7 @@ class MetaWorldEnv:
             action_names=ACTION_NAMES,
             max_steps=limit,
         )
-        self._compressed = compressed
+        self._closed = False
         self._renderer = self._make_renderer() if cameras else None
         self._images = LiveImages((), self._render)
         self._steps_left = 0
@@ -111,6 +108,8 @@ class MetaWorldEnv:
 
     def reset(self, seed: int) -> Observation:
         """Start the episode that belongs to `seed`. Equal seeds give equal observations whatever ran before."""
+        if self._closed:
+            raise UsageError(f"{self.spec.name} is closed", expected="an open environment")
         self._images.expire()
         # Trap: reset(seed=...) ignores its seed; the scene is drawn from this generator.
         self._sim.np_random = np.random.default_rng(seed)
@@ -157,6 +156,7 @@ class MetaWorldEnv:
 
     def close(self) -> None:
         """Free the renderer and its OpenGL context."""
+        self._closed = True
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
@@ -172,8 +172,7 @@ class MetaWorldEnv:
         self._renderer.update_scene(self._sim.data, camera=camera)
         image: Image = self._renderer.render()
         # A pretrained backbone has never seen the world upside down.
-        upright = np.ascontiguousarray(image[::-1, ::-1]) if camera in UPSIDE_DOWN else image
-        return through_codec(upright) if self._compressed else upright
+        return np.ascontiguousarray(image[::-1, ::-1]) if camera in UPSIDE_DOWN else image
 
     def _make_renderer(self) -> Any:
         model, size = self._sim.model, self.spec.image_size

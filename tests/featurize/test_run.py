@@ -254,7 +254,6 @@ def test_an_episode_with_fewer_frames_than_steps_is_bad(tmp_path: Path) -> None:
     assert open_store(tmp_path / "two").usable.tolist() == [True, False, True, True]
 
 
-@pytest.mark.xfail(reason="decode._frames_of does not compare the columns with the plan: state stays NaN, unsaid")
 def test_a_column_that_was_declared_and_does_not_come_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="state"):
         run(tmp_path / "s", FakeSource(columns=("action",)))
@@ -334,15 +333,7 @@ def test_an_error_of_the_disk_surfaces_whichever_unit_meets_it(
     assert sorted(open_store(tmp_path / "s", allow_partial=True).commits) == list(range(unit))
 
 
-@pytest.mark.parametrize(
-    "batch_size",
-    [
-        1,
-        pytest.param(
-            4, marks=pytest.mark.xfail(reason="decode.batches compares the size of a batch's first picture only")
-        ),
-    ],
-)
+@pytest.mark.parametrize("batch_size", [1, 4])
 def test_a_picture_of_another_size_is_refused(tmp_path: Path, batch_size: int) -> None:
     """Episode 2 has larger pictures than those before it."""
 

@@ -101,6 +101,19 @@ def toy_head(toy_io: HeadIO, toy_batch: Callable[..., Batch]) -> Callable[..., H
     return make
 
 
+@pytest.fixture(scope="session")
+def awake_head(toy_head: Callable[..., HeadModel]) -> Callable[..., HeadModel]:
+    """`toy_head` with every weight drawn at random: last layers start at zero, and would hide all that is before."""
+
+    def make(name: str, **settings: Any) -> HeadModel:
+        model = toy_head(name, **settings).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        return model
+
+    return make
+
+
 @pytest.fixture(params=list(SMALL))
 def every(request: pytest.FixtureRequest) -> str:
     """Each "head-net" in turn."""

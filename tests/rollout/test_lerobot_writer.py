@@ -19,7 +19,7 @@ import pytest
 from vla.rollout import lerobot_writer
 from vla.rollout.lerobot_stats import column_stats, image_histogram, image_stats
 from vla.rollout.lerobot_writer import LeRobotWriter, Summary, VectorFeature
-from vla.rollout.video_writer import VideoFile, through_codec
+from vla.rollout.video_writer import VideoFile
 from vla.stores.errors import DataError, MachineError, UsageError
 
 SIZE = 16
@@ -169,8 +169,8 @@ class TestFrames:
         check_every_frame_and_row(written, LENGTHS)
 
     def test_full_files_are_followed_by_new_ones(self, tmp_path: Path) -> None:
-        lengths = (9, 9, 9, 9, 9, 9)
-        write(tmp_path / "set", lengths, data_files_size_in_mb=0.001, video_files_size_in_mb=0.001)
+        lengths = (40,) * 6  # the encoder looks 40 frames ahead before it gives a first byte
+        write(tmp_path / "set", lengths, data_files_size_in_mb=0.001, video_files_size_in_mb=0.0003)
         assert len(list((tmp_path / "set/data").rglob("*.parquet"))) > 2
         assert len(list((tmp_path / "set/videos/observation.images.top").rglob("*.mp4"))) > 2
         assert len(list((tmp_path / "set/meta/episodes").rglob("*.parquet"))) == 6
@@ -322,17 +322,3 @@ class TestRefusals:
         spoil(vectors, images)
         with pytest.raises(DataError, match=message), open_writer(tmp_path / "set") as writer:
             writer.add_episode(vectors, images, task)
-
-
-def test_a_picture_through_the_codec_is_what_a_video_of_it_shows(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    picture = np.kron(rng.integers(0, 255, (8, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8)
-    video = VideoFile(tmp_path / "one.mp4", fps=Fraction(20), height=64, width=64)
-    video.append([picture])
-    video.close()
-    with av.open(str(tmp_path / "one.mp4")) as container:
-        shown = next(container.decode(video=0)).to_ndarray(format="rgb24")
-    lossy = through_codec(picture)
-    assert lossy.dtype == np.uint8
-    assert not np.array_equal(lossy, picture)
-    assert np.abs(lossy.astype(int) - shown.astype(int)).mean() < 2

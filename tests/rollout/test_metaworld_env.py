@@ -123,9 +123,9 @@ class TestTraps:
 
     def test_upside_down_corner_cameras_are_rotated_so_that_up_is_up(self, seen: MetaWorldEnv) -> None:
         cyan_finger = (0, 210, 210)
-        low = seen.reset(0).images
+        low = dict(seen.reset(0).images)
         for _ in range(4):
-            high = seen.step(np.array([0, 0, 1, 0], np.float32)).observation.images
+            high = dict(seen.step(np.array([0, 0, 1, 0], np.float32)).observation.images)
         for camera in ("corner", "corner2", "corner3", "corner4"):
             rise = find_colour(low[camera], cyan_finger)[0] - find_colour(high[camera], cyan_finger)[0]
             assert rise > 2, f"{camera}: the hand rose by {rise:.1f} pixels"

@@ -87,6 +87,19 @@ def test_pictures_are_rgb_bytes_of_the_declared_size(tmp_path: Path, write_lerob
     assert (image.shape, image.dtype) == ((64, 64, 3), np.uint8)
 
 
+def test_the_shipped_demonstrations_read() -> None:
+    source = LeRobotSource(Path(__file__).parents[2] / "examples/push")
+    index = source.index()
+    assert (index.kind, len(index.episodes), sum(e.length for e in index.episodes)) == ("lerobot-v3.0", 100, 1995)
+    assert index.cameras == ("corner3", "topview")
+    assert index.steps["privileged"].role == "privileged"
+    for episode in (0, 57, 99):
+        frames = list(source.frames(episode, 0, index.episodes[episode].length))
+        assert len(frames) == index.episodes[episode].length
+        assert {image.shape for images in frames for image in images} == {(128, 128, 3)}
+        assert np.abs(frames[0][0].astype(int) - frames[0][1]).mean() > 1  # two views of it, not one twice
+
+
 def test_red_is_the_first_channel_of_a_video(tmp_path: Path, write_lerobot: Write, write_video: Any) -> None:
     root = write_lerobot(tmp_path, lengths=(2,))
     red = np.zeros((64, 64, 3), np.uint8)

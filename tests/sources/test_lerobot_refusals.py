@@ -90,9 +90,12 @@ def test_a_too_large_number_for_float32_is_not_turned_into_infinity(tmp_path: Pa
     assert "column action, frame 0 is NaN or infinite" in refusal(write_lerobot(tmp_path, tables=edit))
 
 
-def test_a_length_that_disagrees_with_the_rows_is_refused(version: str, tmp_path: Path, write_lerobot: Write) -> None:
-    root = write_lerobot(tmp_path, version=version, meta_lengths={2: 8})
-    assert "episode_000002 has 7 rows; expected 8" in refusal(root)
+@pytest.mark.parametrize("length", [6, 8])
+def test_a_length_that_disagrees_with_the_rows_is_refused(
+    length: int, version: str, tmp_path: Path, write_lerobot: Write
+) -> None:
+    root = write_lerobot(tmp_path, version=version, meta_lengths={2: length})
+    assert f"episode_000002 has 7 rows; expected {length}" in refusal(root)
     assert list(LeRobotSource(root, skip_bad=True).index().skipped) == ["episode_000002"]
 
 
@@ -390,6 +393,16 @@ def test_an_unknown_camera_gets_the_nearest_one(tmp_path: Path, write_lerobot: W
 
 def test_a_data_set_without_cameras_is_refused(tmp_path: Path, write_lerobot: Write) -> None:
     assert "has no camera; it has action (float32)" in refusal(write_lerobot(tmp_path, cameras={}))
+
+
+def test_depth_maps_are_no_cameras(tmp_path: Path, write_lerobot: Write, edit_info: Edit) -> None:
+    cameras = {f"observation.images.{name}": "video" for name in ("front", "depth")}
+    root = write_lerobot(tmp_path, cameras=cameras)
+    features = json.loads((root / "meta/info.json").read_text())["features"]
+    features["observation.images.depth"]["info"] = {"video.is_depth_map": True}
+    edit_info(root, features=features)
+    assert LeRobotSource(root).index().cameras == ("front",)
+    assert "no camera 'depth'" in refusal(root, cameras=["depth"])
 
 
 def test_one_of_our_names_mapped_twice_is_a_usage_error(tmp_path: Path, write_lerobot: Write) -> None:

@@ -108,6 +108,25 @@ def test_a_column_marked_privileged_never_gets_another_role(tmp_path: Path, writ
         LeRobotSource(tmp_path, map={"state": "goal"}).index()
 
 
+def test_a_state_marked_privileged_is_not_taken_for_the_state(
+    tmp_path: Path, write_lerobot: Write, edit_info: Edit
+) -> None:
+    root = write_lerobot(tmp_path)
+    features = json.loads((root / "meta/info.json").read_text())["features"]
+    features["observation.state"]["privileged"] = True
+    edit_info(root, features=features)
+    index = LeRobotSource(root).index()
+    assert index.mapping["privileged"] == "observation.state"
+    assert {spec.role for spec in index.steps.values()} == {"action", "privileged", "other"}
+
+
+def test_several_privileged_columns_keep_their_names(tmp_path: Path, write_lerobot: Write) -> None:
+    marked = {"dtype": "float32", "shape": [3], "names": None, "privileged": True}
+    index = LeRobotSource(write_lerobot(tmp_path, extra={"goal": (marked, truth), "mass": (marked, truth)})).index()
+    assert (index.steps["goal"].role, index.steps["mass"].role) == ("privileged", "privileged")
+    assert "privileged" not in index.steps
+
+
 def test_other_numbers_keep_their_name_and_type(tmp_path: Path, write_lerobot: Write) -> None:
     flag = {"next.done": ({"dtype": "bool", "shape": [1], "names": None}, lambda episode, frame: frame == 5)}
     source = LeRobotSource(write_lerobot(tmp_path, extra={**REWARD, **flag}))
@@ -178,6 +197,12 @@ def test_gaps_in_episode_numbers_shift_nothing(
     assert [episode.id for episode in source.index().episodes] == ["episode_000002", "episode_000007", "episode_000011"]
     assert source.steps(1)["state"][:, 0].tolist() == [7] * 5
     assert [number_of(views[0])[:2] for views in source.frames(2, 0, 6)] == [(11, frame) for frame in range(6)]
+
+
+def test_episodes_come_in_the_order_of_their_numbers(version: str, tmp_path: Path, write_lerobot: Write) -> None:
+    source = LeRobotSource(write_lerobot(tmp_path, version=version, lengths=(4, 5, 6), indices=(7, 2, 11), per_file=3))
+    assert [episode.id for episode in source.index().episodes] == ["episode_000002", "episode_000007", "episode_000011"]
+    assert [set(source.steps(number)["state"][:, 0]) for number in range(3)] == [{2}, {7}, {11}]
 
 
 def test_an_episode_of_one_frame_is_read(

@@ -209,7 +209,7 @@ def test_resuming_with_another_artefact_is_refused_by_name(trainee: ModuleType, 
     artefact = {"stores": {"da3": {"sha256": "aa"}}, "scale": float("nan")}
     trainee.train(memory_path / "run", artefact=artefact)
     trainee.train(memory_path / "run", artefact=artefact, resume=True)
-    with pytest.raises(UsageError, match=r"artefact\.stores\.da3\.sha256 = aa, not bb"):
+    with pytest.raises(UsageError, match=r"artefact\.stores\.da3\.sha256: aa here, bb wanted"):
         trainee.train(memory_path / "run", artefact={**artefact, "stores": {"da3": {"sha256": "bb"}}}, resume=True)
 
 
