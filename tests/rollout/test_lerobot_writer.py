@@ -185,13 +185,13 @@ class TestFrames:
         assert found == [f"chunk-{n // 2:03d}/file-{n % 2:03d}.parquet" for n in range(5)]
         check_every_frame_and_row(tmp_path / "set", (9,) * 5)
 
-    def test_every_twentieth_frame_is_a_keyframe_and_none_waits_for_a_later_one(self, tmp_path: Path) -> None:
+    def test_every_sixtieth_frame_is_a_keyframe_and_none_waits_for_a_later_one(self, tmp_path: Path) -> None:
         video = VideoFile(tmp_path / "still.mp4", fps=Fraction(20), height=SIZE, width=SIZE)
-        video.append([np.full((SIZE, SIZE, 3), 99, np.uint8)] * 45)
+        video.append([np.full((SIZE, SIZE, 3), 99, np.uint8)] * 130)
         video.close()
         with av.open(str(tmp_path / "still.mp4")) as container:
             packets = [packet for packet in container.demux(video=0) if packet.size]
-        assert [packet.is_keyframe for packet in packets] == [n % 20 == 0 for n in range(45)]
+        assert [packet.is_keyframe for packet in packets] == [n % 60 == 0 for n in range(130)]
         assert [packet.pts for packet in packets] == [packet.dts for packet in packets]
 
     def test_equal_episodes_give_equal_bytes(
