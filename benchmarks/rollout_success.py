@@ -28,7 +28,7 @@ from vla.rollout.evaluate import roll_out
 from vla.rollout.policy import Policy
 
 ENV = "metaworld:push-v3"
-MODEL: dict[str, Any] = {"n_obs": 1, "horizon": 8, "n_action": 1, "encoder": {"noise": 0.3}}
+MODEL: dict[str, Any] = {"n_obs": 1, "horizon": 8, "n_action": 1, "encoder": {"noise": 0.2}}
 STATE_ALONE: dict[str, Any] = {"encoder": {"use_features": False}}
 ROWS: dict[str, dict[str, Any]] = {
     "floor (proprioception, fm)": {"head": "fm", "backbone": "toy", "model": STATE_ALONE},
@@ -68,7 +68,7 @@ def success(name: str, steps: int, episodes: int) -> dict[str, Any]:
 def main() -> None:
     """Measure and report."""
     options = measure.arguments(__doc__)
-    steps, episodes = (100, 1) if options.quick else (5000, 100)
+    steps, episodes = (100, 1) if options.quick else (4000, 100)
     names = [name for name, row in ROWS.items() if not (options.quick and row["backbone"] == "efficientnet")]
     for backbone in {ROWS[name]["backbone"] for name in names}:
         store_of(backbone)  # before two rows want the same one

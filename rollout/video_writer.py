@@ -13,11 +13,14 @@ from vla.featurize.image import Image
 CODEC = "h264"
 PIXEL_FORMAT = "yuv444p"
 # What a policy sees live has no codec's loss, so the demonstrations must have little. Measured on push-v3 (128 px, two
-# cameras, 100 episodes): megabytes, distance of EfficientNet features from those of the uncompressed picture, and
-# successes of flow-matching heads in 50 rollouts: crf 23, a keyframe every 2 frames, yuv420p (LeRobot's way): 4.4 MB,
-# 0.45, 20; crf 15, every 20 frames, full colour: 4.9 MB, 0.21, 42; crf 2: 13 MB, 0.12, 49. Full colour, because a goal
-# is 3 pixels wide; few keyframes and the slowest preset, because pictures hardly change. No B frames: presentation and
-# decoding order agree, so that no edit list shifts the first timestamp.
+# cameras, 100 episodes): MB, distance of EfficientNet features from those of the uncompressed picture, and successes of
+# flow-matching heads in 50 rollouts:
+#   crf 23, a keyframe every 2 frames, yuv420p (LeRobot's way)   4.4   0.45   20
+#   crf 15, every 20 frames, full colour                         4.9   0.21   42
+#   as below                                                     5.9   0.15   48
+#   crf 2                                                       13     0.12   49
+# Full colour, because a goal is 3 pixels wide; few keyframes and the slowest preset, because pictures hardly change. No
+# B frames: presentation and decoding order agree, so that no edit list shifts the first timestamp.
 _OPTIONS = {"crf": "10", "g": "60", "bf": "0", "preset": "veryslow"}
 
 
