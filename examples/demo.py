@@ -19,8 +19,8 @@ from typing import Any
 from vla.stores.errors import VlaError
 
 BACKBONE, SOURCE, ENV = "efficientnet", "examples/push", "metaworld:push-v3"
-STEPS, EPISODES = 2000, 10
-TRAIN_SETTINGS: list[str] = []
+STEPS, EPISODES = 2500, 10
+TRAIN_SETTINGS = ["model.encoder.noise=0.2", "model.n_action=1"]
 """Further settings of the head, each as `--set` takes it, such as "train.lr=1e-3"."""
 
 DEMO = Path("demo")
@@ -111,7 +111,7 @@ PICTURES = tuple(REPORT / f"{name}.png" for name in ("overlay", "loss", "actions
 REUSABLE = "done before, reused"
 PLAN = (
     Step("Run the frozen backbone once over 100 demonstrations", 90, store_done, featurize),
-    Step("Train a flow-matching head from the store", 60, lambda: checkpoint().parent.name == last_step(), train),
+    Step("Train a flow-matching head from the store", 110, lambda: checkpoint().parent.name == last_step(), train),
     Step("Compare its actions on held-out episodes", 12, lambda: fresh(EVALUATION, after=(checkpoint(),)), evaluate),
     Step("Let it act in the simulator", 60, lambda: fresh(ROLLOUT, VIDEO, after=(checkpoint(),)), roll_out),
     Step("Draw the report", 12, lambda: fresh(REPORT / "README.md", *PICTURES, after=(EVALUATION, ROLLOUT)), report),
