@@ -110,7 +110,7 @@ class WindowBatches:
         buffers = {}
         for name in self._features:
             info = self._stores.feature_info(name)
-            buffers[name] = self._allocate((size * spec.n_obs, *info.shape), np.dtype(info.dtype))
+            buffers[name] = self._allocate((size * spec.n_obs, *info.shape), info.stored)
         return buffers
 
     def _fill(

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.stores.errors import DataError, FingerprintError, UsageError
+from vla.stores.manifest import FeatureInfo
 from vla.stores.reader import FeatureReader, Verify
 from vla.stores.store import Store
 
@@ -32,7 +33,7 @@ class JoinedStores:
         """The store whose rows and episodes count."""
         return self.stores[0]
 
-    def feature_info(self, feature: str) -> Any:
+    def feature_info(self, feature: str) -> FeatureInfo:
         """Return the `FeatureInfo` of a feature, whichever store holds it. Raises `UsageError` naming those there."""
         if feature not in self.owner:
             raise UsageError(f"no store has feature {feature!r}", expected=f"one of {', '.join(sorted(self.owner))}")

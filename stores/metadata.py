@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from vla.stores.errors import CorruptionError, StoreError
 from vla.stores.filesystem import PARTIAL, explaining
-from vla.stores.layout import array_metadata, table_metadata
+from vla.stores.formats.registry import format_of
+from vla.stores.layout import table_metadata
 from vla.stores.manifest import Manifest
 from vla.stores.shard import CRC_BYTES
 from vla.stores.tables import TABLES, EpisodeTable
@@ -69,7 +70,7 @@ def check_arrays(root: Path, manifest: Manifest) -> None:
 
     Raises `CorruptionError` naming the file and the field: what another zarr reader would see must be what we read.
     """
-    _check_documents(root, array_metadata(manifest, {}))
+    _check_documents(root, format_of(manifest).arrays(manifest))
 
 
 def _check_documents(root: Path, arrays: dict[str, dict[str, Any]]) -> None:
@@ -93,7 +94,7 @@ _GROUP: dict[str, Any] = {"zarr_format": 3, "node_type": "group"}
 
 def _document(options: dict[str, Any]) -> dict[str, Any]:
     """Return the `zarr.json` that zarr-python writes for the arguments of its `create_array`."""
-    floating = np.issubdtype(np.dtype(options["dtype"]), np.floating)
+    fill = options["fill_value"]
     outer = options.get("shards", options["chunks"])
     return {
         "zarr_format": 3,
@@ -102,26 +103,26 @@ def _document(options: dict[str, Any]) -> dict[str, Any]:
         "data_type": options["dtype"],
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(outer)}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "fill_value": "NaN" if floating else 0,
+        "fill_value": "NaN" if fill != fill else fill,
         "codecs": _codecs(options),
         "dimension_names": list(options["dimension_names"]),
-        "attributes": {},
+        "attributes": options.get("attributes", {}),
         "storage_transformers": [],
     }
 
 
-_BYTES_CRC = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+_BYTES: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
+_CRC: dict[str, Any] = {"name": "crc32c"}
 
 
 def _codecs(wanted: dict[str, Any]) -> list[Any]:
-    if wanted["dtype"] in ("bool", "uint8", "int8"):  # one byte has no order
-        return [{"name": "bytes"}, {"name": "crc32c"}]
+    inner = [{"name": "bytes"} if np.dtype(wanted["dtype"]).itemsize == 1 else _BYTES, _CRC]  # one byte has no order
     if "shards" not in wanted:
-        return _BYTES_CRC
+        return inner
     configuration = {
         "chunk_shape": list(wanted["chunks"]),
-        "codecs": _BYTES_CRC,
-        "index_codecs": _BYTES_CRC,
+        "codecs": inner,
+        "index_codecs": [_BYTES, _CRC],
         "index_location": "end",
     }
     return [{"name": "sharding_indexed", "configuration": configuration}]
