@@ -133,6 +133,28 @@ def verify(store: Annotated[Path, typer.Argument(help="A store.")], as_json: Jso
 
 
 @app.command()
+def convert(
+    store: Annotated[Path, typer.Argument(help="A complete store.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    format_: Annotated[str, typer.Option("--format", help="zarr, h5, or plain-zarr: arrays alone, without commits.")],
+    compression: Annotated[str, typer.Option(help="none or zstd.")] = "none",
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write a store in another form, bit for bit."""
+    from vla.stores.convert import ConvertOptions, convert_store
+
+    options = ConvertOptions.build({"format": format_, "compression": compression}, where="vla convert")
+    with _progress("convert", "units") as progress:
+        report = convert_store(store, out, options, resume=resume, overwrite=overwrite, progress=progress)
+    if as_json:
+        _emit(report.to_json())
+        return
+    _log().print(f"{out}: {report.rows} frames in {report.units} units, {report.bytes / 2**20:.1f} MiB, {format_}")
+
+
+@app.command()
 def record(
     simulator: Annotated[str, typer.Argument(help="metaworld")],
     task: Annotated[str, typer.Option(help="Such as push-v3.")],

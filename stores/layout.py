@@ -57,20 +57,23 @@ def write_metadata(
 ) -> None:
     """Write the group and array metadata and the tables, made by zarr-python, into the folder `root`.
 
-    `arrays` are those of the store's form, `folders` its folders. Made in memory and written here: zarr's own file
-    store needs hard links, and after an error its background tasks go on writing into a folder that has been given up.
+    `arrays` are those of the store's form (`zstd_level` where rows are compressed), `folders` its folders. Made in
+    memory and written here: zarr's own file store needs hard links, and after an error its background tasks go on
+    writing into a folder that has been given up.
     """
     import zarr
     from zarr.abc.buffer import Buffer
-    from zarr.codecs import Crc32cCodec
+    from zarr.codecs import Crc32cCodec, ZstdCodec
     from zarr.storage import MemoryStore
 
     files: dict[str, Buffer] = {}
     group = zarr.create_group(MemoryStore(files), zarr_format=3, attributes=manifest.attributes())
     for path, options in (arrays | table_metadata(tables)).items():
+        options = dict(options)
+        level = options.pop("zstd_level", None)
         array = group.create_array(
             path,
-            compressors=Crc32cCodec(),
+            compressors=[Crc32cCodec()] if level is None else [ZstdCodec(level=level), Crc32cCodec()],
             filters=None,
             chunk_key_encoding={"name": "default", "separator": "."},
             config={"write_empty_chunks": True},

@@ -38,7 +38,7 @@ def read_manifest(root: Path) -> Manifest:
             expected="a folder with zarr.json",
             fix="the folder of the store itself",
         )
-    document = _read_json(root / "zarr.json")
+    document = read_json(root / "zarr.json")
     _require(root / "zarr.json", document, _GROUP)
     attributes = document.get("attributes")
     return Manifest.from_attributes(attributes if isinstance(attributes, dict) else {}, root / "zarr.json")
@@ -76,10 +76,10 @@ def check_arrays(root: Path, manifest: Manifest) -> None:
 def _check_documents(root: Path, arrays: dict[str, dict[str, Any]]) -> None:
     for group in sorted({path.partition("/")[0] for path in arrays}):
         file = root / group / "zarr.json"
-        _require(file, _read_json(file), _GROUP | {"attributes": {}})
+        _require(file, read_json(file), _GROUP | {"attributes": {}})
     for path, wanted in arrays.items():
         file = root / path / "zarr.json"
-        _require(file, _read_json(file), _document(wanted))
+        _require(file, read_json(file), _document(wanted))
 
 
 def _require(file: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -116,7 +116,10 @@ _CRC: dict[str, Any] = {"name": "crc32c"}
 
 
 def _codecs(wanted: dict[str, Any]) -> list[Any]:
-    inner = [{"name": "bytes"} if np.dtype(wanted["dtype"]).itemsize == 1 else _BYTES, _CRC]  # one byte has no order
+    inner = [{"name": "bytes"} if np.dtype(wanted["dtype"]).itemsize == 1 else _BYTES]  # one byte has no order
+    if "zstd_level" in wanted:
+        inner.append({"name": "zstd", "configuration": {"level": wanted["zstd_level"], "checksum": False}})
+    inner.append(_CRC)
     if "shards" not in wanted:
         return inner
     configuration = {
@@ -128,7 +131,8 @@ def _codecs(wanted: dict[str, Any]) -> list[Any]:
     return [{"name": "sharding_indexed", "configuration": configuration}]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object of bounded size. Raises `CorruptionError` naming `path`."""
     with explaining(path):
         if not path.is_file():
             raise CorruptionError(f"{path} is missing", expected="zarr v3 metadata")
@@ -147,7 +151,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_single_chunk(root: Path, path: str) -> NDArray[np.generic]:
     """Read an array of one chunk, `bytes` + `crc32c`. Its length must be what its metadata declares."""
     metadata_file = root / path / "zarr.json"
-    metadata = _read_json(metadata_file)
+    metadata = read_json(metadata_file)
     shape, dtype = metadata.get("shape"), metadata.get("data_type")
     ndim, kind = (2, "uint8") if path in ("episodes/id", "tasks/text") else (1, "int64")
     whole = isinstance(shape, list) and len(shape) == ndim and all(type(n) is int and n > 0 for n in shape)

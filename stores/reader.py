@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from vla.stores.commits import Commit
 from vla.stores.errors import CorruptionError, StoreError
 from vla.stores.filesystem import explaining
+from vla.stores.formats.base import RowTable
 from vla.stores.formats.registry import format_of
 from vla.stores.manifest import Manifest
 from vla.stores.shard import CRC_BYTES
@@ -42,7 +43,7 @@ class FeatureReader:
         self.root, self.name, self.info = root, name, manifest.features[name]
         self._manifest, self._commits, self._verify = manifest, commits, verify
         self._format = format_of(manifest)
-        self._row_bytes = self.info.row_bytes
+        self._row_bytes, self._stored = self.info.row_bytes, self.info.stored
         # Zeros, which the kernel hands out untouched: opening a store of 10^8 rows costs no memory until they are read.
         self._located = np.zeros(manifest.units, bool)
         self._offsets = np.zeros(manifest.rows, np.int64)  # -1: no such row; valid where its unit is located
@@ -58,8 +59,8 @@ class FeatureReader:
         Raises `StoreError` for rows that are not committed, `CorruptionError` where bytes differ from the commit.
         """
         info = self.info
-        if out.shape != (len(rows), *info.shape) or out.dtype != info.stored or not out.flags.c_contiguous:
-            wanted = f"{info.stored} {(len(rows), *info.shape)}"
+        if out.shape != (len(rows), *info.shape) or out.dtype != self._stored or not out.flags.c_contiguous:
+            wanted = f"{self._stored} {(len(rows), *info.shape)}"
             raise ValueError(f"out is {out.dtype} {out.shape}, not contiguous {wanted}")
         if len(rows) == 0:
             return
@@ -109,9 +110,12 @@ class FeatureReader:
             raise self._corrupt(unit, f"has {found} bytes, {size} were committed")
         table = self._format.locate(self.root, self._manifest, commit, self.name, descriptor)
         crcs = self._format.read_part(self.root, self._manifest, commit, f"checksums/{self.name}")
-        self._offsets[rows.start : rows.stop] = table.offsets
+        self._keep_table(rows, table)
         self._crcs[rows.start : rows.stop] = crcs
         self._located[unit] = True
+
+    def _keep_table(self, rows: range, table: RowTable) -> None:
+        self._offsets[rows.start : rows.stop] = table.offsets
 
     def _open(self, unit: int) -> int:
         if os.getpid() != self._pid:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.stores.commits import Commit, read_commits
+from vla.stores.compressed import CompressedReader
 from vla.stores.errors import CorruptionError, StoreError, UsageError
 from vla.stores.filesystem import explaining
 from vla.stores.formats.registry import format_of
@@ -39,6 +42,22 @@ class Store:
     def complete(self) -> bool:
         """Whether every planned unit is committed."""
         return len(self.commits) == self.manifest.units
+
+    @cached_property
+    def left_out(self) -> NDArray[np.bool_]:
+        """Rows of episodes that were left out, bool [rows]: committed as absent."""
+        rows = np.zeros(self.manifest.rows, bool)
+        for position in np.flatnonzero([name in self.skipped for name in self.episodes.ids]):
+            start = int(self.episodes.row_start[position])
+            rows[start : start + int(self.episodes.length[position])] = True
+        return rows
+
+    def present_runs(self, unit: int) -> Iterator[NDArray[np.int64]]:
+        """Yield the runs of neighbouring rows of a unit that were not left out, int64 [n] each."""
+        rows = self.manifest.unit_range(unit)
+        kept = np.arange(rows.start, rows.stop)[~self.left_out[rows.start : rows.stop]]
+        if len(kept):
+            yield from np.split(kept, np.flatnonzero(np.diff(kept) > 1) + 1)
 
     def steps(self, name: str) -> NDArray[Any]:
         """Return a step array [rows, *shape] in memory. Rows of units that are not committed hold the fill value."""
@@ -79,7 +98,8 @@ class Store:
     def reader(self, feature: str, verify: Verify = "first") -> FeatureReader:
         """Return a reader of one feature; one a thread."""
         self.feature_info(feature)
-        return FeatureReader(self.root, self.manifest, self.commits, feature, verify)
+        kind = FeatureReader if self.manifest.compression == "none" else CompressedReader
+        return kind(self.root, self.manifest, self.commits, feature, verify)
 
     def read(self, feature: str, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Return rows of a feature [n, *shape] as they are stored, in new memory, verified. For loops, use `reader`."""

@@ -54,7 +54,7 @@ def verify_store(root: Path, progress: Callable[[int, int], None] = lambda done,
     if not store.complete:
         missing = [unit for unit in range(report.units) if unit not in store.commits]
         report.findings.append(f"units {_ranges(missing)} of {root} are not committed (vla featurize … --resume)")
-    left_out = _rows_left_out(store)
+    left_out = store.left_out
     readers = {name: store.reader(name, "always") for name in store.manifest.features}
     try:
         for done, (unit, commit) in enumerate(sorted(store.commits.items())):
@@ -108,15 +108,6 @@ def _compare(file: Path, record: FileRecord) -> str:
             return "" if digest_file(file) == record.sha256 else "differs from its commit"
     except MachineError as error:
         return f"cannot be read ({error.found})"
-
-
-def _rows_left_out(store: Store) -> NDArray[np.bool_]:
-    left_out = np.zeros(store.manifest.rows, bool)
-    for position, name in enumerate(store.episodes.ids):
-        if name in store.skipped:
-            start = int(store.episodes.row_start[position])
-            left_out[start : start + int(store.episodes.length[position])] = True
-    return left_out
 
 
 def _check_rows(readers: dict[str, FeatureReader], rows: NDArray[np.int64], unit: int, report: VerifyReport) -> None:

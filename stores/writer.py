@@ -7,7 +7,6 @@ writer sweeps the debris and computes the unit again. Committed units are never 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.stores.commits import Commit, FileRecord, read_commits
+from vla.stores.debris import delete_folder, doomed, remove, require_debris
 from vla.stores.errors import StoreError, UsageError
 from vla.stores.filesystem import (
     PARTIAL,
@@ -35,8 +35,6 @@ from vla.stores.manifest import Manifest
 from vla.stores.metadata import check_arrays, read_manifest, read_tables, table_digests
 from vla.stores.tables import EpisodeTable
 from vla.stores.unit_buffer import FeatureBuffer, UnitBuffer
-
-_CONTENTS = {"zarr.json", "frames", "steps", "checksums", "stats", "scales", "units", "episodes", "tasks", COMMITS}
 
 
 class StoreWriter:
@@ -146,17 +144,17 @@ def _begin(root: Path, manifest: Manifest, episodes: EpisodeTable, *, resume: bo
 
 def _create(root: Path, manifest: Manifest, episodes: EpisodeTable) -> None:
     """Make a store without units under a temporary name, and rename it. The lock keeps a second process out."""
-    partial, doomed = root.with_name(root.name + PARTIAL), _doomed(root)
-    _require_debris(partial)
-    _require_debris(doomed)
+    partial, old = root.with_name(root.name + PARTIAL), doomed(root)
+    require_debris(partial)
+    require_debris(old)
     (partial / COMMITS).mkdir(parents=True, exist_ok=True)
     with writer_lock(partial):
-        _remove(doomed)
+        remove(old)
         for path in partial.iterdir():
             if path.name != COMMITS:
-                _remove(path)
+                remove(path)
         if root.exists():
-            _remove(partial)
+            remove(partial)
             raise StoreError(f"{root} was made by another process just now", fix="--resume")
         form = format_of(manifest)
         folders = form.folders if form.shared_files else ()
@@ -169,31 +167,7 @@ def _create(root: Path, manifest: Manifest, episodes: EpisodeTable) -> None:
 def _remove_store(root: Path) -> None:
     """Delete an existing store; its manifest has been read."""
     with writer_lock(root):
-        # Renamed first: a crash while deleting must not leave half a store under its own name.
-        doomed = _doomed(root)
-        _require_debris(doomed)
-        _remove(doomed)
-        root.rename(doomed)
-        _remove(doomed)
-
-
-def _doomed(root: Path) -> Path:
-    return root.with_name(root.name + ".old" + PARTIAL)
-
-
-def _require_debris(folder: Path) -> None:
-    """Refuse to delete a folder that holds anything a store does not."""
-    inside = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    foreign = [name for name in inside if name not in _CONTENTS and not name.endswith(PARTIAL)]
-    if foreign:
-        raise StoreError(f"{folder} is in the way and holds {foreign[0]}", expected="what an interrupted run left")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+        delete_folder(root)
 
 
 def _require_same(root: Path, found: Manifest, wanted: Manifest) -> None:
