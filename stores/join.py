@@ -43,19 +43,38 @@ class JoinedStores:
         """Return a reader that takes rows of the first store."""
         self.feature_info(feature)
         position = self.owner[feature]
-        mapped = self.row_maps[position] if position else None
-        return JoinedReader(self.stores[position].reader(feature, verify), mapped)
+        mapped, store = self.row_maps[position] if position else None, self.stores[position]
+        scales = store.scales(feature)
+        of_row = None if scales is None else RowScales(scales, store.manifest.unit_rows)
+        return JoinedReader(store.reader(feature, verify), mapped, of_row)
+
+
+@dataclass(frozen=True)
+class RowScales:
+    """Scales of an int8 feature by unit, float32 [units, C]; a unit has `unit_rows` rows."""
+
+    scales: NDArray[np.float32]
+    unit_rows: int
 
 
 class JoinedReader:
     """A `FeatureReader` addressed by the rows of the first store."""
 
-    def __init__(self, reader: FeatureReader, row_map: NDArray[np.int64] | None) -> None:
-        self._reader, self._row_map = reader, row_map
+    def __init__(
+        self, reader: FeatureReader, row_map: NDArray[np.int64] | None, scales: RowScales | None = None
+    ) -> None:
+        self._reader, self._row_map, self._scales = reader, row_map, scales
 
     def read(self, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
         """See `FeatureReader.read`."""
         self._reader.read(rows if self._row_map is None else self._row_map[rows], out)
+
+    def scales(self, rows: NDArray[np.int64]) -> NDArray[np.float32] | None:
+        """Return what int8 rows [n] are to be multiplied with, float32 [n, C]; None for other dtypes."""
+        if self._scales is None:
+            return None
+        there = rows if self._row_map is None else self._row_map[rows]
+        return self._scales.scales[there // self._scales.unit_rows]
 
     def close(self) -> None:
         """Close all files."""

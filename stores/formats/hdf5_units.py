@@ -125,7 +125,9 @@ class Hdf5Units:
         with _opened(root, commit) as file:
             values: NDArray[Any] = _dataset(file, part, shape, np.dtype(spec.dtype), rows=shape[0])[...]
         if digest_array(values) != commit.parts[part]:
-            raise CorruptionError(f"unit {commit.unit}: {path}: {part} differs from its commit", fix=f"vla verify {root}")
+            raise CorruptionError(
+                f"unit {commit.unit}: {path}: {part} differs from its commit", fix=f"vla verify {root}"
+            )
         return values
 
 
