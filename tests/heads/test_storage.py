@@ -97,7 +97,7 @@ def test_live_features_equal_cached_ones(
     assert of_unit is not None
     assert scales is not None
     bound = (torch.from_numpy(of_unit[np.arange(20) // 8]) + torch.tensor(scales)) / 2 * 1.0001
-    assert (0 < (live - cached).abs().max()) & bool(((live - cached).abs() <= bound[:, None, None]).all())
+    assert ((live - cached).abs().max() > 0) & bool(((live - cached).abs() <= bound[:, None, None]).all())
 
 
 def test_a_live_channel_that_was_always_zero_stays_zero() -> None:
