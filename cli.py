@@ -48,6 +48,10 @@ def featurize(
     source: Source = None,
     weights: Annotated[str | None, typer.Option(help="Folder, hub id, or random.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the store. Left out: the backbone's.")] = None,
+    format_: Annotated[str | None, typer.Option("--format", help="zarr (the default), or h5: a file a unit.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float16, bfloat16, float32, int8. Left out: the backbone's.")
+    ] = None,
     mapping: Annotated[list[str] | None, typer.Option("--map", help="OURS=THEIRS, such as action=actions.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable episodes out; count them.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
@@ -63,9 +67,10 @@ def featurize(
 
     keep_freed_memory()
     pairs = dict(_pair(text) for text in mapping) if mapping else None
+    stored = [f"store.{key}={value}" for key, value in (("format", format_), ("dtype", dtype)) if value is not None]
     settings = FeaturizeConfig.from_sources(
         config,
-        set_ or (),
+        [*stored, *(set_ or ())],
         backbone=backbone,
         source=source or (None if config else str(_shipped())),
         weights=weights,
@@ -125,6 +130,28 @@ def verify(store: Annotated[Path, typer.Argument(help="A store.")], as_json: Jso
             _log().print(finding, highlight=False)
     if report.findings:
         raise typer.Exit(1)
+
+
+@app.command()
+def convert(
+    store: Annotated[Path, typer.Argument(help="A complete store.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    format_: Annotated[str, typer.Option("--format", help="zarr, h5, or plain-zarr: arrays alone, without commits.")],
+    compression: Annotated[str, typer.Option(help="none or zstd.")] = "none",
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write a store in another form, bit for bit."""
+    from vla.stores.convert import ConvertOptions, convert_store
+
+    options = ConvertOptions.build({"format": format_, "compression": compression}, where="vla convert")
+    with _progress("convert", "units") as progress:
+        report = convert_store(store, out, options, resume=resume, overwrite=overwrite, progress=progress)
+    if as_json:
+        _emit(report.to_json())
+        return
+    _log().print(f"{out}: {report.rows} frames in {report.units} units, {report.bytes / 2**20:.1f} MiB, {format_}")
 
 
 @app.command()

@@ -16,7 +16,8 @@ from vla.featurize.backbones.base import Backbone
 from vla.featurize.sources.base import Source
 from vla.stores.errors import SourceError
 from vla.stores.tables import EpisodeTable
-from vla.stores.writer import StoreWriter, UnitBuffer
+from vla.stores.unit_buffer import UnitBuffer
+from vla.stores.writer import StoreWriter
 
 RING = 4
 """Batch buffers: one being filled, two waiting (run.AHEAD), one in the network's hands."""

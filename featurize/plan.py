@@ -8,16 +8,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from pydantic import Field
 
 from vla.featurize.backbones.base import BackboneSpec
 from vla.featurize.sources.base import SourceIndex
-from vla.stores.errors import MachineError
-from vla.stores.layout import unit_files
-from vla.stores.manifest import SCHEMA_VERSION, FeatureInfo, Manifest, StepInfo
+from vla.stores.dtypes import STORED, DtypeName
+from vla.stores.errors import MachineError, UsageError
+from vla.stores.formats.registry import unit_files
+from vla.stores.manifest import SCHEMA_VERSION, Compression, FeatureInfo, FormatName, Manifest, StepInfo
 from vla.stores.settings import Settings
 from vla.stores.tables import EpisodeTable
 
@@ -28,13 +29,17 @@ MIN_UNIT_ROWS, MAX_UNIT_ROWS = 16, 1024
 class StoreOptions(Settings):
     """How the store is cut and kept. None of these but `dtype` changes a feature's value.
 
+    `format`: "zarr" or "h5" (one HDF5 file a unit). `dtype`: float16, float32, bfloat16 or int8 (one scale a channel
+    and unit), over the backbone's choice. `compression`: "zstd" makes an archive: some bytes less, read far slower.
     `unit_mb`: size aimed at for one unit over all features; larger units make fewer files, smaller ones lose less work
-    in a crash. `unit_rows`: rows a unit, instead of `unit_mb`. `dtype`: overrides the backbone's choice.
+    in a crash. `unit_rows`: rows a unit, instead of `unit_mb`.
     """
 
     unit_mb: float = Field(64.0, gt=0)
     unit_rows: int | None = Field(None, ge=1)
-    dtype: Literal["float16", "float32"] | None = None
+    dtype: DtypeName | None = None
+    format: FormatName = "zarr"
+    compression: Compression = "none"
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Plan:
             "features": {name: [*info.shape, info.dtype] for name, info in manifest.features.items()},
             "units": manifest.units,
             "unit_rows": manifest.unit_rows,
+            "format": manifest.format,
             "bytes": self.bytes,
             "files": self.files,
             "skipped_episodes": self.skipped,
@@ -78,7 +84,7 @@ def make_plan(
     views = len(index.cameras)
     features = {
         name: FeatureInfo(
-            shape=(views, *feature.shape), dims=("view", *feature.dims), dtype=_dtype(options.dtype or feature.dtype)
+            shape=(views, *feature.shape), dims=("view", *feature.dims), dtype=options.dtype or _dtype(feature.dtype)
         )
         for name, feature in spec.features.items()
     }
@@ -92,10 +98,14 @@ def make_plan(
         [episode.task for episode in index.episodes],
     )
     row_bytes = sum(info.row_bytes for info in features.values())
-    unit_rows = options.unit_rows or int(np.clip(options.unit_mb * 2**20 // row_bytes, MIN_UNIT_ROWS, MAX_UNIT_ROWS))
+    # What a unit takes in memory: int8 rows wait as float32 until their scales are known.
+    held = sum(info.row_bytes * (4 if info.dtype == "int8" else 1) for info in features.values())
+    unit_rows = options.unit_rows or int(np.clip(options.unit_mb * 2**20 // held, MIN_UNIT_ROWS, MAX_UNIT_ROWS))
     manifest = Manifest(
         rows=episodes.rows,
         unit_rows=min(unit_rows, episodes.rows),
+        format=options.format,
+        compression=options.compression,
         fps=index.fps,
         cameras=index.cameras,
         features=features,
@@ -145,5 +155,7 @@ def check_space(plan: Plan, out: Path) -> None:
         )
 
 
-def _dtype(name: str) -> Literal["float16", "float32"]:
-    return "float16" if name == "float16" else "float32"
+def _dtype(name: str) -> DtypeName:
+    if name not in STORED:
+        raise UsageError(f"a feature of dtype {name!r}", expected=f"one of {', '.join(STORED)}")
+    return name

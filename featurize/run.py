@@ -19,7 +19,8 @@ from vla.featurize.decode import Decoder, StageClock
 from vla.featurize.sources.base import Source
 from vla.stores.background import iterate_ahead
 from vla.stores.tables import EpisodeTable
-from vla.stores.writer import StoreWriter, UnitBuffer
+from vla.stores.unit_buffer import UnitBuffer
+from vla.stores.writer import StoreWriter
 
 AHEAD = 2
 """Batches waiting for the network: enough to hide decoding, too few to hoard memory."""

@@ -83,7 +83,7 @@ class Batch:
     """B windows. Rows that a window lacks (before or after its episode) repeat the edge and are marked invalid."""
 
     features: Mapping[str, Tensor]
-    """name -> [B, N, V, *axes, C], float16 or float32, as stored."""
+    """name -> [B, N, V, *axes, C], float16, bfloat16, float32 or int8, as stored: read them through `feature`."""
     state: Tensor | None
     """[B, N, S] float32, in the data's units; None where the data set has no state."""
     task: Tensor
@@ -98,6 +98,16 @@ class Batch:
     """[B, A] bool, False for dimensions that a task pads; None: all real."""
     feature_valid: Mapping[str, Tensor] = field(default_factory=dict)
     """name -> [B, N, V, P] bool for features with a ragged number of tokens; left out where all P are real."""
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
+    """name -> [B, N, C] float32, the step of each channel's grid, for the int8 features."""
+
+    def feature(self, name: str) -> Tensor:
+        """Return a feature's values [B, N, V, *axes, C], a float tensor: int8 is multiplied out here, on the device."""
+        stored = self.features[name]
+        if name not in self.scales:
+            return stored
+        scales = self.scales[name]
+        return stored.float() * scales.reshape(*scales.shape[:2], *(1,) * (stored.dim() - 3), scales.shape[2])
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """Return the same batch on `device`."""
@@ -114,6 +124,7 @@ class Batch:
             action_valid=move(self.action_valid),
             action_dims=move(self.action_dims),
             feature_valid={k: value.to(device, non_blocking=non_blocking) for k, value in self.feature_valid.items()},
+            scales={name: value.to(device, non_blocking=non_blocking) for name, value in self.scales.items()},
         )
 
     def __len__(self) -> int:

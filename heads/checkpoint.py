@@ -19,7 +19,8 @@ from vla.training.checkpoint import load_checkpoint
 class StoreRecord(Settings):
     """What a checkpoint keeps of a store that its head was trained on: enough to rebuild the backbone and compare.
 
-    `recipe` is {"name", "weights", "options"} of the backbone; `fingerprint` the store's.
+    `recipe` is {"name", "weights", "options"} of the backbone; `fingerprint` the store's; `scales` those that a live
+    policy quantises int8 features with, [C] each (storage.py).
     """
 
     path: str
@@ -29,6 +30,7 @@ class StoreRecord(Settings):
     features: dict[str, FeatureInfo]
     cameras: tuple[str, ...]
     random_weights: bool
+    scales: dict[str, tuple[float, ...]] = {}
 
 
 class Artefact(Settings):

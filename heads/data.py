@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from vla.heads.batch import Batch, FeatureIO, HeadIO
+from vla.heads.storage import as_tensor
 from vla.stores.batches import WindowBatch, WindowBatches
+from vla.stores.dtypes import DtypeName
 from vla.stores.errors import DataError, UsageError
 from vla.stores.join import JoinedStores, join_stores
 from vla.stores.reader import Verify
@@ -81,7 +83,8 @@ class HeadData:
             verify=self.config.verify,
             allocate=_allocate_pinned if pin else np.empty,
         )
-        return TensorBatches(batches, self.state)
+        dtypes = {name: self.stores.feature_info(name).dtype for name in self.features}
+        return TensorBatches(batches, self.state, dtypes)
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class TensorBatches:
 
     batches: WindowBatches
     state: tuple[str, ...]
+    dtypes: dict[str, DtypeName]
 
     def shuffled(self, seed: int, start: int = 0) -> Iterator[Batch]:
         """Yield batches start, start + 1, … for ever; batch k is a function of (seed, k)."""
@@ -103,12 +107,13 @@ class TensorBatches:
         B, N = batch.obs_valid.shape
         state = [batch.obs_steps[name].reshape(B, N, -1).astype(np.float32) for name in self.state]
         return Batch(
-            features={name: torch.from_numpy(values) for name, values in batch.features.items()},
+            features={name: as_tensor(values, self.dtypes[name]) for name, values in batch.features.items()},
             state=torch.from_numpy(np.concatenate(state, axis=2)) if state else None,
             task=torch.from_numpy(batch.task),
             obs_valid=torch.from_numpy(batch.obs_valid),
             action=torch.from_numpy(batch.action_steps["action"].astype(np.float32)),
             action_valid=torch.from_numpy(batch.action_valid),
+            scales={name: torch.from_numpy(values) for name, values in batch.scales.items()},
         )
 
 
@@ -162,6 +167,5 @@ def _feature_io(stores: JoinedStores, name: str) -> FeatureIO:
 
 
 def _allocate_pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    kind = {"float16": torch.float16, "float32": torch.float32}[dtype.name]
-    array: NDArray[Any] = torch.empty(shape, dtype=kind, pin_memory=True).numpy()
+    array: NDArray[Any] = torch.empty(shape, dtype=getattr(torch, dtype.name), pin_memory=True).numpy()
     return array

@@ -102,7 +102,7 @@ class ObservationEncoder(nn.Module):
         return sequence, valid
 
     def _read(self, name: str, batch: Batch) -> Tensor:
-        read: Tensor = self.readers[name](batch.features[name], batch.feature_valid.get(name))
+        read: Tensor = self.readers[name](batch.feature(name), batch.feature_valid.get(name))
         return read
 
     def _state(self, batch: Batch) -> Tensor:

@@ -18,6 +18,7 @@ from vla.heads.data import DataConfig, HeadData, open_data
 from vla.heads.evaluate import action_error
 from vla.heads.model import HeadModel
 from vla.heads.registry import head_class
+from vla.heads.storage import largest_scales
 from vla.stores.fingerprint import digest
 from vla.stores.settings import Settings
 from vla.training.config import TrainConfig
@@ -100,7 +101,7 @@ def prepare_head(model: HeadModel, data: HeadData) -> None:
         # Shuffled, so that a large store is sampled from end to end.
         count = -(-len(batches.batches.index) // PROJECTION_BATCH)
         frames = itertools.islice(batches.shuffled(seed=0), count)
-        reader.projection.fit(reader.scaler(batch.features[name][:, 0].float()).flatten(1, -2) for batch in frames)
+        reader.projection.fit(reader.scaler(batch.feature(name)[:, 0].float()).flatten(1, -2) for batch in frames)
 
 
 def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData) -> Artefact:
@@ -114,6 +115,7 @@ def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData) -> Ar
             features={name: info for name, info in store.manifest.features.items() if name in data.io.features},
             cameras=store.manifest.cameras,
             random_weights=store.manifest.random_weights,
+            scales=largest_scales(store, data.io.features),
         )
         for store in data.stores.stores
     ]

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from vla.featurize.backbones.base import Backbone
 from vla.featurize.job import choose_device, rebuild_backbone
 from vla.heads.batch import Batch
-from vla.heads.checkpoint import TrainedHead, load_head
+from vla.heads.checkpoint import StoreRecord, TrainedHead, load_head
+from vla.heads.storage import through_storage
 from vla.rollout.envs.base import EnvSpec, Observation
 from vla.stores.errors import UsageError
-from vla.stores.manifest import FeatureInfo
 
 CAMERA_PREFIX = "observation.images."
 """LeRobot's column prefix: its camera `observation.images.top` is the environment's `top`."""
@@ -61,13 +61,13 @@ class Policy:
         self._device = choose_device(device)
         self._model = head.model.to(self._device).eval()
         self._io = head.artefact.io
-        self._backbones: list[tuple[Backbone, dict[str, FeatureInfo], tuple[str, ...]]] = []
+        self._backbones: list[tuple[Backbone, StoreRecord]] = []
         self._read = self._model.encoder.names
         for store in head.artefact.stores:
             if set(store.features) & set(self._read):
                 backbone = rebuild_backbone(store.recipe, store.fingerprint["backbone"])
                 backbone.to(self._device)
-                self._backbones.append((backbone, store.features, store.cameras))
+                self._backbones.append((backbone, store))
         self._n_action = n_action or head.config.n_action
         if not 1 <= self._n_action <= head.config.n_action_max:
             raise UsageError(f"{self._n_action} actions a decision", expected=f"1 to {head.config.n_action_max}")
@@ -80,13 +80,13 @@ class Policy:
 
     def env_options(self) -> dict[str, Any]:
         """Return what an environment has to be made with: the cameras that the backbones look through."""
-        cameras = [camera.removeprefix(CAMERA_PREFIX) for _, _, names in self._backbones for camera in names]
+        cameras = [camera.removeprefix(CAMERA_PREFIX) for _, store in self._backbones for camera in store.cameras]
         return {"cameras": tuple(dict.fromkeys(cameras))}
 
     def check(self, spec: EnvSpec) -> None:
         """Compare with an environment. Raises `UsageError` naming cameras, actions or tasks that do not fit."""
-        for _, _, cameras in self._backbones:
-            missing = [camera for camera in cameras if camera.removeprefix(CAMERA_PREFIX) not in spec.cameras]
+        for _, store in self._backbones:
+            missing = [camera for camera in store.cameras if camera.removeprefix(CAMERA_PREFIX) not in spec.cameras]
             if missing:
                 raise UsageError(
                     f"{spec.name} has no camera {', '.join(missing)}", expected=f"{', '.join(spec.cameras)}"
@@ -144,11 +144,10 @@ class Policy:
 
     def _encode(self, images: dict[str, Any]) -> dict[str, torch.Tensor]:
         features: dict[str, torch.Tensor] = {}
-        for backbone, infos, cameras in self._backbones:
+        for backbone, store in self._backbones:
+            cameras, infos, scales = store.cameras, store.features, store.scales
             views = [backbone.preprocess(images[camera.removeprefix(CAMERA_PREFIX)]) for camera in cameras]
             for name, values in backbone.encode(torch.stack(views)[None]).items():
                 if name in self._read:
-                    # Through the store's dtype, as the cached ones went.
-                    kind = {"float16": torch.float16, "float32": torch.float32}[infos[name].dtype]
-                    features[name] = values[0].to(kind)
+                    features[name] = through_storage(values[0], infos[name].dtype, scales.get(name))
         return features

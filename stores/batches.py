@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,8 @@ class WindowBatch:
     """B windows in memory that is reused: valid until the next batch is asked for.
 
     `features[name]` `[B, n_obs, *row shape]`, `obs_steps[name]` `[B, n_obs, *shape]` and `action_steps[name]`
-    `[B, H, *shape]` with their masks `obs_valid` [B, n_obs], `action_valid` [B, H]; `task` int64 [B].
+    `[B, H, *shape]` with their masks `obs_valid` [B, n_obs], `action_valid` [B, H]; `task` int64 [B]. Features are as
+    stored (uint16 is bfloat16); `scales[name]` float32 `[B, n_obs, C]` is what int8 ones are to be multiplied with.
     """
 
     features: dict[str, NDArray[Any]]
@@ -36,6 +37,7 @@ class WindowBatch:
     action_steps: dict[str, NDArray[Any]]
     action_valid: NDArray[np.bool_]
     task: NDArray[np.int64]
+    scales: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 class WindowBatches:
@@ -110,7 +112,7 @@ class WindowBatches:
         buffers = {}
         for name in self._features:
             info = self._stores.feature_info(name)
-            buffers[name] = self._allocate((size * spec.n_obs, *info.shape), np.dtype(info.dtype))
+            buffers[name] = self._allocate((size * spec.n_obs, *info.shape), info.stored)
         return buffers
 
     def _fill(
@@ -118,11 +120,14 @@ class WindowBatches:
     ) -> WindowBatch:
         rows = self.index.rows(windows)
         count, n_obs = rows.obs.shape
-        features = {}
+        features, scales = {}, {}
         for name, reader in readers.items():
             out = buffers[name][: count * n_obs]
             reader.read(rows.obs.reshape(-1), out)
             features[name] = out.reshape(count, n_obs, *out.shape[1:])
+            factors = reader.scales(rows.obs.reshape(-1))
+            if factors is not None:
+                scales[name] = factors.reshape(count, n_obs, -1)
         return WindowBatch(
             features,
             {name: values[rows.obs] for name, values in self._obs_steps.items()},
@@ -130,4 +135,5 @@ class WindowBatches:
             {name: values[rows.action] for name, values in self._action_steps.items()},
             rows.action_valid,
             rows.task,
+            scales,
         )

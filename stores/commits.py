@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vla.stores.errors import CorruptionError
 from vla.stores.filesystem import explaining
 from vla.stores.fingerprint import canonical, digest
-from vla.stores.layout import COMMITS, commit_file, unit_files
+from vla.stores.formats.registry import format_of, unit_files
+from vla.stores.layout import COMMITS, commit_file
 from vla.stores.manifest import Manifest
 
 _RECORD_NAME = re.compile(r"unit-(\d{6,})\.json")
@@ -34,11 +35,15 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Commit:
-    """One committed unit. `files` maps paths in the store; `skipped` episode ids left out to the reason."""
+    """One committed unit. `files` maps paths in the store; `skipped` episode ids left out to the reason.
+
+    `parts` holds the SHA-256 (hex) of those small arrays that have no file of their own (the h5 form).
+    """
 
     unit: int
     files: dict[str, FileRecord]
     skipped: dict[str, str]
+    parts: dict[str, str] = field(default_factory=dict)
 
     def to_bytes(self, manifest: Manifest) -> bytes:
         """Encode the record of this unit of the store that `manifest` describes."""
@@ -50,6 +55,8 @@ class Commit:
             "files": {path: {"size": file.size, "sha256": file.sha256} for path, file in self.files.items()},
             "skipped": self.skipped,
         }
+        if self.parts:
+            body["parts"] = self.parts
         return _signed(body)
 
 
@@ -97,9 +104,11 @@ def _read(path: Path, unit: int, manifest: Manifest, expected: str) -> Commit:
     try:
         files = {name: FileRecord(int(file["size"]), str(file["sha256"])) for name, file in body["files"].items()}
         skipped = {str(name): str(reason) for name, reason in body["skipped"].items()}
-        fits = files.keys() == planned.keys() and all(file.size in planned[name] for name, file in files.items())
+        parts = {str(name): str(sha256) for name, sha256 in body.get("parts", {}).items()}
+        fits = parts.keys() == format_of(manifest).digested_parts(manifest) and files.keys() == planned.keys()
+        fits = fits and all(file.size in planned[name] for name, file in files.items())
     except (KeyError, TypeError, ValueError, AttributeError):
         fits = False
     if not fits:
         raise CorruptionError(f"{path} does not record the files of unit {unit}", expected=f"{len(planned)}", fix=fix)
-    return Commit(unit, files, skipped)
+    return Commit(unit, files, skipped, parts)

@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from numpy.typing import NDArray
+
 from vla.stores.errors import FingerprintError
 
 
@@ -21,6 +23,11 @@ def canonical(value: Any) -> bytes:
 def digest(value: Any) -> str:
     """SHA-256 (hex) of the canonical form of a JSON-able value."""
     return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def digest_array(values: NDArray[Any]) -> str:
+    """SHA-256 (hex) of an array's values in C order, little-endian."""
+    return hashlib.sha256(values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()).hexdigest()
 
 
 def differences(found: Any, wanted: Any, prefix: str = "") -> list[str]:

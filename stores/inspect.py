@@ -17,6 +17,7 @@ def describe(root: Path) -> dict[str, Any]:
     return {
         "store": str(root),
         "complete": store.complete,
+        "format": manifest.format,
         "units": f"{len(store.commits)} of {manifest.units}, {manifest.unit_rows} frames each",
         "episodes": f"{int(store.usable.sum())} usable of {len(store.episodes)}",
         "frames": int(rows.sum()),

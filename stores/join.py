@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.stores.errors import DataError, FingerprintError, UsageError
+from vla.stores.manifest import FeatureInfo
 from vla.stores.reader import FeatureReader, Verify
 from vla.stores.store import Store
 
@@ -32,7 +33,7 @@ class JoinedStores:
         """The store whose rows and episodes count."""
         return self.stores[0]
 
-    def feature_info(self, feature: str) -> Any:
+    def feature_info(self, feature: str) -> FeatureInfo:
         """Return the `FeatureInfo` of a feature, whichever store holds it. Raises `UsageError` naming those there."""
         if feature not in self.owner:
             raise UsageError(f"no store has feature {feature!r}", expected=f"one of {', '.join(sorted(self.owner))}")
@@ -42,19 +43,38 @@ class JoinedStores:
         """Return a reader that takes rows of the first store."""
         self.feature_info(feature)
         position = self.owner[feature]
-        mapped = self.row_maps[position] if position else None
-        return JoinedReader(self.stores[position].reader(feature, verify), mapped)
+        mapped, store = self.row_maps[position] if position else None, self.stores[position]
+        scales = store.scales(feature)
+        of_row = None if scales is None else RowScales(scales, store.manifest.unit_rows)
+        return JoinedReader(store.reader(feature, verify), mapped, of_row)
+
+
+@dataclass(frozen=True)
+class RowScales:
+    """Scales of an int8 feature by unit, float32 [units, C]; a unit has `unit_rows` rows."""
+
+    scales: NDArray[np.float32]
+    unit_rows: int
 
 
 class JoinedReader:
     """A `FeatureReader` addressed by the rows of the first store."""
 
-    def __init__(self, reader: FeatureReader, row_map: NDArray[np.int64] | None) -> None:
-        self._reader, self._row_map = reader, row_map
+    def __init__(
+        self, reader: FeatureReader, row_map: NDArray[np.int64] | None, scales: RowScales | None = None
+    ) -> None:
+        self._reader, self._row_map, self._scales = reader, row_map, scales
 
     def read(self, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
         """See `FeatureReader.read`."""
         self._reader.read(rows if self._row_map is None else self._row_map[rows], out)
+
+    def scales(self, rows: NDArray[np.int64]) -> NDArray[np.float32] | None:
+        """Return what int8 rows [n] are to be multiplied with, float32 [n, C]; None for other dtypes."""
+        if self._scales is None:
+            return None
+        there = rows if self._row_map is None else self._row_map[rows]
+        return self._scales.scales[there // self._scales.unit_rows]
 
     def close(self) -> None:
         """Close all files."""

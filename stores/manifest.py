@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from vla.stores.dtypes import STORED, DtypeName
 from vla.stores.errors import CorruptionError, StoreError, UsageError
 from vla.stores.fingerprint import digest
 from vla.stores.settings import Settings
@@ -29,19 +30,29 @@ _NAME = re.compile(r"(?!\.|__|zarr\.json$)[^/\\\x00-\x1f]{1,200}(?<!\.partial)")
 """Names of arrays are names of folders: none leaves its folder, is hidden, or belongs to zarr or to `filesystem`."""
 
 Role = Literal["action", "state", "privileged", "other"]
+FormatName = Literal["zarr", "h5"]
+Compression = Literal["none", "zstd"]
+
+
+_UNSAID = (("format", "zarr"), ("compression", "none"))
 
 
 class FeatureInfo(Settings):
-    """One array of features: `shape` per row with the view axis V first, `dims` its axis names."""
+    """One array of features: `shape` per row, the view axis V first; `dims` its axis names; `dtype` see dtypes.py."""
 
     shape: tuple[int, ...]
     dims: tuple[str, ...]
-    dtype: Literal["float16", "float32"]
+    dtype: DtypeName
+
+    @property
+    def stored(self) -> np.dtype[Any]:
+        """The numpy dtype of the rows as they are stored and read: uint16 for bfloat16."""
+        return np.dtype(STORED[self.dtype])
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * self.stored.itemsize
 
 
 class StepInfo(Settings):
@@ -58,9 +69,13 @@ class Manifest(Settings):
 
     `fingerprint` is all that the features depend on; `tables` the digests of the episode and task tables;
     `provenance` is for people (licences, versions, the source's path) and is not part of the fingerprint.
+    `format` is how a unit lies on disk (formats/), `compression` what becomes of a row's bytes: neither changes a
+    value.
     """
 
     schema_version: int = SCHEMA_VERSION
+    format: FormatName = "zarr"
+    compression: Compression = "none"
     rows: int = Field(gt=0, le=MAX_ROWS)
     unit_rows: int = Field(gt=0, le=1 << 20)
     fps: float = Field(gt=0)
@@ -70,6 +85,12 @@ class Manifest(Settings):
     fingerprint: dict[str, Any]
     tables: dict[str, str]
     provenance: dict[str, Any]
+
+    @model_serializer(mode="wrap")
+    def _leave_out_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write `format` and `compression` only where they say something, so that older stores keep their digests."""
+        values: dict[str, Any] = handler(self)
+        return {key: value for key, value in values.items() if (key, value) not in _UNSAID}
 
     @property
     def units(self) -> int:
@@ -129,6 +150,8 @@ class Manifest(Settings):
         for name in (*self.features, *self.steps):
             if _NAME.fullmatch(name) is None:
                 raise StoreError(f"{path}: {name!r} cannot be the name of an array", expected="the name of a folder")
+        if self.format == "h5" and self.compression != "none":
+            raise StoreError(f"{path}: the h5 form is not compressed", expected="--format zarr", fix="compression=none")
         for name, feature in self.features.items():
             shape = feature.shape
             if feature.row_bytes > MAX_ROW_BYTES or len(shape) != len(feature.dims) or min(shape, default=0) < 1:

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from vla.stores.errors import CorruptionError, StoreError
 from vla.stores.filesystem import PARTIAL, explaining
-from vla.stores.layout import array_metadata, table_metadata
+from vla.stores.formats.registry import format_of
+from vla.stores.layout import table_metadata
 from vla.stores.manifest import Manifest
 from vla.stores.shard import CRC_BYTES
 from vla.stores.tables import TABLES, EpisodeTable
@@ -37,7 +38,7 @@ def read_manifest(root: Path) -> Manifest:
             expected="a folder with zarr.json",
             fix="the folder of the store itself",
         )
-    document = _read_json(root / "zarr.json")
+    document = read_json(root / "zarr.json")
     _require(root / "zarr.json", document, _GROUP)
     attributes = document.get("attributes")
     return Manifest.from_attributes(attributes if isinstance(attributes, dict) else {}, root / "zarr.json")
@@ -69,16 +70,16 @@ def check_arrays(root: Path, manifest: Manifest) -> None:
 
     Raises `CorruptionError` naming the file and the field: what another zarr reader would see must be what we read.
     """
-    _check_documents(root, array_metadata(manifest, {}))
+    _check_documents(root, format_of(manifest).arrays(manifest))
 
 
 def _check_documents(root: Path, arrays: dict[str, dict[str, Any]]) -> None:
     for group in sorted({path.partition("/")[0] for path in arrays}):
         file = root / group / "zarr.json"
-        _require(file, _read_json(file), _GROUP | {"attributes": {}})
+        _require(file, read_json(file), _GROUP | {"attributes": {}})
     for path, wanted in arrays.items():
         file = root / path / "zarr.json"
-        _require(file, _read_json(file), _document(wanted))
+        _require(file, read_json(file), _document(wanted))
 
 
 def _require(file: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -93,7 +94,7 @@ _GROUP: dict[str, Any] = {"zarr_format": 3, "node_type": "group"}
 
 def _document(options: dict[str, Any]) -> dict[str, Any]:
     """Return the `zarr.json` that zarr-python writes for the arguments of its `create_array`."""
-    floating = np.issubdtype(np.dtype(options["dtype"]), np.floating)
+    fill = options["fill_value"]
     outer = options.get("shards", options["chunks"])
     return {
         "zarr_format": 3,
@@ -102,32 +103,36 @@ def _document(options: dict[str, Any]) -> dict[str, Any]:
         "data_type": options["dtype"],
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(outer)}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-        "fill_value": "NaN" if floating else 0,
+        "fill_value": "NaN" if fill != fill else fill,
         "codecs": _codecs(options),
         "dimension_names": list(options["dimension_names"]),
-        "attributes": {},
+        "attributes": options.get("attributes", {}),
         "storage_transformers": [],
     }
 
 
-_BYTES_CRC = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+_BYTES: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
+_CRC: dict[str, Any] = {"name": "crc32c"}
 
 
 def _codecs(wanted: dict[str, Any]) -> list[Any]:
-    if wanted["dtype"] in ("bool", "uint8", "int8"):  # one byte has no order
-        return [{"name": "bytes"}, {"name": "crc32c"}]
+    inner = [{"name": "bytes"} if np.dtype(wanted["dtype"]).itemsize == 1 else _BYTES]  # one byte has no order
+    if "zstd_level" in wanted:
+        inner.append({"name": "zstd", "configuration": {"level": wanted["zstd_level"], "checksum": False}})
+    inner.append(_CRC)
     if "shards" not in wanted:
-        return _BYTES_CRC
+        return inner
     configuration = {
         "chunk_shape": list(wanted["chunks"]),
-        "codecs": _BYTES_CRC,
-        "index_codecs": _BYTES_CRC,
+        "codecs": inner,
+        "index_codecs": [_BYTES, _CRC],
         "index_location": "end",
     }
     return [{"name": "sharding_indexed", "configuration": configuration}]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object of bounded size. Raises `CorruptionError` naming `path`."""
     with explaining(path):
         if not path.is_file():
             raise CorruptionError(f"{path} is missing", expected="zarr v3 metadata")
@@ -146,7 +151,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_single_chunk(root: Path, path: str) -> NDArray[np.generic]:
     """Read an array of one chunk, `bytes` + `crc32c`. Its length must be what its metadata declares."""
     metadata_file = root / path / "zarr.json"
-    metadata = _read_json(metadata_file)
+    metadata = read_json(metadata_file)
     shape, dtype = metadata.get("shape"), metadata.get("data_type")
     ndim, kind = (2, "uint8") if path in ("episodes/id", "tasks/text") else (1, "int64")
     whole = isinstance(shape, list) and len(shape) == ndim and all(type(n) is int and n > 0 for n in shape)

@@ -1,8 +1,9 @@
 """Reading rows of one feature straight from the shards into memory that the caller owns.
 
-The shard indices become one table of byte offsets; a batch is sorted into runs of neighbouring rows; each run is one
-`preadv` that scatters rows into the output and their checksums into a scratch buffer. No codec layer, no allocation
-per row: a warm read costs about what copying the same rows in memory costs (benchmarks/read_windows.py).
+The shard indices (or HDF5's chunk indices) become one table of byte offsets; a batch is sorted into runs of
+neighbouring rows; each run is one `preadv` that scatters rows into the output and their checksums into a scratch
+buffer. No codec layer, no allocation per row: a warm read costs about what copying the same rows in memory costs
+(benchmarks/read_windows.py).
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from numpy.typing import NDArray
 from vla.stores.commits import Commit
 from vla.stores.errors import CorruptionError, StoreError
 from vla.stores.filesystem import explaining
-from vla.stores.layout import checksum_file, feature_file
+from vla.stores.formats.base import RowTable
+from vla.stores.formats.registry import format_of
 from vla.stores.manifest import Manifest
-from vla.stores.shard import CRC_BYTES, decode_index, index_bytes
+from vla.stores.shard import CRC_BYTES
 
 Verify = Literal["first", "always", "never"]
 MAX_OPEN_FILES = 128
@@ -40,7 +42,8 @@ class FeatureReader:
     def __init__(self, root: Path, manifest: Manifest, commits: dict[int, Commit], name: str, verify: Verify) -> None:
         self.root, self.name, self.info = root, name, manifest.features[name]
         self._manifest, self._commits, self._verify = manifest, commits, verify
-        self._row_bytes = self.info.row_bytes
+        self._format = format_of(manifest)
+        self._row_bytes, self._stored = self.info.row_bytes, self.info.stored
         # Zeros, which the kernel hands out untouched: opening a store of 10^8 rows costs no memory until they are read.
         self._located = np.zeros(manifest.units, bool)
         self._offsets = np.zeros(manifest.rows, np.int64)  # -1: no such row; valid where its unit is located
@@ -51,13 +54,14 @@ class FeatureReader:
         self._pid = os.getpid()
 
     def read(self, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
-        """Fill `out` [n, *shape] (C-contiguous, the feature's dtype) with the given store rows [n].
+        """Fill `out` [n, *shape] (C-contiguous, the feature's stored dtype) with the given store rows [n].
 
         Raises `StoreError` for rows that are not committed, `CorruptionError` where bytes differ from the commit.
         """
         info = self.info
-        if out.shape != (len(rows), *info.shape) or out.dtype != info.dtype or not out.flags.c_contiguous:
-            raise ValueError(f"out is {out.dtype} {out.shape}, not contiguous {info.dtype} {(len(rows), *info.shape)}")
+        if out.shape != (len(rows), *info.shape) or out.dtype != self._stored or not out.flags.c_contiguous:
+            wanted = f"{self._stored} {(len(rows), *info.shape)}"
+            raise ValueError(f"out is {out.dtype} {out.shape}, not contiguous {wanted}")
         if len(rows) == 0:
             return
         with explaining(self.root):
@@ -99,24 +103,26 @@ class FeatureReader:
         if commit is None:
             raise StoreError(f"unit {unit} of {self.root} is not committed", fix="vla featurize … --resume")
         rows = self._manifest.unit_range(unit)
-        path = feature_file(self.name, unit, len(self.info.shape))
-        slots, size = self._manifest.unit_rows, commit.files[path].size
+        size = commit.files[self._format.feature_file(self._manifest, self.name, unit)].size
         descriptor = self._open(unit)
         found = os.fstat(descriptor).st_size
-        if found != size or size < index_bytes(slots):
+        if found != size:
             raise self._corrupt(unit, f"has {found} bytes, {size} were committed")
-        tail = os.pread(descriptor, index_bytes(slots), size - index_bytes(slots))
-        self._offsets[rows.start : rows.stop] = decode_index(tail, self.info, size, str(self.root / path))[: len(rows)]
-        crcs = read_committed(self.root, commit, checksum_file(self.name, unit))
-        self._crcs[rows.start : rows.stop] = np.frombuffer(crcs, "<u4", slots)[: len(rows)]
+        table = self._format.locate(self.root, self._manifest, commit, self.name, descriptor)
+        crcs = self._format.read_part(self.root, self._manifest, commit, f"checksums/{self.name}")
+        self._keep_table(rows, table)
+        self._crcs[rows.start : rows.stop] = crcs
         self._located[unit] = True
+
+    def _keep_table(self, rows: range, table: RowTable) -> None:
+        self._offsets[rows.start : rows.stop] = table.offsets
 
     def _open(self, unit: int) -> int:
         if os.getpid() != self._pid:
             raise RuntimeError("a store reader was carried over fork(); open the store in the child process instead")
         descriptor = self._files.get(unit)
         if descriptor is None:
-            path = self.root / feature_file(self.name, unit, len(self.info.shape))
+            path = self._path(unit)
             if len(self._files) >= MAX_OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
             if not path.exists():
@@ -155,23 +161,12 @@ class FeatureReader:
                 raise self._corrupt(row // self._manifest.unit_rows, f"differs from its commit in row {row}")
         self._verified[rows[todo]] = True
 
+    def _path(self, unit: int) -> Path:
+        return self.root / self._format.feature_file(self._manifest, self.name, unit)
+
     def _corrupt(self, unit: int, what: str) -> CorruptionError:
-        path = self.root / feature_file(self.name, unit, len(self.info.shape))
+        path = self._path(unit)
         return CorruptionError(f"feature {self.name!r}, unit {unit}: {path} {what}", fix=f"vla verify {self.root}")
-
-
-def read_committed(root: Path, commit: Commit, path: str) -> bytes:
-    """Return a small committed file after comparing it with its digest. Raises `CorruptionError`."""
-    import hashlib
-
-    file, record = root / path, commit.files.get(path)
-    if record is None or not file.is_file() or file.stat().st_size != record.size:
-        raise CorruptionError(f"unit {commit.unit}: {file} is missing or has another size", fix=f"vla verify {root}")
-    with explaining(file):
-        data = file.read_bytes()
-    if hashlib.sha256(data).hexdigest() != record.sha256:
-        raise CorruptionError(f"unit {commit.unit}: {file} differs from its commit", fix=f"vla verify {root}")
-    return data
 
 
 def _skip(buffers: list[memoryview], done: int) -> list[memoryview]:

@@ -8,6 +8,7 @@ loses no precision on features with a large mean. One unit's statistics are one 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,12 +65,17 @@ class ChannelStatistics:
         )
 
 
-def of_rows(rows: NDArray[Any], channels: int) -> ChannelStatistics:
-    """Statistics of rows [n, ..., C], in float64, about a megabyte of them in memory at a time."""
+def of_rows(
+    rows: NDArray[Any], channels: int, decode: Callable[[NDArray[Any]], NDArray[Any]] = lambda rows: rows
+) -> ChannelStatistics:
+    """Statistics of rows [n, ..., C], in float64, about a megabyte of them in memory at a time.
+
+    `decode` turns stored rows into the values that they stand for.
+    """
     total = ChannelStatistics.empty(channels)
     step = max(1, BLOCK_VALUES // max(math.prod(rows.shape[1:]), 1))
     for at in range(0, len(rows), step):
-        values = rows[at : at + step].astype(np.float64).reshape(-1, channels)
+        values = decode(rows[at : at + step]).astype(np.float64).reshape(-1, channels)
         low, high, mean = values.min(axis=0), values.max(axis=0), values.mean(axis=0)
         values -= mean
         m2 = np.einsum("ij,ij->j", values, values)

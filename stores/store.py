@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.stores.commits import Commit, read_commits
+from vla.stores.compressed import CompressedReader
 from vla.stores.errors import CorruptionError, StoreError, UsageError
 from vla.stores.filesystem import explaining
-from vla.stores.layout import statistics_file, step_file
-from vla.stores.manifest import Manifest
+from vla.stores.formats.registry import format_of
+from vla.stores.manifest import FeatureInfo, Manifest
 from vla.stores.metadata import check_arrays, read_manifest, read_tables
-from vla.stores.reader import FeatureReader, Verify, read_committed
+from vla.stores.reader import FeatureReader, Verify
 from vla.stores.settings import nearest
-from vla.stores.shard import CRC_BYTES
-from vla.stores.statistics import MOMENTS, ChannelStatistics
+from vla.stores.statistics import ChannelStatistics
 from vla.stores.tables import EpisodeTable
 
 
@@ -41,6 +43,22 @@ class Store:
         """Whether every planned unit is committed."""
         return len(self.commits) == self.manifest.units
 
+    @cached_property
+    def left_out(self) -> NDArray[np.bool_]:
+        """Rows of episodes that were left out, bool [rows]: committed as absent."""
+        rows = np.zeros(self.manifest.rows, bool)
+        for position in np.flatnonzero([name in self.skipped for name in self.episodes.ids]):
+            start = int(self.episodes.row_start[position])
+            rows[start : start + int(self.episodes.length[position])] = True
+        return rows
+
+    def present_runs(self, unit: int) -> Iterator[NDArray[np.int64]]:
+        """Yield the runs of neighbouring rows of a unit that were not left out, int64 [n] each."""
+        rows = self.manifest.unit_range(unit)
+        kept = np.arange(rows.start, rows.stop)[~self.left_out[rows.start : rows.stop]]
+        if len(kept):
+            yield from np.split(kept, np.flatnonzero(np.diff(kept) > 1) + 1)
+
     def steps(self, name: str) -> NDArray[Any]:
         """Return a step array [rows, *shape] in memory. Rows of units that are not committed hold the fill value."""
         info = self.manifest.steps.get(name)
@@ -53,9 +71,8 @@ class Store:
         values = np.full((self.manifest.rows, *info.shape), fill, dtype)
         for unit, commit in self.commits.items():
             rows = self.manifest.unit_range(unit)
-            raw = read_committed(self.root, commit, step_file(name, unit, len(info.shape)))
-            chunk = np.frombuffer(raw[:-CRC_BYTES], dtype.newbyteorder("<"))
-            values[rows.start : rows.stop] = chunk.reshape(-1, *info.shape)[: len(rows)]
+            part = format_of(self.manifest).read_part(self.root, self.manifest, commit, f"steps/{name}")
+            values[rows.start : rows.stop] = part
         return values
 
     def statistics(self, feature: str) -> ChannelStatistics:
@@ -63,20 +80,31 @@ class Store:
         channels = self.feature_info(feature).shape[-1]
         total = ChannelStatistics.empty(channels)
         for unit in sorted(self.commits):
-            raw = read_committed(self.root, self.commits[unit], statistics_file(feature, unit))
-            values = np.frombuffer(raw[:-CRC_BYTES], "<f8").reshape(len(MOMENTS), channels)
+            commit = self.commits[unit]
+            values = format_of(self.manifest).read_part(self.root, self.manifest, commit, f"stats/{feature}")
             total = total.merge(ChannelStatistics.from_array(values))
         return total
+
+    def scales(self, feature: str) -> NDArray[np.float32] | None:
+        """Return the scales of an int8 feature, float32 [units, C]; 0 in units not committed. None for other dtypes."""
+        info = self.feature_info(feature)
+        if info.dtype != "int8":
+            return None
+        scales = np.zeros((self.manifest.units, info.shape[-1]), np.float32)
+        for unit, commit in self.commits.items():
+            scales[unit] = format_of(self.manifest).read_part(self.root, self.manifest, commit, f"scales/{feature}")
+        return scales
 
     def reader(self, feature: str, verify: Verify = "first") -> FeatureReader:
         """Return a reader of one feature; one a thread."""
         self.feature_info(feature)
-        return FeatureReader(self.root, self.manifest, self.commits, feature, verify)
+        kind = FeatureReader if self.manifest.compression == "none" else CompressedReader
+        return kind(self.root, self.manifest, self.commits, feature, verify)
 
     def read(self, feature: str, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Return rows of a feature [n, *shape] in new memory, verified. For loops, use `reader`."""
+        """Return rows of a feature [n, *shape] as they are stored, in new memory, verified. For loops, use `reader`."""
         info = self.feature_info(feature)
-        out = np.empty((len(rows), *info.shape), info.dtype)
+        out = np.empty((len(rows), *info.shape), info.stored)
         reader = self.reader(feature, "always")
         try:
             reader.read(np.asarray(rows, np.int64), out)
@@ -84,7 +112,7 @@ class Store:
             reader.close()
         return out
 
-    def feature_info(self, feature: str) -> Any:
+    def feature_info(self, feature: str) -> FeatureInfo:
         """Return the `FeatureInfo` of a feature. Raises `UsageError` naming those that exist."""
         info = self.manifest.features.get(feature)
         if info is None:

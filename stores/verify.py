@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.stores.commits import Commit, FileRecord
+from vla.stores.dtypes import decode
 from vla.stores.errors import MachineError, VlaError
 from vla.stores.filesystem import PARTIAL, digest_file, explaining
-from vla.stores.layout import unit_files
+from vla.stores.formats.registry import format_of, unit_files
+from vla.stores.manifest import FeatureInfo
 from vla.stores.reader import FeatureReader
 from vla.stores.store import Store, open_store
 
@@ -52,11 +54,14 @@ def verify_store(root: Path, progress: Callable[[int, int], None] = lambda done,
     if not store.complete:
         missing = [unit for unit in range(report.units) if unit not in store.commits]
         report.findings.append(f"units {_ranges(missing)} of {root} are not committed (vla featurize … --resume)")
-    left_out = _rows_left_out(store)
+    left_out = store.left_out
     readers = {name: store.reader(name, "always") for name in store.manifest.features}
     try:
         for done, (unit, commit) in enumerate(sorted(store.commits.items())):
-            if _check_files(store, commit, report):
+            sound = _check_files(store, commit, report)
+            if not sound:
+                _check_parts(store, commit, report)
+            if sound or format_of(store.manifest).shared_files:
                 rows = np.asarray(store.manifest.unit_range(unit))
                 _check_rows(readers, rows[~left_out[rows]], unit, report)
             progress(done + 1, len(store.commits))
@@ -82,6 +87,16 @@ def _check_files(store: Store, commit: Commit, report: VerifyReport) -> bool:
     return sound
 
 
+def _check_parts(store: Store, commit: Commit, report: VerifyReport) -> None:
+    """Say which small arrays of a damaged unit are affected, where one file holds several."""
+    form = format_of(store.manifest)
+    for part in sorted(form.digested_parts(store.manifest)):
+        try:
+            form.read_part(store.root, store.manifest, commit, part)
+        except VlaError as error:
+            report.findings.append(f"array {part}, {error}")
+
+
 def _compare(file: Path, record: FileRecord) -> str:
     """Say what is wrong with a file; nothing where it is as committed."""
     try:
@@ -95,34 +110,32 @@ def _compare(file: Path, record: FileRecord) -> str:
         return f"cannot be read ({error.found})"
 
 
-def _rows_left_out(store: Store) -> NDArray[np.bool_]:
-    left_out = np.zeros(store.manifest.rows, bool)
-    for position, name in enumerate(store.episodes.ids):
-        if name in store.skipped:
-            start = int(store.episodes.row_start[position])
-            left_out[start : start + int(store.episodes.length[position])] = True
-    return left_out
-
-
 def _check_rows(readers: dict[str, FeatureReader], rows: NDArray[np.int64], unit: int, report: VerifyReport) -> None:
     """Read every row of a unit through the reader, and compare its values with what the manifest promises."""
     for name, reader in readers.items():
-        values = np.empty((len(rows), *reader.info.shape), reader.info.dtype)
+        values = np.empty((len(rows), *reader.info.shape), reader.info.stored)
         try:
             reader.read(rows, values)
         except VlaError as error:
             report.findings.append(str(error))
             continue
-        if not np.isfinite(values).all():
+        if not _finite(reader.info, values):
             report.findings.append(f"array frames/{name}, unit {unit}: values are not finite")
+
+
+def _finite(info: FeatureInfo, values: NDArray[Any]) -> bool:
+    if info.dtype == "int8":
+        return True
+    return bool(np.isfinite(decode(info.dtype, values)).all())
 
 
 def _check_debris(store: Store, report: VerifyReport) -> None:
     known = {path for unit in store.commits for path in unit_files(store.manifest, unit)}
     debris = set(store.root.rglob("*" + PARTIAL))
-    for folder in ("frames", "steps", "checksums", "stats"):
-        files = (store.root / folder).rglob("c.*")
-        debris |= {file for file in files if file.relative_to(store.root).as_posix() not in known}
+    for folder in format_of(store.manifest).folders:
+        for pattern in ("c.*", "unit-*.h5"):
+            files = (store.root / folder).rglob(pattern)
+            debris |= {file for file in files if file.relative_to(store.root).as_posix() not in known}
     for file in sorted(debris):
         report.findings.append(f"{file} belongs to no committed unit (harmless; --resume removes it)")
 

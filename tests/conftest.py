@@ -61,9 +61,12 @@ def write_store(
     source: str = "source-a",
     fingerprint: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    form: Mapping[str, str] | None = None,
     **writer_options: bool,
 ) -> MadeStore:
     """Write a store of random features, the values of an episode depending on its id and `seed` alone.
+
+    `form` is {"format": "h5", ...} where it is not the zarr form.
 
     `units`: which units to commit, in this order (all of the pending ones where None).
     """
@@ -88,6 +91,7 @@ def write_store(
         fingerprint={"source": {"digest": source}, **(fingerprint or {})},
         tables={},
         provenance=dict(provenance or {}),
+        **(form or {}),
     )
     values = _values_of(episodes, infos, seed)
     made = _steps_of(episodes)
@@ -104,13 +108,19 @@ def write_store(
 
 
 def _values_of(episodes: EpisodeTable, infos: Mapping[str, FeatureInfo], seed: int) -> dict[str, NDArray[Any]]:
-    values = {name: np.zeros((episodes.rows, *info.shape), info.dtype) for name, info in infos.items()}
+    values = {name: np.zeros((episodes.rows, *info.shape), np.float32) for name, info in infos.items()}
     for name, start, length in zip(episodes.ids, episodes.row_start, episodes.length, strict=True):
         for feature, array in values.items():
             key = int.from_bytes(hashlib.sha256(f"{name}/{feature}/{seed}".encode()).digest()[:8], "little")
             shape = (length, *array.shape[1:])
-            array[start : start + length] = np.random.default_rng(key).normal(size=shape).astype(array.dtype)
-    return values
+            drawn = np.random.default_rng(key).normal(size=shape)
+            # As numpy stores them where it can: what is read back is then equal, not only near.
+            numpy_has_it = infos[feature].dtype in ("float16", "float32")
+            array[start : start + length] = drawn.astype(infos[feature].stored) if numpy_has_it else drawn
+    return {
+        name: array.astype(infos[name].dtype) if infos[name].dtype == "float16" else array
+        for name, array in values.items()
+    }
 
 
 def _steps_of(episodes: EpisodeTable) -> dict[str, NDArray[Any]]:

@@ -136,6 +136,33 @@ def no_thread_left() -> Iterator[None]:
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("vla-")]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_the_dtype_is_in_the_fingerprint_the_form_is_not(dtype: str) -> None:
+    def plan(**options: Any) -> Plan:
+        source, recipe = FakeSource(), {"name": "fake", "weights": None, "options": {}}
+        store = StoreOptions.build({"unit_rows": 8, **options})
+        return make_plan(source.index(), source.digest(), FakeBackbone().spec(), recipe, store)
+
+    plain, other, h5 = plan(), plan(dtype=dtype), plan(format="h5")
+    assert other.manifest.fingerprint["features"]["token"]["dtype"] == dtype
+    assert other.manifest.fingerprint != plain.manifest.fingerprint
+    assert h5.manifest.fingerprint == plain.manifest.fingerprint
+    assert h5.manifest.sha256() != plain.manifest.sha256()
+    assert (h5.manifest.format, h5.files) == ("h5", 3 * 2 + 20)
+
+
+def test_a_unit_of_int8_is_planned_by_the_memory_that_it_takes() -> None:
+    """Its rows wait as float32 until their scales are known."""
+    source, recipe = FakeSource(), {"name": "fake", "weights": None, "options": {}}
+    index = replace(source.index(), episodes=(Episode("long", 5000, "task"),))
+    spec = replace(FakeBackbone().spec(), features={"token": FeatureSpec((8, 64), ("token", "channel"))})
+    rows = {}
+    for dtype in ("float16", "float32", "int8"):
+        options = StoreOptions.build({"unit_mb": 1.0, "dtype": dtype})
+        rows[dtype] = make_plan(index, "", spec, recipe, options).manifest.unit_rows
+    assert rows == {"float16": 512, "float32": 256, "int8": 256}
+
+
 def test_each_frame_gets_the_features_of_its_own_pictures(tmp_path: Path) -> None:
     report = run(tmp_path / "s")
     store = open_store(tmp_path / "s")

@@ -71,6 +71,26 @@ def test_features_seen_live_equal_features_cached(trained: tuple[Path, Path]) ->
             np.testing.assert_array_equal(live.numpy(), cached)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_features_go_live_through_the_dtype_of_the_store(tmp_path: Path, dtype: str) -> None:
+    """In one unit, so that int8 has one grid: live equals cached bit for bit, and the checkpoint knows the grid."""
+    stored = {"dtype": dtype, "format": "h5", "unit_rows": 1024}
+    job = prepare(FeaturizeConfig.build({"source": SOURCE, "backbone": "toy", "batch_size": 3, "store": stored}))
+    run(job, tmp_path / "toy")
+    values = {
+        "head": "mlp",
+        "data": {"stores": [str(tmp_path / "toy")], "validation": 0.25},
+        "model": {"horizon": 4, "n_action": 2, "encoder": {"components": 8, "dim": 32}, "hidden": 32},
+        "train": {"steps": 2, "batch_size": 4, "device": "cpu"},
+    }
+    train_head(HeadTrainConfig.build(values), tmp_path / "run")
+    policy, head = Policy.from_run(tmp_path / "run", device="cpu"), load_head(tmp_path / "run")
+    cached = next(open_data(head.artefact.data).batches(np.arange(4), head.config.window, 64, pin=False).in_order())
+    seen = [policy._encode(dict(o.images))["grid"] for episode in range(4) for o in _observations(episode)]
+    assert torch.equal(torch.stack(seen), cached.feature("grid")[:, 0])
+    assert (len(head.artefact.stores[0].scales) == 1) == (dtype == "int8")
+
+
 def test_a_policy_decides_what_the_head_decides_on_the_stored_window(trained: tuple[Path, Path]) -> None:
     run_dir = trained[1]
     head = load_head(run_dir)

@@ -1,0 +1,43 @@
+"""Deleting stores and what interrupted runs left, and nothing else: a folder is looked into before it goes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from vla.stores.errors import StoreError
+from vla.stores.filesystem import PARTIAL
+from vla.stores.layout import COMMITS
+
+_CONTENTS = {"zarr.json", "frames", "steps", "checksums", "stats", "scales", "units", "episodes", "tasks", COMMITS}
+
+
+def doomed(root: Path) -> Path:
+    """Return the name under which `root` is deleted."""
+    return root.with_name(root.name + ".old" + PARTIAL)
+
+
+def require_debris(folder: Path) -> None:
+    """Refuse to delete a folder that holds anything a store does not. Raises `StoreError` naming it."""
+    inside = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    foreign = [name for name in inside if name not in _CONTENTS and not name.endswith(PARTIAL)]
+    if foreign:
+        raise StoreError(f"{folder} is in the way and holds {foreign[0]}", expected="what an interrupted run left")
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder; a link itself, never what it points to. Nothing where there is nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def delete_folder(root: Path) -> None:
+    """Delete a store that has been recognised as one."""
+    # Renamed first: a crash while deleting must not leave half a store under its own name.
+    old = doomed(root)
+    require_debris(old)
+    remove(old)
+    root.rename(old)
+    remove(old)

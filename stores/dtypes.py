@@ -1,0 +1,72 @@
+"""Storage dtypes of features: what the backbone's float32 becomes on disk, and how it comes back.
+
+`float16`, `float32`: as numpy has them. `bfloat16`: the upper half of a float32, rounded to nearest even, kept as
+`uint16` (neither numpy nor zarr-python 3.1 nor HDF5 files below 2.0 have it). `int8`: symmetric, one float32 scale a
+channel and unit, `x = q * scale`, q in -127..127, the scale from the unit's own largest magnitude: units stay
+independent. docs/store.md states what each costs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+DtypeName = Literal["float16", "float32", "bfloat16", "int8"]
+STORED: dict[DtypeName, str] = {"float16": "float16", "float32": "float32", "bfloat16": "uint16", "int8": "int8"}
+"""What numpy, zarr and HDF5 call the numbers on disk."""
+
+FILL: dict[DtypeName, float] = {"float16": np.nan, "float32": np.nan, "bfloat16": 0x7FC0, "int8": 0}
+"""What a row never written reads as in a foreign reader: NaN (0x7FC0 is bfloat16's), 0 where there is none."""
+
+LIMIT: dict[DtypeName, float] = {
+    "float16": float(np.finfo(np.float16).max),
+    "float32": float(np.finfo(np.float32).max),
+    "bfloat16": float(np.uint32(0x7F7F0000).view(np.float32)),
+    "int8": 1e38,
+}
+"""Largest magnitude kept. For int8 a third of float32's: 127 times a rounded scale must not overflow."""
+
+INT8_MAX = 127
+"""-128 is not used: the grid is symmetric."""
+
+
+def encode_bfloat16(values: NDArray[Any]) -> NDArray[np.uint16]:
+    """Round finite float32 values to bfloat16, to nearest even, as uint16 bit patterns of the same shape."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16).astype(np.uint16)
+
+
+def decode_bfloat16(stored: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """Invert `encode_bfloat16`, exactly."""
+    return (stored.astype(np.uint32) << 16).view(np.float32)
+
+
+def channel_scales(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the step of the int8 grid of each channel, float32 [C], for rows [n, ..., C]: max |x| / 127."""
+    largest = np.zeros(rows.shape[-1], np.float32)
+    for row in rows:  # row by row: no temporary as large as the unit
+        np.maximum(largest, np.abs(row).reshape(-1, rows.shape[-1]).max(axis=0), out=largest)
+    return largest / np.float32(INT8_MAX)
+
+
+def quantise(values: NDArray[np.float32], scales: NDArray[np.float32]) -> NDArray[np.int8]:
+    """Return the nearest points of the grid, int8, for values [..., C]; 0 in channels whose scale is 0."""
+    steps = np.divide(values, scales, out=np.zeros_like(values), where=scales > 0)
+    np.rint(steps, out=steps)
+    return np.clip(steps, -INT8_MAX, INT8_MAX, out=steps).astype(np.int8)
+
+
+def decode(dtype: DtypeName, stored: NDArray[Any], scales: NDArray[np.float32] | None = None) -> NDArray[Any]:
+    """Return the values that stored rows [n, ..., C] stand for: float16 as it is, everything else float32.
+
+    `scales` float32 [C] or broadcastable to the rows; needed for int8.
+    """
+    if dtype == "bfloat16":
+        return decode_bfloat16(stored)
+    if dtype == "int8":
+        if scales is None:
+            raise ValueError("int8 rows without scales")
+        return stored.astype(np.float32) * scales
+    return stored

@@ -1,0 +1,125 @@
+"""One unit in memory while it is being filled: rows checked, encoded in the store's dtype, marked as present."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vla.stores.dtypes import LIMIT, channel_scales, decode, encode_bfloat16, quantise
+from vla.stores.errors import DataError
+from vla.stores.manifest import FeatureInfo
+from vla.stores.shard import ShardBuffer
+from vla.stores.statistics import ChannelStatistics, of_rows
+
+
+class FeatureBuffer:
+    """The rows of one feature in one unit. int8 rows wait as float32: their scales are known when all are there."""
+
+    def __init__(self, name: str, info: FeatureInfo, rows: int, slots: int) -> None:
+        self.name, self.info = name, info
+        self.shard = ShardBuffer.allocate(info, rows, slots)
+        self.scales: NDArray[np.float32] | None = None
+        self._waiting = np.zeros((rows, *info.shape), np.float32) if info.dtype == "int8" else None
+
+    def put(self, at: int, values: NDArray[Any], row: int) -> None:
+        """Take values [k, *shape] for the unit's rows from `at` on; `row` is the store row, for messages.
+
+        Raises `DataError` on another shape, on NaN or infinity, and on values that the dtype cannot hold.
+        """
+        target = self.shard.rows if self._waiting is None else self._waiting
+        if values.shape != (len(values), *target.shape[1:]):
+            wanted = (len(values), *target.shape[1:])
+            raise DataError(f"feature {self.name!r} has shape {values.shape}", expected=f"{wanted}")
+        _require_representable(self.name, values, self.info, row)
+        encoded = encode_bfloat16(values) if self.info.dtype == "bfloat16" else values
+        target[at : at + len(values)] = encoded
+
+    def put_stored(self, at: int, stored: NDArray[Any], scales: NDArray[np.float32] | None) -> None:
+        """Take rows [k, *shape] as another store holds them, with the scales [C] of their unit."""
+        self._waiting, self.scales = None, scales
+        self.shard.rows[at : at + len(stored)] = stored
+
+    def finish(self, present: NDArray[np.bool_]) -> ChannelStatistics:
+        """Encode what waits, and return the statistics of the values that the rows present [n] stand for."""
+        if self._waiting is not None:
+            kept = np.flatnonzero(present)
+            self.scales = channel_scales(self._waiting if len(kept) == len(present) else self._waiting[kept])
+            for row in kept:
+                self.shard.rows[row] = quantise(self._waiting[row], self.scales)
+            self._waiting = None
+        stored = self.shard.rows if present.all() else self.shard.rows[present]
+        return of_rows(stored, self.info.shape[-1], lambda rows: decode(self.info.dtype, rows, self.scales))
+
+
+@dataclass
+class UnitBuffer:
+    """The rows of one unit being filled, in memory.
+
+    `steps[name]` is `[n, *shape]`; features come in through `put`; rows not marked in `present` [n] stay empty.
+    `skipped` names episodes left out and why. `statistics` overrules what would be computed (a converted unit's).
+    """
+
+    unit: int
+    rows: range
+    features: dict[str, FeatureBuffer]
+    steps: dict[str, NDArray[Any]]
+    present: NDArray[np.bool_]
+    skipped: dict[str, str] = field(default_factory=dict)
+    dropped: list[range] = field(default_factory=list)
+    statistics: dict[str, ChannelStatistics] = field(default_factory=dict)
+
+    def leave_out(self, episode: str, rows: range, reason: str) -> None:
+        """Leave an episode out of the store; `rows` are those of its rows that lie in this unit."""
+        self.skipped[episode] = reason
+        self.dropped.append(rows)
+
+    def put(self, start: int, features: Mapping[str, NDArray[Any]]) -> None:
+        """Store every feature `{name: [k, *shape]}` of k rows from store row `start` on.
+
+        Raises `DataError` on names, shapes or rows that are not this unit's, and on NaN or infinity, also where
+        float32 values overflow the store's dtype.
+        """
+        at, count = self._place(start, features)
+        for name, values in features.items():
+            if len(values) != count:
+                raise DataError(f"feature {name!r} has shape {values.shape}", expected=f"{count} rows")
+            self.features[name].put(at, values, start)
+        self.present[at : at + count] = True
+
+    def put_stored(
+        self, start: int, features: Mapping[str, NDArray[Any]], scales: Mapping[str, NDArray[np.float32]]
+    ) -> None:
+        """Store rows as another store of the same manifest holds them, bit for bit; `scales` of the int8 ones [C]."""
+        at, count = self._place(start, features)
+        for name, stored in features.items():
+            self.features[name].put_stored(at, stored, scales.get(name))
+        self.present[at : at + count] = True
+
+    def _place(self, start: int, features: Mapping[str, NDArray[Any]]) -> tuple[int, int]:
+        at = start - self.rows.start
+        count = len(next(iter(features.values()), ()))
+        if features.keys() != self.features.keys() or not 0 <= at <= at + count <= len(self.rows):
+            raise DataError(
+                f"features {sorted(features)} for rows {start}..{start + count - 1}",
+                expected=f"{sorted(self.features)} in rows {self.rows.start}..{self.rows.stop - 1}",
+            )
+        return at, count
+
+
+def _require_representable(name: str, values: NDArray[Any], info: FeatureInfo, start: int) -> None:
+    limit = LIMIT[info.dtype]
+    # Two passes and no copy; NaN passes through min and max, and every comparison with it is false.
+    if -limit <= float(values.min(initial=0.0)) and float(values.max(initial=0.0)) <= limit:
+        return
+    flat = values.reshape(len(values), -1)
+    finite = np.isfinite(flat).all(axis=1)
+    if not finite.all():
+        raise DataError(f"feature {name!r} is not finite in row {start + int(finite.argmin())}")
+    row = start + int((np.abs(flat).max(axis=1) > limit).argmax())
+    raise DataError(
+        f"feature {name!r} exceeds {info.dtype} in row {row}", expected=f"|x| <= {limit:.6g}", fix="--dtype float32"
+    )
