@@ -56,6 +56,10 @@ class JoinedReader:
         """See `FeatureReader.read`."""
         self._reader.read(rows if self._row_map is None else self._row_map[rows], out)
 
+    def announce(self, rows: NDArray[np.int64]) -> None:
+        """See `FeatureReader.announce`."""
+        self._reader.announce(rows if self._row_map is None else np.sort(self._row_map[rows]))
+
     def close(self) -> None:
         """Close all files."""
         self._reader.close()
