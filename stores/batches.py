@@ -78,10 +78,10 @@ class WindowBatches:
             row_bytes = sum(stores.feature_info(name).row_bytes for name in features)
             self._blocks = Blocks(index.row, stores.first.manifest.unit_rows, row_bytes)
 
-    def shuffled(self, seed: int, start: int = 0, depth: int = 3) -> Iterator[WindowBatch]:
-        """Yield batches start, start+1, ... for ever, shuffled, `depth` of them in flight."""
+    def shuffled(self, seed: int, start: int = 0, depth: int = 3, stop: int | None = None) -> Iterator[WindowBatch]:
+        """Yield batches start, start+1, ... (to `stop`, or for ever), shuffled, `depth` of them in flight."""
         chosen = self._choose_blocks(seed, start) if self._blocks is not None else self._choose(seed, start)
-        return self._prefetched(chosen, depth)
+        return self._prefetched(itertools.islice(chosen, None if stop is None else stop - start), depth)
 
     def in_order(self, depth: int = 3) -> Iterator[WindowBatch]:
         """Yield every window once, in order; the last batch may be smaller."""
