@@ -33,12 +33,18 @@ def arguments(description: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def interleave(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Time each contestant once a round, in alternating order; return seconds per round. The first round is dropped."""
+def interleave(
+    contestants: dict[str, Callable[[], Any]], rounds: int, before: Callable[[], None] = lambda: None
+) -> dict[str, list[float]]:
+    """Time each contestant once a round, in alternating order; return seconds per round. The first round is dropped.
+
+    `before` is called before each, untimed.
+    """
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds + 1):
         names = list(contestants) if number % 2 else list(reversed(contestants))
         for name in names:
+            before()
             began = time.perf_counter()
             contestants[name]()
             times[name].append(time.perf_counter() - began)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,14 +13,19 @@ from pydantic import Field
 
 from vla.heads.batch import Batch, FeatureIO, HeadIO
 from vla.heads.storage import as_tensor
-from vla.stores.batches import WindowBatch, WindowBatches
+from vla.stores.batches import Shuffle, WindowBatch, WindowBatches
 from vla.stores.dtypes import DtypeName
 from vla.stores.errors import DataError, UsageError
 from vla.stores.join import JoinedStores, join_stores
+from vla.stores.memory import memory_limit
 from vla.stores.reader import Verify
 from vla.stores.settings import Settings
 from vla.stores.store import open_store
 from vla.stores.windows import WindowIndex, WindowSpec, split_episodes
+
+
+CACHE_SHARE = 0.7
+"""Of the memory, how much of a store the page cache is taken to hold; the rest is the training's own."""
 
 
 class DataConfig(Settings):
@@ -30,6 +35,8 @@ class DataConfig(Settings):
     them). `state`: step columns that are proprioception; () for none. A column whose role is `privileged` (simulator
     truth) has to be named here to be used at all. `validation`: share of episodes held out, whole episodes at a time.
     `verify`: when rows are compared with their checksums. `random_weights`: allow features of random weights.
+    `shuffle`: "global" draws batches from all of the store, "blocks" from random places of it, which reads a store that
+    exceeds memory far faster (vla.stores.shuffle); "auto" decides by the memory, and checkpoints keep its decision.
     """
 
     stores: tuple[str, ...]
@@ -38,6 +45,7 @@ class DataConfig(Settings):
     validation: float = Field(0.1, ge=0, lt=1)
     split_seed: int = 0
     verify: Verify = "first"
+    shuffle: Literal["auto"] | Shuffle = "auto"
     allow_partial: bool = False
     random_weights: bool = False
 
@@ -82,6 +90,7 @@ class HeadData:
             batch_size=batch_size,
             verify=self.config.verify,
             allocate=_allocate_pinned if pin else np.empty,
+            shuffle="blocks" if self.config.shuffle == "blocks" else "global",
         )
         dtypes = {name: self.stores.feature_info(name).dtype for name in self.features}
         return TensorBatches(batches, self.state, dtypes)
@@ -155,10 +164,17 @@ def open_data(config: DataConfig) -> HeadData:
         features={name: _feature_io(stores, name) for name in features},
         tasks=first.episodes.tasks,
     )
+    if config.shuffle == "auto":
+        config = config.model_copy(update={"shuffle": _shuffle_for(stores, features)})
     data = HeadData(config, stores, io, features, state, training, validation)
     if not np.isfinite(data.actions(np.flatnonzero(stores.usable))).all():
         raise DataError(f"{first.root} holds actions that are not finite", fix=f"vla verify {first.root}")
     return data
+
+
+def _shuffle_for(stores: JoinedStores, features: tuple[str, ...]) -> Shuffle:
+    size = stores.first.manifest.rows * sum(stores.feature_info(name).row_bytes for name in features)
+    return "blocks" if size > CACHE_SHARE * memory_limit() else "global"
 
 
 def _feature_io(stores: JoinedStores, name: str) -> FeatureIO:

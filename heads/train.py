@@ -122,7 +122,7 @@ def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData) -> Ar
     return Artefact(
         head=config.head,
         config=model.config.model_dump(mode="json"),
-        data=config.data,
+        data=data.config,
         io=data.io,
         state=data.state,
         stores=tuple(records),

@@ -76,6 +76,10 @@ class JoinedReader:
         there = rows if self._row_map is None else self._row_map[rows]
         return self._scales.scales[there // self._scales.unit_rows]
 
+    def announce(self, rows: NDArray[np.int64]) -> None:
+        """See `FeatureReader.announce`."""
+        self._reader.announce(rows if self._row_map is None else np.sort(self._row_map[rows]))
+
     def close(self) -> None:
         """Close all files."""
         self._reader.close()

@@ -64,6 +64,11 @@ class WindowIndex:
     def __len__(self) -> int:
         return len(self._row)
 
+    @property
+    def row(self) -> NDArray[np.int64]:
+        """Row of each window's last observation [N]."""
+        return self._row
+
     def rows(self, windows: NDArray[np.int64]) -> WindowRows:
         """Return the rows of the given windows [B] (positions in 0 .. len(self)-1)."""
         row, episode = self._row[windows][:, None], self._episode[windows]
