@@ -161,5 +161,5 @@ def test_ctrl_c_exits_with_130_and_the_run_resumes(tmp_path: Path) -> None:
 
 
 def test_help_of_every_command_fits_a_screen() -> None:
-    for command in ("featurize", "train-head", "evaluate", "rollout", "record", "inspect", "verify"):
+    for command in ("featurize", "train-head", "evaluate", "rollout", "record", "inspect", "verify", "convert"):
         assert len(vla(command, "--help").stdout.splitlines()) <= 45

@@ -96,6 +96,7 @@ def test_live_features_equal_cached_ones(
     of_unit = store.scales("grid")
     assert of_unit is not None
     assert scales is not None
+    np.testing.assert_array_equal(np.float32(scales), of_unit.max(axis=0))
     bound = (torch.from_numpy(of_unit[np.arange(20) // 8]) + torch.tensor(scales)) / 2 * 1.0001
     assert ((live - cached).abs().max() > 0) & bool(((live - cached).abs() <= bound[:, None, None]).all())
 

@@ -66,6 +66,7 @@ def test_h5py_reads_every_value_and_checks_it(whole: Any) -> None:
         np.testing.assert_array_equal(file["scales/tokens"][:], scales[1])
         assert dict(file.attrs)["row_start"] == 8
         assert file["frames/half"].attrs["dtype"] == b"bfloat16"
+        assert file.id.get_create_plist().get_version()[0] == 3  # a superblock whose metadata carry checksums
 
 
 def test_h5py_notices_a_flipped_bit_itself(root: Path, whole: Any) -> None:
@@ -163,7 +164,7 @@ def test_a_file_that_is_not_laid_out_as_ours_is_refused(
 def test_a_chunk_with_its_filter_switched_off_is_refused(root: Path) -> None:
     with h5py.File(root / FILE, "r+", libver=("v110", "v110")) as file:
         _replace(file, chunks=ROW, fletcher32=True)
-        file["frames/grid"].id.write_direct_chunk((0, 0, 0, 0), b"x" * 24, filter_mask=1)
+        file["frames/grid"].id.write_direct_chunk((0, 0, 0, 0), b"x" * 28, filter_mask=1)
     resign(root)
     require_refused(root, "chunk of row 0 of frames/grid is not one row inside the file")
 
@@ -213,6 +214,23 @@ def test_a_small_array_that_differs_from_its_commit_is_refused(root: Path, part:
     }[part]
     with pytest.raises(CorruptionError, match=rf"unit 1: .*{part} differs from its commit"):
         read()
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "none", "text"])
+def test_a_record_without_the_digest_of_a_small_array_is_refused(root: Path, change: str) -> None:
+    record = json.loads((root / COMMIT).read_bytes())
+    record.pop("sha256")
+    if change == "missing":
+        record["parts"].pop("steps/action")
+    elif change == "none":
+        record.pop("parts")
+    elif change == "extra":
+        record["parts"]["steps/more"] = "0" * 64
+    else:
+        record["parts"] = "text"
+    (root / COMMIT).write_bytes(canonical({**record, "sha256": digest(record)}) + b"\n")
+    with pytest.raises(CorruptionError, match=r"unit-000001\.json does not record the files of unit 1"):
+        open_store(root)
 
 
 def test_an_error_of_the_disk_stays_one(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

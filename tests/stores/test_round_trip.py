@@ -171,7 +171,9 @@ class Hidden:
             raise ImportError(name + ' is hidden')
 sys.meta_path.insert(0, Hidden())
 import vla.stores
-names = sorted(path.stem for path in pathlib.Path(vla.stores.__path__[0]).glob('*.py'))
+folder = pathlib.Path(vla.stores.__path__[0])
+names = sorted(path.stem for path in folder.glob('*.py'))
+names += ['formats.' + path.stem for path in (folder / 'formats').glob('*.py')]
 assert len(names) > 15
 for name in names:
     importlib.import_module('vla.stores.' + name)
