@@ -21,7 +21,6 @@ from vla.stores.settings import Settings
 from vla.stores.store import open_store
 from vla.stores.windows import WindowIndex, WindowSpec, split_episodes
 
-
 CACHE_SHARE = 0.7
 """Of the memory, how much of a store the page cache is taken to hold; the rest is the training's own."""
 

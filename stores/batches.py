@@ -154,6 +154,7 @@ class WindowBatches:
                 readahead.announce(soon)
                 yield self._fill(windows, next(ring), readers)
         finally:
+            readahead.close()
             for reader in readers.values():
                 reader.close()
 
