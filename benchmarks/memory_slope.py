@@ -1,6 +1,6 @@
 """Does reading batches, or training, hold more and more memory? And does a store far larger than memory train at all?
 
-`slope_mb_per_1000_batches`: least squares through the resident set over 10,000 batches of a store in the page cache,
+`slope_mb_per_1000_batches`: least squares through its own memory (RssAnon) over 10,000 batches of a store in the page cache,
 the first thousand left out. `limited_*`: a process that may use `limit_mb` of memory trains a small head on a store
 three times as large, under a cgroup that counts the page cache too, or, where none can be made, under RLIMIT_DATA.
 `limited_by` says which, `limited_shuffle` what `data.shuffle = auto` made of it.
@@ -29,14 +29,17 @@ from vla.stores.store import open_store
 from vla.stores.windows import WindowIndex, WindowSpec
 
 BATCH, SAMPLE_EVERY = 64, 100
+LIMITED_BATCH = 16
+"""The ring of five batches is then 63 MB: torch itself takes most of the limit."""
+
 MB = 1 << 20
 CGROUPS = ((Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"), (Path("/sys/fs/cgroup"), "memory.max"))
 """Where a memory cgroup may be made, version 1 and 2, and the file of its limit."""
 
 
-def resident_mb() -> float:
-    """Return this process's resident set."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / MB
+def own_memory_mb() -> float:
+    """Return this process's own memory (RssAnon): pages of mapped files come and go under a limit."""
+    return int(Path("/proc/self/status").read_text().partition("RssAnon:")[2].split()[0]) / 1024
 
 
 def slope(samples: list[float], every: int) -> float:
@@ -45,16 +48,16 @@ def slope(samples: list[float], every: int) -> float:
 
 
 def read_batches(root: Path, batches: int) -> list[float]:
-    """Read shuffled batches; return the resident set every hundred."""
+    """Read shuffled batches; return the memory held every hundred."""
     stores = join_stores([open_store(root)])
     index = WindowIndex(stores.first.episodes, np.flatnonzero(stores.usable), WindowSpec(n_obs=2))
     source = WindowBatches(stores, index, features=("grid",), action_steps=("action",), batch_size=BATCH)
     stream = enumerate(source.shuffled(0, stop=batches))
-    return [resident_mb() for number, _ in stream if number % SAMPLE_EVERY == 0]
+    return [own_memory_mb() for number, _ in stream if number % SAMPLE_EVERY == 0]
 
 
 def train(root: Path, run_dir: Path, steps: int) -> dict[str, Any]:
-    """Train a small head; return how the resident set developed and what the log says. Runs in the limited process."""
+    """Train a small head; return how its memory developed and what the log says. Runs in the limited process."""
     import torch
 
     from vla.heads.batch import Batch
@@ -76,23 +79,23 @@ def train(root: Path, run_dir: Path, steps: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     data = open_data(DataConfig(stores=(str(root),), validation=0))
-    batches = data.batches(data.training, WindowSpec(n_obs=2, horizon=1), BATCH, pin=False)
+    batches = data.batches(data.training, WindowSpec(n_obs=2, horizon=1), LIMITED_BATCH, pin=False)
     samples: list[float] = []
-    config = TrainConfig(steps=steps, batch_size=BATCH, log_every=10, ema=False, device="cpu")
+    config = TrainConfig(steps=steps, batch_size=LIMITED_BATCH, log_every=10, ema=False, device="cpu")
     fit(
         Head(),
         lambda first, stride: batches.shuffled(0, first),
         config,
         run_dir,
         artefact={},
-        progress=lambda step, total, figures: samples.append(resident_mb()),
+        progress=lambda step, total, figures: samples.append(own_memory_mb()),
     )
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     later = samples[len(samples) // 4 :]
     return {
         "slope_mb_per_1000_steps": slope(later, 1),
         "growth_mb": later[-1] - later[0],
-        "resident_mb": max(samples),
+        "memory_mb": max(samples),
         "shuffle": data.config.shuffle,
         "steps_per_s": float(np.median([line["steps_per_s"] for line in lines])),
         "log_lines_with_data_wait_share": sum("data_wait_share" in line for line in lines) / len(lines),
@@ -162,7 +165,7 @@ def main() -> None:
         print(json.dumps(train(Path(root), Path(run_dir), int(steps))))
         return
     options = arguments(__doc__)
-    batches, rows, steps = (3_000, 1024, 40) if options.quick else (10_000, 2048, 200)
+    batches, rows, steps = (3_000, 1024, 100) if options.quick else (10_000, 2048, 600)
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(Path(folder), batches, (1, 4, 768), rows, 40 * EPISODE, steps)
         report(figures, as_json=options.json)

@@ -140,4 +140,4 @@ def test_memory_slope_reads_and_trains_at_toy_size(load: Any, kept: Any, tmp_pat
     assert len(module.read_batches(store, batches=250)) == 3
     figures = module.train(store, tmp_path / "run", steps=12)
     assert figures["log_lines_with_data_wait_share"] == 1.0
-    assert figures["resident_mb"] > 1
+    assert figures["memory_mb"] > 1
