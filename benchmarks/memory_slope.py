@@ -1,8 +1,9 @@
 """Does reading batches, or training, hold more and more memory? And does a store far larger than memory train at all?
 
-`slope_mb_per_1000_batches`: least squares through its own memory (RssAnon) over 10,000 batches of a store in the page cache,
-the first thousand left out. `limited_*`: a process that may use `limit_mb` of memory trains a small head on a store
-three times as large, under a cgroup that counts the page cache too, or, where none can be made, under RLIMIT_DATA.
+`slope_mb_per_1000_batches`: least squares through its own memory (RssAnon) over 10,000 batches of a store in the page
+cache, the first thousand left out. `limited_*`: a process that may use `limit_mb` of memory trains a small head on a
+store three times as large, under a cgroup that counts the page cache too, or, where none can be made, under
+RLIMIT_DATA.
 `limited_by` says which, `limited_shuffle` what `data.shuffle = auto` made of it.
 """
 
@@ -81,7 +82,14 @@ def train(root: Path, run_dir: Path, steps: int) -> dict[str, Any]:
     data = open_data(DataConfig(stores=(str(root),), validation=0))
     batches = data.batches(data.training, WindowSpec(n_obs=2, horizon=1), LIMITED_BATCH, pin=False)
     samples: list[float] = []
-    config = TrainConfig(steps=steps, batch_size=LIMITED_BATCH, log_every=10, ema=False, device="cpu")
+    config = TrainConfig(
+        steps=steps,
+        batch_size=LIMITED_BATCH,
+        log_every=10,
+        checkpoint_every=max(steps // 5, 1),
+        ema=False,
+        device="cpu",
+    )
     fit(
         Head(),
         lambda first, stride: batches.shuffled(0, first),

@@ -42,7 +42,7 @@ class DataConfig(Settings):
     validation: float = Field(0.1, ge=0, lt=1)
     split_seed: int = 0
     verify: Verify = "first"
-    shuffle: Literal["auto"] | Shuffle = "auto"
+    shuffle: Literal["auto", "global", "blocks"] = "auto"
     allow_partial: bool = False
     random_weights: bool = False
 

@@ -14,12 +14,12 @@ from vla.heads.data import DataConfig, open_data
 from vla.stores.errors import UsageError
 from vla.stores.windows import WindowSpec
 
-BYTES = 20 * 3 * 4 * 2  # the features of the store below
+BYTES = 75 * 3 * 4 * 2  # the features of the store below
 
 
 @pytest.fixture
 def root(tmp_path: Path, make_store: Callable[..., Any]) -> Path:
-    made: Path = make_store(tmp_path / "s", lengths=(5, 9, 6)).root
+    made: Path = make_store(tmp_path / "s", lengths=(20, 30, 25)).root
     return made
 
 
