@@ -1,8 +1,8 @@
 """A store of many small episodes: how long it takes to open, to index and to inspect, and how much memory.
 
 100,000 episodes of 10 frames, a million rows of 8 float16 numbers, in units of 256 rows: 3,907 commit records. Each
-figure is taken in a process of its own; importing counts for `inspect_s`, not for `open_s` and `index_s`. `memory_mb` is
-the most that the process held (VmHWM), Python and its libraries included. The page cache holds the records.
+figure is taken in a process of its own; importing counts for `inspect_s`, not for `open_s` and `index_s`. `memory_mb`
+is the most that the process held (VmHWM), Python and its libraries included. The page cache holds the records.
 """
 
 from __future__ import annotations

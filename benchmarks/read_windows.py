@@ -3,8 +3,9 @@
 A sample is a window of 2 frames of [256, 768] float16 (786 KB), a batch 64 of them, read into memory that is reused.
 `share_of_ram_copy`: rows already compared with their checksums are not compared again (`--verify first`, the default).
 `share_of_ram_copy_verified`: every row compared on every read.
-`vs_<peer>`: how many times as fast as the peer (see peers/), in the same run, on the same windows, into the same memory;
-`vs_pt_history`: 31 frames of 4 pooled tokens and the newest frame's 64 tokens, 1536 channels, against 32 `.pt` files.
+`vs_<peer>`: how many times as fast as the peer (see peers/), in the same run, on the same windows, into the same
+memory; `vs_pt_history`: 31 frames of 4 pooled tokens and the newest frame's 64 tokens, 1536 channels, against 32 `.pt`
+files.
 Each contestant's values are compared bit for bit on one batch first. Slow peers read fewer batches a round, scaled.
 """
 
@@ -127,7 +128,6 @@ def histories(folder: Path, rows: int, batches: int) -> Contestants:
         assert np.array_equal(out, coarse[rows_of]), f"{name} reads other histories"
         assert np.array_equal(out_fine, fine[newest[0]]), f"{name} reads other grids"
     over(ours, newest)()
-    # A sample of .pt files takes milliseconds: one batch a round is enough.
     return {"ours_history": over(ours, newest), "pt_history": over(pt, newest[: share("pt_history", batches)])}
 
 

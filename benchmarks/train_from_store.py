@@ -1,6 +1,7 @@
 """Training from the store against training from tensors held in memory: the same head, batches and loop.
 
-The contestant in memory holds every window's features as one tensor and gathers batches from it with torch.
+`data_wait_share`: of the time of training from the store, how much was spent waiting for a batch, as the training log
+prints it. The contestant in memory holds every window's features as one tensor and gathers batches from it with torch.
 """
 
 from __future__ import annotations
@@ -46,6 +47,22 @@ def in_memory(batches: TensorBatches, data: HeadData) -> Iterator[Batch]:
         )
 
 
+class Timed:
+    """A stream that sums the seconds spent waiting for it."""
+
+    def __init__(self, stream: Iterator[Batch]) -> None:
+        self.waited, self._stream = 0.0, stream
+
+    def __iter__(self) -> Timed:
+        return self
+
+    def __next__(self) -> Batch:
+        began = time.perf_counter()
+        batch = next(self._stream)
+        self.waited += time.perf_counter() - began
+        return batch
+
+
 def run_steps(model: HeadModel, optimizer: torch.optim.Optimizer, stream: Iterator[Batch], steps: int) -> float:
     """Run optimiser steps; return seconds."""
     began = time.perf_counter()
@@ -70,11 +87,13 @@ def main() -> None:
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=False)
     batches = data.batches(data.training, model.config.window, BATCH, pin=False)
-    streams = {"store": batches.shuffled(0), "memory": in_memory(batches, data)}
+    store = Timed(batches.shuffled(0))
+    streams: dict[str, Iterator[Batch]] = {"store": store, "memory": in_memory(batches, data)}
     for stream in streams.values():
         run_steps(model, optimizer, stream, 5)
     # One block per contestant and round, alternating who goes first.
     times: dict[str, list[float]] = {name: [] for name in streams}
+    store.waited = 0.0
     for number in range(rounds):
         for name in sorted(streams, reverse=bool(number % 2)):
             times[name].append(run_steps(model, optimizer, streams[name], steps))
@@ -83,6 +102,7 @@ def main() -> None:
         {
             "share_of_ram_training": statistics.median(ratios),
             "share_range": [min(ratios), max(ratios)],
+            "data_wait_share": store.waited / sum(times["store"]),
             "steps_per_s": {name: steps / statistics.median(values) for name, values in times.items()},
             "batch_bytes": sum(info.row_bytes for info in data.stores.first.manifest.features.values()) * BATCH,
             "store": Path(root).name,

@@ -23,7 +23,6 @@ from vla.stores.settings import Settings
 from vla.stores.store import open_store
 from vla.stores.windows import WindowIndex, WindowSpec, split_episodes
 
-
 CACHE_SHARE = 0.7
 """Of the memory, how much of a store the page cache is taken to hold; the rest is the training's own."""
 
@@ -45,7 +44,7 @@ class DataConfig(Settings):
     validation: float = Field(0.1, ge=0, lt=1)
     split_seed: int = 0
     verify: Verify = "first"
-    shuffle: Literal["auto"] | Shuffle = "auto"
+    shuffle: Literal["auto", "global", "blocks"] = "auto"
     allow_partial: bool = False
     random_weights: bool = False
 

@@ -156,6 +156,7 @@ class WindowBatches:
                 readahead.announce(soon)
                 yield self._fill(windows, next(ring), readers)
         finally:
+            readahead.close()
             for reader in readers.values():
                 reader.close()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,9 +76,9 @@ class JoinedReader:
         there = rows if self._row_map is None else self._row_map[rows]
         return self._scales.scales[there // self._scales.unit_rows]
 
-    def announce(self, rows: NDArray[np.int64]) -> None:
-        """See `FeatureReader.announce`."""
-        self._reader.announce(rows if self._row_map is None else np.sort(self._row_map[rows]))
+    def extents(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
+        """See `FeatureReader.extents`."""
+        return self._reader.extents(rows if self._row_map is None else np.sort(self._row_map[rows]))
 
     def close(self) -> None:
         """Close all files."""

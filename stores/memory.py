@@ -43,7 +43,7 @@ def memory_limit(groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path(
         top = mounted / controllers
         folder = top / path.strip("/")
         name = "memory.limit_in_bytes" if controllers else "memory.max"
-        # The limit of a parent binds as well. In a container, the path may be the host's and lie outside what is mounted.
+        # A parent's limit binds as well. In a container, the path may be the host's and lie outside what is mounted.
         for place in (folder, *(parent for parent in folder.parents if parent.is_relative_to(top))):
             file = place / name
             if file.is_file() and (text := file.read_text().strip()).isdigit():  # "max": no limit

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,6 @@ from vla.stores.filesystem import explaining
 from vla.stores.formats.base import RowTable
 from vla.stores.formats.registry import format_of
 from vla.stores.manifest import Manifest
-from vla.stores.readahead import advise
 from vla.stores.shard import CRC_BYTES
 
 Verify = Literal["first", "always", "never"]
@@ -82,15 +82,18 @@ class FeatureReader:
         if self._verify != "never":
             self._check(rows, out.reshape(len(rows), -1).view(np.uint8))
 
-    def announce(self, rows: NDArray[np.int64]) -> None:
-        """Ask the kernel to read rows [n] (ascending) into its cache; returns at once. Raises as `read` does."""
+    def extents(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, int, int]]:
+        """Yield (file descriptor, offset, bytes) of each run of rows [n], ascending. Raises as `read` does.
+
+        A descriptor is the reader's and may be closed with the next one.
+        """
         with explaining(self.root):
             units = rows // self._manifest.unit_rows
             offsets = self._locate(rows, units)
             stride = self._row_bytes + CRC_BYTES
             ends = np.flatnonzero((np.diff(offsets) != stride) | (np.diff(units) != 0))
             for first, last in zip([0, *(ends + 1).tolist()], [*ends.tolist(), len(rows) - 1], strict=True):
-                advise(self._open(int(units[first])), int(offsets[first]), int(last - first + 1) * stride)
+                yield self._open(int(units[first])), int(offsets[first]), int(last - first + 1) * stride
 
     def close(self) -> None:
         """Close all files."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from vla.stores import shuffle
 from vla.stores.batches import WindowBatches
 from vla.stores.join import join_stores
 from vla.stores.memory import memory_limit
-from vla.stores.readahead import CHUNK_BYTES, Readahead, advise
+from vla.stores.readahead import CHUNK_BYTES, Readahead
 from vla.stores.shuffle import BLOCK_BYTES, POOL_BLOCKS, Blocks
 from vla.stores.windows import WindowIndex, WindowSpec
 
@@ -69,7 +69,9 @@ def test_a_block_is_a_run_of_rows_of_one_unit_and_no_larger_than_asked(rows: int
 
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:
     row = np.arange(3000)
-    orders = {(seed, epoch): Blocks(row, 100, BLOCK_BYTES // 4).order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)}
+    orders = {
+        (seed, epoch): Blocks(row, 100, BLOCK_BYTES // 4).order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)
+    }
     again = Blocks(row, 100, BLOCK_BYTES // 4)
     for (seed, epoch), order in reversed(orders.items()):
         np.testing.assert_array_equal(again.order(seed, epoch).windows, order.windows)
@@ -125,15 +127,20 @@ def test_two_epochs_give_every_window_twice(made: Any) -> None:
     assert np.bincount(stream, minlength=count).tolist() == [2] * count
 
 
-class Announced:
-    """A reader that remembers what it was told."""
+class Rows:
+    """A reader that remembers which rows it was asked for; all of them lie in one file."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: Path) -> None:
         self.rows: list[int] = []
+        self._file = file
 
-    def announce(self, rows: np.ndarray[Any, Any]) -> None:
+    def extents(self, rows: np.ndarray[Any, Any]) -> Iterator[tuple[int, int, int]]:
         assert (np.diff(rows) > 0).all()
         self.rows += rows.tolist()
+        descriptor = os.open(self._file, os.O_RDONLY)
+        for row in rows.tolist():
+            yield descriptor, row, 1
+        os.close(descriptor)
 
 
 @pytest.mark.usefixtures("small_pools")
@@ -149,11 +156,12 @@ def test_blocks_are_announced_before_they_are_needed_and_once_an_epoch(made: Any
     assert sum(ahead) <= 2 * len(batches.index)  # two rows a window, no block twice
 
 
-def test_rows_are_announced_one_batch_ahead_and_only_once_where_memory_suffices(made: Any) -> None:
+def test_rows_are_announced_one_batch_ahead_and_only_once_where_memory_suffices(made: Any, tmp_path: Path) -> None:
     stores = join_stores([made.open()])
     index = WindowIndex(stores.first.episodes, np.arange(5), WindowSpec(n_obs=2, horizon=2))
     batches = WindowBatches(stores, index, features=("grid",), batch_size=8)
-    reader = Announced()
+    (tmp_path / "file").write_bytes(b"x")
+    reader = Rows(tmp_path / "file")
     readahead = Readahead([reader], made.manifest.rows, again=False)
     known: set[int] = set()
     for number, (windows, soon) in enumerate(itertools.islice(batches._choose(0, 0), 30)):
@@ -162,40 +170,54 @@ def test_rows_are_announced_one_batch_ahead_and_only_once_where_memory_suffices(
         np.testing.assert_array_equal(windows, batches.windows_of_batch(0, number))
         for near in (number, number + 1):
             assert set(index.rows(batches.windows_of_batch(0, near)).obs.reshape(-1).tolist()) <= known
+    readahead.close()
     assert len(reader.rows) == len(known) == made.manifest.rows
 
 
-def test_rows_are_announced_again_where_memory_does_not_suffice() -> None:
-    reader = Announced()
+def test_rows_are_announced_again_where_memory_does_not_suffice(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    reader = Rows(tmp_path / "file")
     readahead = Readahead([reader], 10, again=True)
     for _ in range(2):
         readahead.announce(np.asarray([4, 2, 4]))
+    readahead.close()
     assert reader.rows == [2, 4, 2, 4]
 
 
-def test_the_reader_advises_exactly_the_bytes_of_the_rows(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_is_advised_of_exactly_the_bytes_of_the_rows(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     advised: list[tuple[str, int, int]] = []
 
-    def note(descriptor: int, offset: int, size: int) -> None:
+    def note(descriptor: int, offset: int, size: int, advice: int) -> None:
         advised.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, offset, size))
 
-    monkeypatch.setattr("vla.stores.reader.advise", note)
+    monkeypatch.setattr(os, "posix_fadvise", note)
+    open_before = len(list(Path("/proc/self/fd").iterdir()))
     reader = made.open().reader("grid")
-    reader.announce(np.asarray([0, 1, 2, 6, 7, 8, 15]))
+    readahead = Readahead([reader], made.manifest.rows, again=False)
+    readahead.announce(np.asarray([15, 0, 1, 2, 6, 8, 7]))
+    readahead.close()
     reader.close()
     stride = ROW + 4
-    assert advised == [
+    assert sorted(advised) == [
         ("c.0.0.0.0", 0, 3 * stride),
         ("c.0.0.0.0", 6 * stride, 2 * stride),
         ("c.1.0.0.0", 0, stride),
         ("c.1.0.0.0", 7 * stride, stride),
     ]
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_before
 
 
-def test_advice_covers_the_range_in_pieces_that_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_advice_is_given_in_pieces_that_the_kernel_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class One:
+        def extents(self, rows: np.ndarray[Any, Any]) -> Iterator[tuple[int, int, int]]:
+            with (tmp_path / "file").open("w+b") as file:
+                yield file.fileno(), 1000, 2 * CHUNK_BYTES + 5
+
     pieces: list[tuple[int, int]] = []
     monkeypatch.setattr(os, "posix_fadvise", lambda descriptor, offset, size, advice: pieces.append((offset, size)))
-    advise(9, 1000, 2 * CHUNK_BYTES + 5)
+    readahead = Readahead([One()], 1, again=False)
+    readahead.announce(np.asarray([0]))
+    readahead.close()
     assert pieces == [(1000, CHUNK_BYTES), (1000 + CHUNK_BYTES, CHUNK_BYTES), (1000 + 2 * CHUNK_BYTES, 5)]
 
 
