@@ -168,7 +168,7 @@ class _Safe:
         from safetensors import SafetensorError, safe_open
 
         try:
-            self._file = safe_open(self._path, framework="numpy")
+            self._file: Any = safe_open(self._path, framework="numpy")
             return self._file.__enter__()
         except (SafetensorError, OSError) as error:
             what = f"{self._path} does not load: {error}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -133,15 +134,16 @@ def _frames(folder: Path) -> list[str]:
 
 def _load(path: Path, shape: tuple[int, ...]) -> NDArray[Any]:
     """Load one tensor and nothing else: no code of a pickle runs."""
-    try:
-        if path.stat().st_size > 4 * int(np.prod(shape)) + MAX_OVERHEAD:
-            raise SourceError(f"{path} has {path.stat().st_size} bytes", expected=f"one tensor {shape}", fix=SKIP)
-        tensor = torch.load(path, map_location="cpu", weights_only=True)
     # What torch raises on a truncated zip, a foreign pickle, a damaged pickle, and an unreadable file.
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError, TypeError, OSError) as e:
-        if isinstance(e, SourceError):
-            raise
-        reason = type(e).__name__ + (": holds more than tensors" if isinstance(e, pickle.UnpicklingError) else "")
+    damage = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, IndexError, TypeError, OSError)
+    if path.is_file() and path.stat().st_size > 4 * int(np.prod(shape)) + MAX_OVERHEAD:
+        raise SourceError(f"{path} has {path.stat().st_size} bytes", expected=f"one tensor {shape}", fix=SKIP)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the protocol of a pickle that is then refused
+            tensor = torch.load(path, map_location="cpu", weights_only=True)
+    except damage as error:
+        reason = type(error).__name__ + (": holds more than tensors" if isinstance(error, damage[1]) else "")
         raise SourceError(f"{path} does not load ({reason})", expected=f"one tensor {shape}", fix=SKIP) from None
     if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tuple(tensor.shape) != shape:
         found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__

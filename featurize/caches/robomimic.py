@@ -130,7 +130,9 @@ class RobomimicCache:
                 expected="the observations to import",
                 fix="--set options.features.NAME=KEY",
             )
-        episodes, skipped, shapes = [], {}, {}
+        episodes: list[Episode] = []
+        skipped: dict[str, str] = {}
+        shapes: dict[str, tuple[tuple[int, ...], str]] = {}
         for demo in demos:
             try:
                 found = self._shapes(file, demo)

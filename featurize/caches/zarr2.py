@@ -1,14 +1,17 @@
 """Zarr v2 arrays on a local disk, as the caches use them: numbers only, every chunk there.
 
 The metadata are checked before zarr opens the array: an object type or a `pickle` filter would run code, and a chunk
-whose file is missing would read as zeros without a word.
+whose file is missing would read as zeros without a word. A truncated Blosc chunk would decode to whatever lies behind
+it in memory, so its header is compared with the size of its file.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import lzma
 import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,28 +34,33 @@ class Zarr2:
     chunks: tuple[int, ...]
     dtype: str
     separator: str
+    compressor: str | None
+
+    def chunk_files(self) -> list[Path]:
+        """Return every chunk's file."""
+        counts = [range(-(-size // chunk)) for size, chunk in zip(self.shape, self.chunks, strict=True)]
+        return [self.path / self.separator.join(map(str, place)) for place in itertools.product(*counts)]
 
     def files(self) -> list[Path]:
         """Return the metadata file and every chunk's."""
-        counts = [range(-(-size // chunk)) for size, chunk in zip(self.shape, self.chunks, strict=True)]
-        names = (self.separator.join(map(str, place)) for place in itertools.product(*counts))
-        return [self.path / ".zarray", *(self.path / name for name in names)]
+        return [self.path / ".zarray", *self.chunk_files()]
 
     def require_whole(self) -> None:
-        """Raise `SourceError` naming the first chunk whose file is missing."""
-        for path in self.files():
+        """Raise `SourceError` naming the first chunk whose file is missing or, under Blosc, truncated."""
+        for path in self.chunk_files():
             if not path.is_file():
                 raise SourceError(f"{path} is missing", expected="every chunk of the array", fix=SKIP)
+            if self.compressor == "blosc":
+                _require_blosc(path)
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Return rows `start..stop-1` [n, ...]. Raises `SourceError` where a chunk does not decode."""
         import zarr
 
-        self.require_whole()
         try:
             array = zarr.open_array(self.path, mode="r", zarr_format=2)
             return np.asarray(array[start:stop])
-        except (ValueError, RuntimeError, TypeError, OSError, EOFError) as error:
+        except (ValueError, RuntimeError, TypeError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             what = f"{self.path}, rows {start} to {stop - 1}"
             raise SourceError(
                 f"{what} do not decode ({type(error).__name__})", expected="whole chunks", fix=SKIP
@@ -75,4 +83,12 @@ def open_zarr2(path: Path) -> Zarr2:
         raise SourceError(f"{meta} declares filters {filters}, compressor {identity!r}", expected="plain compression")
     if len(shape) != len(chunks) or not shape or min(shape) < 0 or min(chunks) < 1:
         raise SourceError(f"{meta} declares shape {shape}, chunks {chunks}", expected="an array of rows")
-    return Zarr2(path, shape, chunks, np.dtype(code).name, str(found.get("dimension_separator", ".")))
+    return Zarr2(path, shape, chunks, np.dtype(code).name, str(found.get("dimension_separator", ".")), identity)
+
+
+def _require_blosc(path: Path) -> None:
+    """Compare a Blosc chunk's length with bytes 12 to 15 of its header (little-endian, the header included)."""
+    with path.open("rb") as file:
+        header = file.read(16)
+    if len(header) < 16 or int.from_bytes(header[12:16], "little") != path.stat().st_size:
+        raise SourceError(f"{path} has {path.stat().st_size} bytes", expected="as many as its header says", fix=SKIP)
