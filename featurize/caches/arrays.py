@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -168,11 +168,11 @@ class _Safe:
         from safetensors import SafetensorError, safe_open
 
         try:
-            self._file: Any = safe_open(self._path, framework="numpy")
-            return self._file.__enter__()
+            self._file = safe_open(self._path, framework="numpy")
+            return cast(Any, self._file).__enter__()
         except (SafetensorError, OSError) as error:
             what = f"{self._path} does not load: {error}"
             raise SourceError(what, expected="a whole .safetensors", fix=SKIP) from None
 
     def __exit__(self, *exception: object) -> None:
-        self._file.__exit__(*exception)
+        cast(Any, self._file).__exit__(*exception)
