@@ -100,6 +100,43 @@ def featurize(
         log.print(f"left out {episode}: {reason}")
 
 
+@app.command("import")
+def import_(
+    kind: Annotated[str, typer.Argument(help="opentrackvla, rgb2pc-windows, replay-buffer, robomimic or arrays.")],
+    path: Annotated[Path, typer.Argument(help="The cache.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new store.")],
+    source: Annotated[str | None, typer.Option(help="Demonstrations that give the actions a cache lacks.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable episodes out; count them.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    config: Config = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Turn a feature cache that others made into a store."""
+    from vla.featurize.caches.job import ImportConfig, prepare, run
+
+    settings = ImportConfig.from_sources(
+        config, set_ or (), kind=kind, path=str(path), source=source, skip_bad=skip_bad or None
+    )
+    job = prepare(settings)
+    plan = job.plan.to_json() | {"out": str(out)}
+    if dry_run or not as_json:
+        _show_plan(plan, as_json)
+    if dry_run:
+        return
+    with _progress("import", "frames") as progress:
+        report = run(job, out, resume=resume, overwrite=overwrite, progress=progress)
+    left_out = {**job.plan.skipped, **report.skipped}
+    if as_json:
+        _emit({**report.__dict__, "skipped": left_out, "out": str(out)})
+        return
+    _log().print(f"{out}: {report.frames} frames in {report.units} units; {len(left_out)} episodes left out")
+    for episode, reason in left_out.items():
+        _log().print(f"left out {episode}: {reason}")
+
+
 @app.command()
 def inspect(store: Annotated[Path, typer.Argument(help="A store.")], as_json: Json = False) -> None:
     """Say what a store holds and where it came from."""

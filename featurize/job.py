@@ -95,6 +95,11 @@ def rebuild_backbone(recipe: Mapping[str, Any], identity: Mapping[str, Any]) -> 
     `FingerprintError` naming the field where what is on this machine (weights, package, settings) would make other
     features than the cached ones.
     """
+    if recipe.get("imported"):
+        raise UsageError(
+            f"the features were imported from {recipe['root']} ({recipe['name']}): their backbone is not known here",
+            expected="a store of `vla featurize` for a live policy; `vla evaluate` works",
+        )
     backbone = make_backbone(recipe["name"], weights=recipe["weights"], **recipe["options"])
     spec = backbone.spec()
     fix = "the weights and the package versions that the store was made with"

@@ -1,0 +1,1 @@
+"""Feature caches that others made, read as they lie on disk, so that nobody computes twice."""

@@ -1,0 +1,90 @@
+"""Checks that every kind of cache shares: numbers, orders, types, digests."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vla.featurize.backbones.base import FeatureSpec
+from vla.stores.errors import SourceError, UsageError
+from vla.stores.filesystem import digest_file
+
+SKIP = "--skip-bad leaves the episode out"
+
+_STORED = {"float16": "float16", "float32": "float32", "float64": "float32", "uint8": "float16"}
+"""What a store keeps of each type. uint8 fits float16 exactly; float64 is rounded to float32."""
+
+
+def natural(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key under which `demo_10` comes after `demo_9`."""
+    parts = re.split(r"(\d+)", name)
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts)
+
+
+def digest_files(root: Path, files: Iterable[str]) -> str:
+    """SHA-256 (hex) over sorted relative paths, sizes and contents. Raises `SourceError` where one is unreadable."""
+    total = hashlib.sha256()
+    for name in sorted(files):
+        path = root / name
+        try:
+            total.update(f"{name}\0{path.stat().st_size}\0{digest_file(path)}\n".encode(errors="surrogateescape"))
+        except OSError as error:
+            raise SourceError(f"cannot read {path}: {error.strerror or error}") from None
+    return total.hexdigest()
+
+
+def feature_spec(shape: Sequence[int], dtype: str, has_views: bool, name: str, where: str) -> FeatureSpec:
+    """Describe rows of `shape` (with the view axis first where `has_views`) in the type that a store keeps."""
+    shape = tuple(shape[1:]) if has_views else tuple(shape)
+    if dtype not in _STORED:
+        raise SourceError(f"{where} has dtype {dtype}", expected=f"one of {', '.join(_STORED)}")
+    if not shape or min(shape) < 1:
+        raise SourceError(f"{where} has {shape} numbers a frame and view", expected="at least one axis, none empty")
+    return FeatureSpec(shape, (*(f"{name}_{axis}" for axis in range(1, len(shape))), "channel"), _STORED[dtype])
+
+
+def as_feature(values: NDArray[Any], spec: FeatureSpec, has_views: bool, where: str, first: int) -> NDArray[Any]:
+    """Return rows [n, V, *shape] in the stored type, finite; `first` is the number of the first frame."""
+    with np.errstate(over="ignore"):  # a float64 above float32 becomes infinite, which is refused
+        rows = np.asarray(values).astype(spec.dtype, copy=False)
+    rows = rows if has_views else rows[:, None]
+    require_finite(rows, where, first)
+    return rows
+
+
+def as_steps(values: NDArray[Any], shape: tuple[int, ...], where: str) -> NDArray[np.float32]:
+    """Return steps [T, *shape] float32, finite."""
+    if values.dtype.kind not in "fiu" or values.shape[1:] != shape:
+        raise SourceError(f"{where} is {values.dtype} {values.shape}", expected=f"numbers [T, {shape}]", fix=SKIP)
+    with np.errstate(over="ignore"):
+        steps = values.astype(np.float32)
+    require_finite(steps, where, 0)
+    return steps
+
+
+def require_finite(rows: NDArray[Any], where: str, first: int) -> None:
+    """Raise `SourceError` naming the first row of [n, ...] that holds NaN or infinity."""
+    # Two passes and no copy: NaN passes through min and max.
+    if np.isfinite(rows.min(initial=0)) and np.isfinite(rows.max(initial=0)):
+        return
+    bad = ~np.isfinite(rows).reshape(len(rows), -1).all(axis=1)
+    raise SourceError(
+        f"{where}, frame {first + int(bad.argmax())} is NaN or infinite", expected="finite numbers", fix=SKIP
+    )
+
+
+def require_views(views: Iterable[int], cameras: Sequence[str], where: str) -> None:
+    """Raise `UsageError` where an array has another number of views than there are names of cameras."""
+    for count in views:
+        if count != len(cameras):
+            raise UsageError(
+                f"{where} has {count} views, and cameras are {list(cameras)}",
+                expected="as many names as views",
+                fix='--set options.cameras=["A","B"]',
+            )

@@ -1,0 +1,94 @@
+"""Zarr v2 arrays on a local disk, as the caches use them: numbers only, every chunk there.
+
+The metadata are checked before zarr opens the array: an object type or a `pickle` filter would run code, and a chunk
+whose file is missing would read as zeros without a word. A truncated Blosc chunk would decode to whatever lies behind
+it in memory, so its header is compared with the size of its file.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import lzma
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vla.featurize.caches.checks import SKIP
+from vla.stores.errors import SourceError
+
+COMPRESSORS = {"blosc", "zlib", "gzip", "zstd", "lz4", "bz2", "lzma"}
+
+
+@dataclass(frozen=True)
+class Zarr2:
+    """One array, its metadata checked. `shape` as on disk, `dtype` the name of numpy's."""
+
+    path: Path
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: str
+    separator: str
+    compressor: str | None
+
+    def chunk_files(self) -> list[Path]:
+        """Return every chunk's file."""
+        counts = [range(-(-size // chunk)) for size, chunk in zip(self.shape, self.chunks, strict=True)]
+        return [self.path / self.separator.join(map(str, place)) for place in itertools.product(*counts)]
+
+    def files(self) -> list[Path]:
+        """Return the metadata file and every chunk's."""
+        return [self.path / ".zarray", *self.chunk_files()]
+
+    def require_whole(self) -> None:
+        """Raise `SourceError` naming the first chunk whose file is missing or, under Blosc, truncated."""
+        for path in self.chunk_files():
+            if not path.is_file():
+                raise SourceError(f"{path} is missing", expected="every chunk of the array", fix=SKIP)
+            if self.compressor == "blosc":
+                _require_blosc(path)
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Return rows `start..stop-1` [n, ...]. Raises `SourceError` where a chunk does not decode."""
+        import zarr
+
+        try:
+            array = zarr.open_array(self.path, mode="r", zarr_format=2)
+            return np.asarray(array[start:stop])
+        except (ValueError, RuntimeError, TypeError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            what = f"{self.path}, rows {start} to {stop - 1}"
+            raise SourceError(
+                f"{what} do not decode ({type(error).__name__})", expected="whole chunks", fix=SKIP
+            ) from None
+
+
+def open_zarr2(path: Path) -> Zarr2:
+    """Read and check `.zarray`. Raises `SourceError` for anything but an array of numbers."""
+    meta = path / ".zarray"
+    try:
+        found = json.loads(meta.read_bytes())
+        shape, chunks = tuple(map(int, found["shape"])), tuple(map(int, found["chunks"]))
+        code, filters, compressor = str(found["dtype"]), found.get("filters"), found.get("compressor")
+        identity = None if compressor is None else compressor["id"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise SourceError(f"{meta} does not read ({type(error).__name__})", expected="a zarr v2 array") from None
+    if re.fullmatch(r"[<>|][fiub][1248]", code) is None:
+        raise SourceError(f"{meta} declares dtype {code!r}", expected="numbers; objects are pickles and never opened")
+    if filters or (identity is not None and identity not in COMPRESSORS):
+        raise SourceError(f"{meta} declares filters {filters}, compressor {identity!r}", expected="plain compression")
+    if len(shape) != len(chunks) or not shape or min(shape) < 0 or min(chunks) < 1:
+        raise SourceError(f"{meta} declares shape {shape}, chunks {chunks}", expected="an array of rows")
+    return Zarr2(path, shape, chunks, np.dtype(code).name, str(found.get("dimension_separator", ".")), identity)
+
+
+def _require_blosc(path: Path) -> None:
+    """Compare a Blosc chunk's length with bytes 12 to 15 of its header (little-endian, the header included)."""
+    with path.open("rb") as file:
+        header = file.read(16)
+    if len(header) < 16 or int.from_bytes(header[12:16], "little") != path.stat().st_size:
+        raise SourceError(f"{path} has {path.stat().st_size} bytes", expected="as many as its header says", fix=SKIP)
