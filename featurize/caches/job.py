@@ -27,7 +27,8 @@ from vla.featurize.sources.base import Episode, Source, SourceIndex
 from vla.featurize.sources.registry import open_source
 from vla.stores.errors import SourceError, UsageError
 from vla.stores.settings import Settings
-from vla.stores.writer import StoreWriter, UnitBuffer, open_writer
+from vla.stores.unit_buffer import UnitBuffer
+from vla.stores.writer import StoreWriter, open_writer
 
 
 class ImportConfig(Settings):
