@@ -94,8 +94,13 @@ def featurize(
     if as_json:
         _emit({**report.to_json(), "skipped": left_out, "out": str(root)})
         return
-    busy = ", ".join(f"{stage} {share:.0%}" for stage, share in report.busy.items())
-    log.print(f"{root}: {report.frames} frames in {report.units} units, {report.frames_per_s:.1f} frames/s ({busy})")
+    if report.units:
+        busy = ", ".join(f"{stage} {share:.0%}" for stage, share in report.busy.items())
+        log.print(
+            f"{root}: {report.frames} frames in {report.units} units, {report.frames_per_s:.1f} frames/s ({busy})"
+        )
+    else:
+        log.print(f"{root}: was complete")
     for episode, reason in left_out.items():
         log.print(f"left out {episode}: {reason}")
 
