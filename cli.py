@@ -155,10 +155,17 @@ def inspect(store: Annotated[Path, typer.Argument(help="A store.")], as_json: Js
 
 
 @app.command()
-def verify(store: Annotated[Path, typer.Argument(help="A store.")], as_json: Json = False) -> None:
+def verify(
+    store: Annotated[Path, typer.Argument(help="A store.")],
+    repair: Annotated[bool, typer.Option("--repair", help="Drop what is damaged, for --resume to compute.")] = False,
+    as_json: Json = False,
+) -> None:
     """Read a store back and compare every byte with what was committed."""
     from vla.stores.verify import verify_store
 
+    if repair:
+        _repair(store, as_json)
+        return
     with _progress("verify", "units") as progress:
         report = verify_store(store, progress)
     if as_json:
@@ -172,6 +179,24 @@ def verify(store: Annotated[Path, typer.Argument(help="A store.")], as_json: Jso
             _log().print(finding, highlight=False)
     if report.findings:
         raise typer.Exit(1)
+
+
+def _repair(store: Path, as_json: bool) -> None:
+    from vla.stores.repair import repair_store
+    from vla.stores.verify import ranges
+
+    with _progress("verify", "units") as progress:
+        report = repair_store(store, progress)
+    if as_json:
+        _emit(report.to_json())
+        return
+    for finding in report.found.findings:
+        _log().print(finding, highlight=False)
+    for path in report.removed:
+        _log().print(f"removed {path}", highlight=False)
+    dropped = f"dropped units {ranges(report.dropped)}" if report.dropped else "nothing was damaged"
+    lacking = f"; units {ranges(report.pending)} are missing: the same `vla featurize` with --resume"
+    _log().print(f"{store}: {dropped}; free of damage{lacking if report.pending else ''}")
 
 
 @app.command()

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from vla.stores.errors import CorruptionError
-from vla.stores.filesystem import explaining
+from vla.stores.filesystem import explaining, fsync_dir
 from vla.stores.fingerprint import canonical, digest
 from vla.stores.formats.registry import format_of, unit_files
-from vla.stores.layout import COMMITS, commit_file
+from vla.stores.layout import COMMITS
 from vla.stores.manifest import Manifest
 
 _RECORD_NAME = re.compile(r"unit-(\d{6,})\.json")
@@ -60,23 +60,45 @@ class Commit:
         return _signed(body)
 
 
-def read_commits(root: Path, manifest: Manifest) -> dict[int, Commit]:
-    """Return `{unit: Commit}` of every committed unit. Raises `CorruptionError` on a record that lies."""
-    folder, expected = root / COMMITS, manifest.sha256()
+def read_commits(root: Path, manifest: Manifest, lying: dict[Path, CorruptionError] | None = None) -> dict[int, Commit]:
+    """Return `{unit: Commit}` of every committed unit. Raises `CorruptionError` on a record that lies.
+
+    Where `lying` is given, such records are put there with their error instead, and their units count as absent.
+    """
+    expected = manifest.sha256()
     commits = {}
-    with explaining(folder):
-        if not folder.is_dir():
-            raise CorruptionError(f"{folder} is missing", expected="a folder of commit records")
-        for path in sorted(folder.iterdir()):
-            match = _RECORD_NAME.fullmatch(path.name)
-            if match is not None:
-                commits[int(match[1])] = _read(path, int(match[1]), manifest, expected)
+    with explaining(root / COMMITS):
+        for unit, path in _records(root):
+            try:
+                commits[unit] = _read(path, unit, manifest, expected)
+            except CorruptionError as error:
+                if lying is None:
+                    raise
+                lying[path] = error
     return commits
 
 
-def remove_commit(root: Path, unit: int) -> None:
-    """Un-commit a unit: from here on it is absent."""
-    (root / commit_file(unit)).unlink()
+def remove_commits(root: Path, units: set[int]) -> None:
+    """Un-commit units, durably: from here on they are absent. Records that lie are removed like any other."""
+    with explaining(root / COMMITS):
+        for unit, path in _records(root):
+            if unit in units:
+                path.unlink()
+        fsync_dir(root / COMMITS)
+
+
+def record_unit(path: Path) -> int:
+    """Return the unit that a record's name says."""
+    return int(path.stem.removeprefix("unit-"))
+
+
+def _records(root: Path) -> list[tuple[int, Path]]:
+    """Return unit and path of each file that bears a record's name."""
+    folder = root / COMMITS
+    if not folder.is_dir():
+        raise CorruptionError(f"{folder} is missing", expected="a folder of commit records")
+    paths = [path for path in sorted(folder.iterdir()) if _RECORD_NAME.fullmatch(path.name)]
+    return [(record_unit(path), path) for path in paths]
 
 
 def _signed(body: dict[str, Any]) -> bytes:

@@ -133,12 +133,22 @@ def open_store(root: Path | str, *, allow_partial: bool = False) -> Store:
         return _open(root, allow_partial)
 
 
-def _open(root: Path, allow_partial: bool) -> Store:
+def open_damaged(root: Path) -> tuple[Store, dict[Path, CorruptionError]]:
+    """Open what is sound of a store, and return with it the commit records that lie; their units count as absent.
+
+    Raises like `open_store` where the manifest, the metadata of an array or the tables are damaged.
+    """
+    lying: dict[Path, CorruptionError] = {}
+    with explaining(root):
+        return _open(root, True, lying), lying
+
+
+def _open(root: Path, allow_partial: bool, lying: dict[Path, CorruptionError] | None = None) -> Store:
     manifest = read_manifest(root)
     check_arrays(root, manifest)
     episodes = read_tables(root, manifest)
     _check_tables(root, manifest, episodes)
-    commits = read_commits(root, manifest)
+    commits = read_commits(root, manifest, lying)
     skipped = {name: reason for commit in commits.values() for name, reason in commit.skipped.items()}
     if len(commits) < manifest.units and not allow_partial:
         raise StoreError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import errno
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,19 +11,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vla.stores.commits import Commit, FileRecord
+from vla.stores.commits import Commit, FileRecord, record_unit
 from vla.stores.dtypes import decode
-from vla.stores.errors import MachineError, VlaError
+from vla.stores.errors import CorruptionError, MachineError, VlaError
 from vla.stores.filesystem import PARTIAL, digest_file, explaining
 from vla.stores.formats.registry import format_of, unit_files
 from vla.stores.manifest import FeatureInfo
 from vla.stores.reader import FeatureReader
-from vla.stores.store import Store, open_store
+from vla.stores.store import Store, open_damaged
 
 
 @dataclass
 class VerifyReport:
-    """What `verify_store` found. `findings` are one line each and name array, unit and file; none means sound."""
+    """What `verify_store` found. `findings` are one line each and name array, unit and file; none means sound.
+
+    The same for programs: `missing` units are not committed, `damaged` ones have a record or bytes that differ from
+    what was committed, `debris` are files of no committed unit. `unreadable` are those findings that are the machine's
+    (a permission, say): the unit may be sound.
+    """
 
     root: str
     units: int = 0
@@ -30,10 +36,22 @@ class VerifyReport:
     files: int = 0
     bytes: int = 0
     findings: list[str] = field(default_factory=list)
+    missing: list[int] = field(default_factory=list)
+    damaged: list[int] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    debris: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON-able values."""
         return {**self.__dict__, "ok": not self.findings}
+
+    def add(self, unit: int, finding: str, error: BaseException | None = None) -> None:
+        """Note damage of a unit; `error` says whether it is the machine's. What the disk cannot read back is damage."""
+        self.findings.append(finding)
+        if isinstance(error, MachineError) and getattr(error.__cause__, "errno", None) != errno.EIO:
+            self.unreadable.append(finding)
+        elif unit not in self.damaged:
+            self.damaged.append(unit)
 
 
 def verify_store(root: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> VerifyReport:
@@ -42,18 +60,26 @@ def verify_store(root: Path, progress: Callable[[int, int], None] = lambda done,
     Damage is reported, not raised; only a `root` that is no store at all raises (`StoreError`). `progress` is called
     with units done and units in all.
     """
-    report = VerifyReport(str(root))
     try:
-        store = open_store(root, allow_partial=True)
+        store, lying = open_damaged(root)
     except VlaError as error:
         if not (root / "zarr.json").is_file():
             raise
-        report.findings.append(str(error))
-        return report
-    report.units, report.committed = store.manifest.units, len(store.commits)
-    if not store.complete:
-        missing = [unit for unit in range(report.units) if unit not in store.commits]
-        report.findings.append(f"units {_ranges(missing)} of {root} are not committed (vla featurize … --resume)")
+        return VerifyReport(str(root), findings=[str(error)])
+    return verify_opened(store, lying, progress)
+
+
+def verify_opened(
+    store: Store, lying: Mapping[Path, CorruptionError], progress: Callable[[int, int], None]
+) -> VerifyReport:
+    """Like `verify_store`, of what `open_damaged` returned."""
+    report = VerifyReport(str(store.root), store.manifest.units, len(store.commits))
+    for path, error in lying.items():
+        report.add(record_unit(path), str(error))
+    report.missing = [unit for unit in range(report.units) if unit not in {*store.commits, *report.damaged}]
+    if report.missing:
+        line = f"units {ranges(report.missing)} of {store.root} are not committed (vla featurize … --resume)"
+        report.findings.append(line)
     left_out = store.left_out
     readers = {name: store.reader(name, "always") for name in store.manifest.features}
     try:
@@ -76,10 +102,15 @@ def _check_files(store: Store, commit: Commit, report: VerifyReport) -> bool:
     sound = True
     for path, record in sorted(commit.files.items()):
         file = store.root / path
-        problem = _compare(file, record)
+        where = f"array {'/'.join(path.split('/')[:2])}, unit {commit.unit}: {file}"
+        try:
+            problem = _compare(file, record)
+        except MachineError as error:
+            report.add(commit.unit, f"{where} cannot be read ({error.found})", error)
+            sound = False
+            continue
         if problem:
-            array = "/".join(path.split("/")[:2])
-            report.findings.append(f"array {array}, unit {commit.unit}: {file} {problem}")
+            report.add(commit.unit, f"{where} {problem}")
             sound = False
         else:
             report.files += 1
@@ -94,20 +125,17 @@ def _check_parts(store: Store, commit: Commit, report: VerifyReport) -> None:
         try:
             form.read_part(store.root, store.manifest, commit, part)
         except VlaError as error:
-            report.findings.append(f"array {part}, {error}")
+            report.add(commit.unit, f"array {part}, {error}", error)
 
 
 def _compare(file: Path, record: FileRecord) -> str:
-    """Say what is wrong with a file; nothing where it is as committed."""
-    try:
-        with explaining(file):
-            if not file.is_file():
-                return "is missing"
-            if file.stat().st_size != record.size:
-                return f"has {file.stat().st_size} bytes, not {record.size}"
-            return "" if digest_file(file) == record.sha256 else "differs from its commit"
-    except MachineError as error:
-        return f"cannot be read ({error.found})"
+    """Say what is wrong with a file; nothing where it is as committed. Raises `MachineError`."""
+    with explaining(file):
+        if not file.is_file():
+            return "is missing"
+        if file.stat().st_size != record.size:
+            return f"has {file.stat().st_size} bytes, not {record.size}"
+        return "" if digest_file(file) == record.sha256 else "differs from its commit"
 
 
 def _check_rows(readers: dict[str, FeatureReader], rows: NDArray[np.int64], unit: int, report: VerifyReport) -> None:
@@ -117,10 +145,10 @@ def _check_rows(readers: dict[str, FeatureReader], rows: NDArray[np.int64], unit
         try:
             reader.read(rows, values)
         except VlaError as error:
-            report.findings.append(str(error))
+            report.add(unit, str(error), error)
             continue
         if not _finite(reader.info, values):
-            report.findings.append(f"array frames/{name}, unit {unit}: values are not finite")
+            report.add(unit, f"array frames/{name}, unit {unit}: values are not finite")
 
 
 def _finite(info: FeatureInfo, values: NDArray[Any]) -> bool:
@@ -130,17 +158,19 @@ def _finite(info: FeatureInfo, values: NDArray[Any]) -> bool:
 
 
 def _check_debris(store: Store, report: VerifyReport) -> None:
-    known = {path for unit in store.commits for path in unit_files(store.manifest, unit)}
+    owners = {*store.commits, *(unit for unit in report.damaged if unit < report.units)}
+    known = {path for unit in owners for path in unit_files(store.manifest, unit)}
     debris = set(store.root.rglob("*" + PARTIAL))
     for folder in format_of(store.manifest).folders:
         for pattern in ("c.*", "unit-*.h5"):
             files = (store.root / folder).rglob(pattern)
             debris |= {file for file in files if file.relative_to(store.root).as_posix() not in known}
     for file in sorted(debris):
-        report.findings.append(f"{file} belongs to no committed unit (harmless; --resume removes it)")
+        report.debris.append(file.relative_to(store.root).as_posix())
+        report.findings.append(f"{file} belongs to no committed unit (harmless; vla verify --repair removes it)")
 
 
-def _ranges(numbers: list[int]) -> str:
+def ranges(numbers: list[int]) -> str:
     """Write [0, 1, 2, 5] as "0-2, 5"."""
     parts: list[list[int]] = []
     for number in numbers:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,25 @@ def test_verify_of_a_damaged_store_exits_with_1_and_names_the_file(store: Path, 
     shard.write_bytes(data)
     done = vla("verify", copy, "--json", code=1)
     assert str(shard) in json.loads(done.stdout)["findings"][0]
+
+
+def test_a_repaired_store_resumes_to_the_same_bytes(
+    store: Path, tmp_path: Path, files_of: Callable[[Path], dict[str, bytes]]
+) -> None:
+    import shutil
+
+    copy = tmp_path / "toy"
+    shutil.copytree(store, copy)
+    (shard,) = (copy / "frames" / "grid").glob("c.0*")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    said = vla("verify", copy, "--repair").stderr
+    assert str(shard) in said
+    assert f"removed {shard.relative_to(copy)}" in said
+    assert "dropped units 0; free of damage; units 0 are missing" in said
+    report = json.loads(vla("verify", copy, "--repair", "--json").stdout)
+    assert (report["dropped"], report["pending"]) == ([], [0])
+    vla("featurize", "--backbone", "toy", "--source", SOURCE, "--out", tmp_path, "--resume")
+    assert files_of(copy) == files_of(store)
 
 
 def test_a_store_named_like_a_module_is_refused(tmp_path: Path) -> None:

@@ -18,21 +18,37 @@ from vla.stores.verify import verify_store
 FEATURES = {"grid": ((1, 3, 4), "float16"), "pooled": ((2, 8), "float32")}
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, make_store: Callable[..., Any]) -> Path:
-    """A store of three units and two features that nobody touches."""
-    made = make_store(tmp_path_factory.mktemp("whole") / "s", lengths=(9, 11, 4), features=FEATURES)
-    _read_everything(made.root)
-    assert verify_store(made.root).findings == []
-    return Path(made.root)
+@pytest.fixture(params=["zarr", "h5"])
+def form(request: pytest.FixtureRequest) -> str:
+    """The form of the store under test: each test runs in both, unless it asks for one (`indirect=["form"]`)."""
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")
-def make_older(make_store: Callable[..., Any]) -> Callable[..., Any]:
+def wholes(tmp_path_factory: pytest.TempPathFactory, make_store: Callable[..., Any]) -> dict[str, Path]:
+    """Stores of three units and two features that nobody touches, by form."""
+    roots = {}
+    for form in ("zarr", "h5"):
+        roots[form] = tmp_path_factory.mktemp(form) / "s"
+        make_store(roots[form], lengths=(9, 11, 4), features=FEATURES, form={"format": form})
+        _read_everything(roots[form])
+        assert verify_store(roots[form]).findings == []
+    return roots
+
+
+@pytest.fixture
+def whole(wholes: dict[str, Path], form: str) -> Path:
+    """The untouched store of the form under test."""
+    return wholes[form]
+
+
+@pytest.fixture
+def make_older(make_store: Callable[..., Any], form: str) -> Callable[..., Any]:
     """`make_older(root)` writes a store of the same plan and sizes with other features, as an older run would."""
 
     def make(root: Path, **options: Any) -> Any:
-        return make_store(root, lengths=(9, 11, 4), features=FEATURES, **{"seed": 1} | options)
+        defaults: dict[str, Any] = {"seed": 1, "lengths": (9, 11, 4), "form": {"format": form}}
+        return make_store(root, features=FEATURES, **defaults | options)
 
     return make
 
@@ -42,6 +58,16 @@ def root(whole: Path, memory_path: Path) -> Path:
     """A copy of that store, to damage."""
     shutil.copytree(whole, memory_path / "s")
     return memory_path / "s"
+
+
+@pytest.fixture
+def resume(make_store: Callable[..., Any], form: str) -> Callable[[Path], None]:
+    """`resume(root)` computes the missing units of a copy of `whole`, as `featurize` with --resume does."""
+
+    def go_on(root: Path) -> None:
+        make_store(root, lengths=(9, 11, 4), features=FEATURES, form={"format": form}, resume=True)
+
+    return go_on
 
 
 @pytest.fixture(scope="session")
@@ -93,6 +119,8 @@ def _require_noticed(root: Path, path: str, what: str) -> None:
     findings = verify_store(root).findings
     named = [line for line in findings if path in line]
     assert named, f"{what}: {findings} do not name {path}"
+    if path.startswith("units/"):
+        assert any(f"array {path}, unit 1" in line for line in named), f"{what}: {named}"
     if "/c.1" in path and path.split("/")[0] in ("frames", "steps", "checksums", "stats"):
         array = "/".join(path.split("/")[:2])
         assert any(f"array {array}, unit 1" in line for line in named), f"{what}: {named}"

@@ -23,6 +23,12 @@ from vla.stores.verify import verify_store
 COMMIT = "commits/unit-000001.json"
 
 
+@pytest.fixture
+def form() -> str:
+    """The zarr form alone: these lies are told in zarr's metadata. tests/stores/test_hdf5_units.py tells HDF5's."""
+    return "zarr"
+
+
 @pytest.mark.parametrize(
     ("path", "value"),
     [

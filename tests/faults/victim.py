@@ -6,8 +6,8 @@
     victim.py full  FOLDER                a disk that fills up at every possible place; FOLDER is a small file system
 
 A phase is `create` (a store without units), `overwrite` (one in the place of another) or `commit` (its units).
-Everything is imported once and each victim is forked, which makes a hundred deaths a matter of seconds. Prints one
-JSON object: what was counted, and `failures`, one line each.
+VLA_FAULT_FORM is the form of the store, zarr or h5. Everything is imported once and each victim is forked, which makes
+a hundred deaths a matter of seconds. Prints one JSON object: what was counted, and `failures`, one line each.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ MANIFEST = Manifest(
     fingerprint={"source": {"digest": SOURCE.digest()}},
     tables={},
     provenance={},
+    format="h5" if os.environ.get("VLA_FAULT_FORM") == "h5" else "zarr",
 )
 
 

@@ -1,0 +1,91 @@
+"""Giving up what is damaged, so that `--resume` computes it again: the store forgets, it never guesses.
+
+A damaged unit loses its commit record first, durably, and then its files: death at any moment leaves the unit damaged
+as it was, or absent. Sound units, the manifest, the tables and files that are not the store's are not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vla.stores.commits import remove_commits
+from vla.stores.debris import remove
+from vla.stores.errors import CorruptionError, MachineError
+from vla.stores.filesystem import PARTIAL, explaining, writer_lock
+from vla.stores.formats.registry import unit_files
+from vla.stores.manifest import Manifest
+from vla.stores.store import open_damaged
+from vla.stores.verify import VerifyReport, verify_opened
+
+
+@dataclass(frozen=True)
+class RepairReport:
+    """What `repair_store` did: `dropped` units, the `removed` files in the store, the `pending` units afterwards.
+
+    `found` says why: the report of the verification before.
+    """
+
+    root: str
+    dropped: list[int]
+    removed: list[str]
+    pending: list[int]
+    found: VerifyReport
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON-able values."""
+        return {**self.__dict__, "found": self.found.to_json()}
+
+
+def repair_store(root: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> RepairReport:
+    """Verify a store and drop every damaged unit and all debris. A sound store is left as it is.
+
+    Afterwards `featurize` with `resume` computes the `pending` units, and the store equals one that never was damaged.
+
+    Raises `CorruptionError` where the manifest, the metadata of an array or the tables are damaged (no unit's data:
+    nothing is dropped), `MachineError` where a unit could not be read for want of a permission and the like (it may
+    be sound), `StoreError` where there is no store or another process writes to it.
+    """
+    root = root.resolve()
+    _require_whole_metadata(root)  # before the lock: what is no store gets no lock file
+    with writer_lock(root), explaining(root):
+        store, lying = open_damaged(root)
+        report = verify_opened(store, lying, progress)
+        if report.unreadable:
+            fix = f"make it readable, then vla verify --repair {root}"
+            raise MachineError(f"{report.unreadable[0]}; nothing was dropped", fix=fix)
+        removed = _drop(root, store.manifest, report)
+    pending = sorted({*report.missing, *(unit for unit in report.damaged if unit < report.units)})
+    return RepairReport(str(root), sorted(report.damaged), removed, pending, report)
+
+
+def _require_whole_metadata(root: Path) -> None:
+    try:
+        open_damaged(root)
+    except CorruptionError as error:
+        raise CorruptionError(
+            f"{error.found}; nothing was dropped: only units can be computed again",
+            expected=error.expected,
+            fix="a copy of that file, or the same `vla featurize` with --overwrite",
+        ) from None
+
+
+def _drop(root: Path, manifest: Manifest, report: VerifyReport) -> list[str]:
+    """Remove records, then files, then debris; return the paths that were removed."""
+    if report.damaged:
+        remove_commits(root, set(report.damaged))
+    removed = []
+    for unit in report.damaged:
+        for path in unit_files(manifest, unit) if unit < manifest.units else ():
+            if (root / path).is_symlink() or (root / path).exists():
+                (root / path).unlink()
+                removed.append(path)
+    for path in report.debris:
+        if path.endswith(PARTIAL):
+            remove(root / path)
+        else:
+            (root / path).unlink()
+        removed.append(path)
+    return sorted(removed)
