@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ import torch
 
 from vla.featurize.backbones.base import Backbone
 from vla.featurize.sources.base import Source
+from vla.featurize.views import read_views
 from vla.stores.errors import SourceError
 from vla.stores.tables import EpisodeTable
 from vla.stores.unit_buffer import UnitBuffer
@@ -35,8 +36,9 @@ class Segment:
 
 @dataclass(frozen=True)
 class Batch:
-    """Preprocessed frames `images` [B, V, 3, h, w] for store rows from `row` on; None marks the end of the unit.
+    """Preprocessed frames `images` for store rows from `row` on; None marks the end of the unit.
 
+    [B, V, 3, h, w], or [B, C + 1, V, 3, h, w] for a backbone with a context of C frames (see `Backbone.encode`).
     The memory of `images` is reused: it is valid until the next batch is asked for.
     """
 
@@ -89,8 +91,10 @@ class Decoder:
     ) -> None:
         self._source, self._backbone, self._writer, self._episodes = source, backbone, writer, episodes
         self._batch_size, self._skip_bad, self._clock = batch_size, skip_bad, clock
+        self._spec = backbone.spec()
         self._ring: Iterator[torch.Tensor] | None = None
         self._shape: tuple[int, ...] = ()
+        self._dtype = torch.float32
 
     def batches(self, units: list[int]) -> Iterator[Batch]:
         """Yield the batches of each unit, then one without images that ends the unit."""
@@ -103,8 +107,9 @@ class Decoder:
                     images = None
                 if images is None:
                     images, row, count = self._next_images(), at, 0
-                for view, tensor in enumerate(ready):
-                    images[count, view].copy_(tensor)
+                slot = images[count].flatten(0, 1) if self._spec.context else images[count]
+                for place, tensor in zip(slot, ready, strict=True):
+                    place.copy_(tensor)
                 count += 1
             if images is not None:
                 yield Batch(buffer, row, images[:count])
@@ -122,20 +127,25 @@ class Decoder:
                 buffer.leave_out(self._episodes.ids[segment.episode], rows, str(error))
 
     def _frames_of(self, buffer: UnitBuffer, segment: Segment) -> Iterator[tuple[int, list[torch.Tensor]]]:
-        stop = segment.row + segment.stop - segment.start
         with self._clock.busy("decode"):
             self._fill_steps(buffer, segment)
-        frames = self._source.frames(segment.episode, segment.start, segment.stop)
-        for row in range(segment.row, stop):
+        context = self._spec.context
+        first = max(segment.start - context, 0)  # the past of a segment may lie in the unit before
+        task = self._episodes.tasks[int(self._episodes.task[segment.episode])]
+        frames = read_views(self._source, self._spec, segment.episode, task, first, segment.stop)
+        past: deque[list[torch.Tensor]] = deque(maxlen=context + 1)
+        for frame in range(first, segment.stop):
             with self._clock.busy("decode"):
                 views = next(frames, None)
             if views is None:
-                frame = row - segment.row + segment.start
                 raise SourceError(f"episode {self._episodes.ids[segment.episode]!r} has no frame {frame}")
             with self._clock.busy("preprocess"):
                 ready = [self._backbone.preprocess(view) for view in views]
             self._require_shape(ready, segment)
-            yield row, ready
+            past.append(ready)
+            if frame >= segment.start:
+                window = [past[0]] * (context + 1 - len(past)) + list(past)
+                yield segment.row + frame - segment.start, list(itertools.chain(*window))
 
     def _fill_steps(self, buffer: UnitBuffer, segment: Segment) -> None:
         steps, name = self._source.steps(segment.episode), self._episodes.ids[segment.episode]
@@ -153,7 +163,8 @@ class Decoder:
         """The first frame of a run decides the shape of the network's input."""
         shapes = {tuple(tensor.shape) for tensor in ready}
         shape = (len(ready), *ready[0].shape)
-        self._shape = self._shape or shape
+        if not self._shape:
+            self._shape, self._dtype = shape, ready[0].dtype
         if len(shapes) > 1 or shape != self._shape:
             raise SourceError(
                 f"episode {self._episodes.ids[segment.episode]!r} makes a network input of {len(ready)} x "
@@ -164,5 +175,7 @@ class Decoder:
     def _next_images(self) -> torch.Tensor:
         if self._ring is None:
             # Reused memory: the first touch of a fresh page costs more than filling it again.
-            self._ring = itertools.cycle([torch.empty(self._batch_size, *self._shape) for _ in range(RING)])
+            context = (self._spec.context + 1,) if self._spec.context else ()
+            shape = (self._batch_size, *context, *self._shape)
+            self._ring = itertools.cycle([torch.empty(shape, dtype=self._dtype) for _ in range(RING)])
         return next(self._ring)

@@ -16,6 +16,7 @@ from vla.featurize.plan import Plan, StoreOptions, check_space, make_plan
 from vla.featurize.run import Progress, RunReport, featurize
 from vla.featurize.sources.base import Source
 from vla.featurize.sources.registry import open_source
+from vla.featurize.views import require_inputs
 from vla.stores.errors import UsageError
 from vla.stores.fingerprint import require_equal
 from vla.stores.settings import Settings
@@ -58,6 +59,7 @@ def prepare(config: FeaturizeConfig) -> Job:
     source = open_source(config.source, map=config.map, skip_bad=config.skip_bad, **config.source_options)
     index, digest = source.index(), source.digest()
     backbone = make_backbone(config.backbone, weights=config.weights, **config.options)
+    require_inputs(backbone.spec(), index)
     recipe = {"name": config.backbone, "weights": config.weights, "options": config.options}
     return Job(config, source, backbone, make_plan(index, digest, backbone.spec(), recipe, config.store))
 

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from vla.featurize.backbones.base import BackboneSpec
 from vla.featurize.sources.base import SourceIndex
-from vla.stores.dtypes import STORED, DtypeName
+from vla.stores.dtypes import INTEGERS, STORED, DtypeName, FloatName
 from vla.stores.errors import MachineError, UsageError
 from vla.stores.formats.registry import unit_files
 from vla.stores.manifest import SCHEMA_VERSION, Compression, FeatureInfo, FormatName, Manifest, StepInfo
@@ -37,7 +37,7 @@ class StoreOptions(Settings):
 
     unit_mb: float = Field(64.0, gt=0)
     unit_rows: int | None = Field(None, ge=1)
-    dtype: DtypeName | None = None
+    dtype: FloatName | None = None
     format: FormatName = "zarr"
     compression: Compression = "none"
 
@@ -84,7 +84,7 @@ def make_plan(
     views = len(index.cameras)
     features = {
         name: FeatureInfo(
-            shape=(views, *feature.shape), dims=("view", *feature.dims), dtype=options.dtype or _dtype(feature.dtype)
+            shape=(views, *feature.shape), dims=("view", *feature.dims), dtype=_dtype(feature.dtype, options.dtype)
         )
         for name, feature in spec.features.items()
     }
@@ -155,7 +155,8 @@ def check_space(plan: Plan, out: Path) -> None:
         )
 
 
-def _dtype(name: str) -> DtypeName:
+def _dtype(name: str, wanted: FloatName | None) -> DtypeName:
+    """What a backbone's dtype is kept as where the user wants another: masks and ids are never rounded."""
     if name not in STORED:
         raise UsageError(f"a feature of dtype {name!r}", expected=f"one of {', '.join(STORED)}")
-    return name
+    return name if name in INTEGERS else wanted or name

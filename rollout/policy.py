@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from vla.featurize.backbones.base import Backbone
 from vla.featurize.job import choose_device, rebuild_backbone
+from vla.featurize.views import live_view
 from vla.heads.batch import Batch
 from vla.heads.checkpoint import StoreRecord, TrainedHead, load_head
 from vla.heads.storage import through_storage
@@ -68,6 +69,8 @@ class Policy:
                 backbone = rebuild_backbone(store.recipe, store.fingerprint["backbone"])
                 backbone.to(self._device)
                 self._backbones.append((backbone, store))
+        # Frames whose pictures a decision reads: its observations, and what their features look back on.
+        self._reach = head.config.n_obs + max((backbone.spec().context for backbone, _ in self._backbones), default=0)
         self._n_action = n_action or head.config.n_action
         if not 1 <= self._n_action <= head.config.n_action_max:
             raise UsageError(f"{self._n_action} actions a decision", expected=f"1 to {head.config.n_action_max}")
@@ -104,7 +107,7 @@ class Policy:
             raise UsageError(f"the head was not trained on {task!r}", expected=f"one of {'; '.join(tasks)}")
         self._task = tasks.index(task) if task in tasks else 0
         self._generator = torch.Generator(self._device).manual_seed(seed)
-        self._history: deque[dict[str, Any]] = deque(maxlen=self.head.config.n_obs)
+        self._history: deque[dict[str, Any]] = deque(maxlen=self._reach)
         self._planned: deque[NDArray[np.float32]] = deque()
 
     def act(self, observation: Observation) -> NDArray[np.float32]:
@@ -116,16 +119,18 @@ class Policy:
 
     def _remember(self, observation: Observation) -> dict[str, Any]:
         # Pictures are looked at only where a decision will read them: rendering costs more than the simulator's step.
-        needed = len(self._planned) < self.head.config.n_obs
+        needed = len(self._planned) < self._reach
         frame = dict(observation.images) if needed and self._backbones else None
-        return {"images": frame, "state": observation.state, "privileged": observation.privileged, "features": None}
+        state = {"state": observation.state, "privileged": observation.privileged}
+        return {"images": frame, **state, "inputs": {}, "features": None}
 
     def _decide(self) -> list[NDArray[np.float32]]:
         began = time.perf_counter()
         frames = list(self._history)
-        for frame in frames:
-            if frame["features"] is None:
-                frame["features"] = self._encode(frame["images"])
+        for last in range(max(len(frames) - self.head.config.n_obs, 0), len(frames)):
+            if frames[last]["features"] is None:
+                frames[last]["features"] = self._encode(frames[: last + 1])
+        frames = frames[-self.head.config.n_obs :]
         padding = self.head.config.n_obs - len(frames)
         frames = [frames[0]] * padding + frames  # as a window of the store repeats an episode's first frame
         encoded = time.perf_counter()
@@ -142,12 +147,23 @@ class Policy:
         self.latency.head.append(time.perf_counter() - encoded)
         return list(chunk.astype(np.float32))
 
-    def _encode(self, images: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def _encode(self, frames: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return the features of the last of some remembered frames, `{name: [V, *shape]}`."""
         features: dict[str, torch.Tensor] = {}
-        for backbone, store in self._backbones:
-            cameras, infos, scales = store.cameras, store.features, store.scales
-            views = [backbone.preprocess(images[camera.removeprefix(CAMERA_PREFIX)]) for camera in cameras]
-            for name, values in backbone.encode(torch.stack(views)[None]).items():
+        for number, (backbone, store) in enumerate(self._backbones):
+            infos, scales, spec = store.features, store.scales, backbone.spec()
+            past = frames[-(spec.context + 1) :]
+            for frame in past:
+                if number not in frame["inputs"]:
+                    frame["inputs"][number] = self._input(backbone, store.cameras, frame["images"])
+            window = [past[0]] * (spec.context + 1 - len(past)) + past  # as the store repeats an episode's first frame
+            inputs = torch.stack([frame["inputs"][number] for frame in window])
+            for name, values in backbone.encode(inputs[None] if spec.context else inputs).items():
                 if name in self._read:
                     features[name] = through_storage(values[0], infos[name].dtype, scales.get(name))
         return features
+
+    def _input(self, backbone: Backbone, cameras: tuple[str, ...], images: dict[str, Any]) -> torch.Tensor:
+        task = self._io.tasks[self._task]
+        pictures = [images[camera.removeprefix(CAMERA_PREFIX)] for camera in cameras]
+        return torch.stack([backbone.preprocess(live_view(backbone.spec(), picture, task)) for picture in pictures])

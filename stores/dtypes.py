@@ -4,6 +4,7 @@
 `uint16` (neither numpy nor zarr-python 3.1 nor HDF5 files below 2.0 have it). `int8`: symmetric, one float32 scale a
 channel and unit, `x = q * scale`, q in -127..127, the scale from the unit's own largest magnitude: units stay
 independent. docs/store.md states what each costs.
+`uint8`, `int32`: masks and token ids, exactly as they are; a backbone asks for them, `--dtype` leaves them alone.
 """
 
 from __future__ import annotations
@@ -13,11 +14,28 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-DtypeName = Literal["float16", "float32", "bfloat16", "int8"]
-STORED: dict[DtypeName, str] = {"float16": "float16", "float32": "float32", "bfloat16": "uint16", "int8": "int8"}
+FloatName = Literal["float16", "float32", "bfloat16", "int8"]
+"""What numbers of a network may be kept as: the user's choice."""
+
+DtypeName = Literal[FloatName, "uint8", "int32"]
+STORED: dict[DtypeName, str] = {
+    "float16": "float16",
+    "float32": "float32",
+    "bfloat16": "uint16",
+    "int8": "int8",
+    "uint8": "uint8",
+    "int32": "int32",
+}
 """What numpy, zarr and HDF5 call the numbers on disk."""
 
-FILL: dict[DtypeName, float] = {"float16": np.nan, "float32": np.nan, "bfloat16": 0x7FC0, "int8": 0}
+FILL: dict[DtypeName, float] = {
+    "float16": np.nan,
+    "float32": np.nan,
+    "bfloat16": 0x7FC0,
+    "int8": 0,
+    "uint8": 0,
+    "int32": 0,
+}
 """What a row never written reads as in a foreign reader: NaN (0x7FC0 is bfloat16's), 0 where there is none."""
 
 LIMIT: dict[DtypeName, float] = {
@@ -25,8 +43,13 @@ LIMIT: dict[DtypeName, float] = {
     "float32": float(np.finfo(np.float32).max),
     "bfloat16": float(np.uint32(0x7F7F0000).view(np.float32)),
     "int8": 1e38,
+    "uint8": 255,
+    "int32": 2**31 - 1,
 }
 """Largest magnitude kept. For int8 a third of float32's: 127 times a rounded scale must not overflow."""
+
+INTEGERS: tuple[DtypeName, ...] = ("uint8", "int32")
+"""Kept exactly, and never another dtype's stand-in."""
 
 INT8_MAX = 127
 """-128 is not used: the grid is symmetric."""
@@ -59,7 +82,7 @@ def quantise(values: NDArray[np.float32], scales: NDArray[np.float32]) -> NDArra
 
 
 def decode(dtype: DtypeName, stored: NDArray[Any], scales: NDArray[np.float32] | None = None) -> NDArray[Any]:
-    """Return the values that stored rows [n, ..., C] stand for: float16 as it is, everything else float32.
+    """Return the values that stored rows [n, ..., C] stand for: float16 and whole numbers as they are, else float32.
 
     `scales` float32 [C] or broadcastable to the rows; needed for int8.
     """

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vla.stores.dtypes import LIMIT, channel_scales, decode, encode_bfloat16, quantise
+from vla.stores.dtypes import INTEGERS, LIMIT, channel_scales, decode, encode_bfloat16, quantise
 from vla.stores.errors import DataError
 from vla.stores.manifest import FeatureInfo
 from vla.stores.shard import ShardBuffer
@@ -112,6 +112,12 @@ class UnitBuffer:
 
 def _require_representable(name: str, values: NDArray[Any], info: FeatureInfo, start: int) -> None:
     limit = LIMIT[info.dtype]
+    if info.dtype in INTEGERS:
+        lowest = np.iinfo(info.stored).min
+        fits = lowest <= float(values.min(initial=0.0)) and float(values.max(initial=0.0)) <= limit
+        if not fits or not np.array_equal(values, np.rint(values)):
+            raise DataError(f"feature {name!r} is not all {info.dtype} from row {start} on", expected="whole numbers")
+        return
     # Two passes and no copy; NaN passes through min and max, and every comparison with it is false.
     if -limit <= float(values.min(initial=0.0)) and float(values.max(initial=0.0)) <= limit:
         return

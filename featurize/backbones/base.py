@@ -12,8 +12,6 @@ from typing import Any, Protocol
 
 import torch
 
-from vla.featurize.image import Image
-
 
 @dataclass(frozen=True)
 class FeatureSpec:
@@ -34,7 +32,8 @@ class BackboneSpec:
 
     `identity` is JSON-able and enters the fingerprint: network, digest of weights, layer, pooling, the resolved
     preprocessing. Changing anything that changes a feature must change it; batch size and device must not.
-    `context` is the number of past frames a feature depends on (0: its own time step only).
+    `context` is the number of past frames a feature depends on (0: its own time step only). `inputs` names what
+    `preprocess` is given of each view; see there.
     """
 
     name: str
@@ -45,6 +44,7 @@ class BackboneSpec:
     random_weights: bool = False
     parameters: int = 0
     context: int = 0
+    inputs: tuple[str, ...] = ("image",)
 
 
 class Backbone(Protocol):
@@ -54,15 +54,21 @@ class Backbone(Protocol):
         """Describe features and identity. May read weights (to digest them); never runs the network."""
         ...
 
-    def preprocess(self, image: Image) -> torch.Tensor:
-        """Turn one image [H, W, 3] uint8 into the network's input [3, h, w] float32. Safe to call from threads."""
+    def preprocess(self, view: Any) -> torch.Tensor:
+        """Turn one view of one time step into the network's input, [3, h, w] float32. Safe to call from threads.
+
+        `view` is an `Image` where `spec().inputs` is ("image",). Elsewhere it is a mapping of those names: "image",
+        "instruction" (a str), and whatever the source's `extras` name, such as "depth" float32 [H, W] in metres or a
+        cached feature. Such a backbone may return a tensor of any one shape and dtype, the same for every view.
+        """
         ...
 
     def encode(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Run the network on `[B, V, 3, h, w]` float32 of B time steps; return `{name: [B, V, *shape]}` float32.
 
-        The result lies on the network's device and requires no gradient. B is the time step axis: views of one time
-        step may be mixed, time steps never.
+        With `context` C > 0 the input is `[B, C + 1, V, 3, h, w]`: the frames up to each time step, oldest first,
+        an episode's first frame repeated where there are none before it. The result lies on the network's device and
+        requires no gradient. B is the time step axis: views of one time step may be mixed, time steps never.
         """
         ...
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,7 +48,9 @@ class SourceIndex:
 
     `steps` always has exactly one column of role `action`, named `action`; at most one of role `state`, named `state`.
     `skipped` maps episode ids left out under `--skip-bad` to the reason.
-    `mapping` is the resolved column mapping ({ours: theirs}); it enters the fingerprint.
+    `mapping` is the resolved column mapping ({ours: theirs}); it enters the fingerprint. `extras` names what `views`
+    gives beside the image; a source without any needs no such method (see `ViewSource`).
+    `pictures` is false where there are only extras.
     """
 
     kind: str
@@ -60,6 +62,8 @@ class SourceIndex:
     licence: str = "unknown"
     mapping: Mapping[str, str] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+    extras: tuple[str, ...] = ()
+    pictures: bool = True
 
 
 class Source(Protocol):
@@ -84,5 +88,20 @@ class Source(Protocol):
         """Yield frames `start..stop-1` of an episode, each a tuple of V images in the order of `index().cameras`.
 
         Raises `SourceError` where a frame is missing or cannot be decoded, naming file, camera and frame.
+        """
+        ...
+
+
+@runtime_checkable
+class ViewSource(Source, Protocol):
+    """A source that knows more of a frame than its pictures: depth, camera poses, features that were cached."""
+
+    def views(
+        self, episode: int, start: int, stop: int, names: tuple[str, ...]
+    ) -> Iterator[tuple[dict[str, NDArray[Any]], ...]]:
+        """Yield frames `start..stop-1`, each a tuple of V mappings with `names`, of "image" and `index().extras`.
+
+        "depth" is float32 [H, W] in metres, 0 where unknown; "intrinsics" float32 [3, 3] in pixels of the image;
+        "pose" float32 [4, 4], camera to world, OpenCV axes (x right, y down, z forward). Raises as `frames` does.
         """
         ...

@@ -15,59 +15,76 @@ from vla.stores.settings import nearest
 
 
 class Entry(NamedTuple):
-    """`target` is "module:Class", imported when used; `marker` the file that tells a folder of this kind, if any."""
+    """`target` is "module:Class", imported when used; `markers` globs below the folder (or, with `file`, the file's
+    name) of which any tells a data set of this kind; `layout` says in words what is recognised."""
 
     target: str
-    marker: str
+    markers: tuple[str, ...]
     layout: str
+    file: bool = False
 
 
 SOURCES: dict[str, Entry] = {
-    "lerobot": Entry("vla.featurize.sources.lerobot:LeRobotSource", "meta/info.json", "LeRobot v3.0 or v2.1"),
-    "synthetic": Entry("vla.featurize.sources.synthetic:SyntheticSource", "", "made up in memory"),
+    "lerobot": Entry("vla.featurize.sources.lerobot:LeRobotSource", ("meta/info.json",), "LeRobot v3.0 or v2.1"),
+    "synthetic": Entry("vla.featurize.sources.synthetic:SyntheticSource", (), "made up in memory"),
 }
-"""A class with a marker takes the folder first; all take their options as keywords, each with a default."""
+"""The first kind whose marker is there takes the data set; `KIND:PATH` chooses one by name. A class takes the path
+first, if it has one, and its options as keywords, each with a default."""
 
 
 def open_source(spec: str | Path, **options: Any) -> Source:
-    """Open a folder of demonstrations, or `synthetic`, or `synthetic:episodes=8,seed=1`; nothing is read yet.
+    """Open demonstrations: a path, `KIND:PATH`, `synthetic`, or `synthetic:episodes=8,seed=1`; nothing is read yet.
 
     `options` go to the source: `map` {our name: their column}, `cameras`, `skip_bad` for LeRobot. Those that are None,
-    False or empty count as not given. Raises `SourceError` for a folder that is missing or of no known layout, saying
+    False or empty count as not given. Raises `SourceError` for a path that is missing or of no known layout, saying
     what it holds; `UsageError` for options that the source has not.
     """
     given = {key: value for key, value in options.items() if value is not None and value is not False}
     given = {key: value for key, value in given.items() if value != {} and value != () and value != []}
     kind, colon, text = str(spec).partition(":")
-    if isinstance(spec, str) and kind in SOURCES and not SOURCES[kind].marker:
+    if isinstance(spec, str) and kind in SOURCES and not SOURCES[kind].markers:
         return _make(kind, (), _written(kind, text) | given if colon else given)
-    root = Path(spec)
-    return _make(_kind_of(root), (root,), given)
+    if isinstance(spec, str) and kind in SOURCES and colon:
+        if not Path(text).exists():
+            raise SourceError(f"{text} does not exist", expected=SOURCES[kind].layout, fix=f"--source {kind}:PATH")
+        return _make(kind, (Path(text),), given)
+    path = Path(spec)
+    return _make(_kind_of(path), (path,), given)
 
 
-def _kind_of(root: Path) -> str:
-    layouts = ", ".join(f"{entry.marker} ({entry.layout})" for entry in SOURCES.values() if entry.marker)
-    if not root.is_dir():
-        found = f"{root} is no folder" if root.exists() else f"{root} does not exist"
-        hint = nearest(str(root), [name for name, entry in SOURCES.items() if not entry.marker])
-        raise SourceError(f"{found}{hint}", expected=f"a folder with {layouts}", fix="--source DIR")
+def recognise(path: Path) -> str | None:
+    """Return the kind of a data set by its markers, or None."""
     for kind, entry in SOURCES.items():
-        if entry.marker and (root / entry.marker).is_file():
+        if entry.file and path.is_file() and any(path.match(marker) for marker in entry.markers):
             return kind
-    inside = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
+        if not entry.file and path.is_dir() and any(next(path.glob(marker), None) for marker in entry.markers):
+            return kind
+    return None
+
+
+def _kind_of(path: Path) -> str:
+    layouts = ", ".join(f"{entry.markers[0]} ({entry.layout})" for entry in SOURCES.values() if entry.markers)
+    kind = recognise(path)
+    if kind:
+        return kind
+    if not path.exists():
+        hint = nearest(str(path), [name for name, entry in SOURCES.items() if not entry.markers])
+        raise SourceError(f"{path} does not exist{hint}", expected=f"a folder with {layouts}", fix="--source DIR")
+    if path.is_file():
+        raise SourceError(f"{path} is of no known layout", expected=layouts, fix="--source DIR")
+    inside = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
     listing = ", ".join(inside[:8]) + (f" and {len(inside) - 8} more" if len(inside) > 8 else "")
     raise SourceError(
-        f"{root} is of no known layout: it holds {listing or 'nothing'}",
+        f"{path} is of no known layout: it holds {listing or 'nothing'}",
         expected=layouts,
-        fix=_nested(root) or "--source DIR",
+        fix=_nested(path) or "--source DIR, or --source KIND:DIR",
     )
 
 
 def _nested(root: Path) -> str:
     """Return `--source` with a folder one level down that is a data set, or nothing."""
-    markers = [entry.marker for entry in SOURCES.values() if entry.marker]
     folders = [root.parent, *sorted(path for path in root.iterdir() if path.is_dir())]
-    found = next((folder for folder in folders if any((folder / marker).is_file() for marker in markers)), None)
+    found = next((folder for folder in folders if recognise(folder)), None)
     return f"--source {found}" if found else ""
 
 

@@ -65,7 +65,7 @@ def test_features_seen_live_equal_features_cached(trained: tuple[Path, Path]) ->
     for episode in range(4):
         first = int(opened.episodes.row_start[episode])
         for frame, observation in enumerate(_observations(episode)):
-            live = policy._encode(dict(observation.images))["grid"]
+            live = policy._encode([policy._remember(observation)])["grid"]
             cached = opened.read("grid", np.array([first + frame]))[0]
             assert live.dtype == torch.float16
             np.testing.assert_array_equal(live.numpy(), cached)
@@ -86,7 +86,7 @@ def test_features_go_live_through_the_dtype_of_the_store(tmp_path: Path, dtype: 
     train_head(HeadTrainConfig.build(values), tmp_path / "run")
     policy, head = Policy.from_run(tmp_path / "run", device="cpu"), load_head(tmp_path / "run")
     cached = next(open_data(head.artefact.data).batches(np.arange(4), head.config.window, 64, pin=False).in_order())
-    seen = [policy._encode(dict(o.images))["grid"] for episode in range(4) for o in _observations(episode)]
+    seen = [policy._encode([policy._remember(o)])["grid"] for episode in range(4) for o in _observations(episode)]
     assert torch.equal(torch.stack(seen), cached.feature("grid")[:, 0])
     assert (len(head.artefact.stores[0].scales) == 1) == (dtype == "int8")
 

@@ -96,7 +96,7 @@ def test_a_foreign_folder_is_told_by_what_it_holds(tmp_path: Path) -> None:
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(SourceError, match="is no folder"):
+    with pytest.raises(SourceError, match=r"file is of no known layout; expected meta/info\.json"):
         open_source(tmp_path / "file")
 
 
@@ -115,11 +115,15 @@ def test_a_new_source_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     module = type(sys)("fake_source")
     module.Fake = Fake  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fake_source", module)
-    monkeypatch.setitem(SOURCES, "fake", Entry("fake_source:Fake", "fake.txt", "a fake"))
+    monkeypatch.setitem(SOURCES, "fake", Entry("fake_source:Fake", ("fa*.txt",), "a fake"))
     (tmp_path / "fake.txt").touch()
     source = open_source(tmp_path, speed=3)
     assert isinstance(source, Fake)
     assert (source.root, source.speed) == (tmp_path, 3)
+    named = open_source(f"fake:{tmp_path}")
+    assert isinstance(named, Fake)
+    with pytest.raises(SourceError, match=r"nowhere does not exist; expected a fake. Try: --source fake:PATH"):
+        open_source("fake:nowhere")
 
 
 def test_naming_the_sources_imports_no_decoder() -> None:

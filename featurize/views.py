@@ -1,0 +1,61 @@
+"""What a backbone is given of each frame: pictures alone, or pictures with instruction, depth, cached features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from vla.featurize.backbones.base import BackboneSpec
+from vla.featurize.image import Image
+from vla.featurize.sources.base import Source, SourceIndex, ViewSource
+from vla.stores.errors import UsageError
+
+IMAGE, INSTRUCTION = "image", "instruction"
+
+
+def require_inputs(spec: BackboneSpec, index: SourceIndex) -> None:
+    """Raise `UsageError` naming the inputs of a backbone that a source does not have."""
+    has = ((IMAGE,) if index.pictures else ()) + (INSTRUCTION, *index.extras)
+    missing = [name for name in spec.inputs if name not in has]
+    if missing:
+        raise UsageError(
+            f"backbone {spec.name!r} needs {', '.join(missing)} of each frame, and {index.root} has {', '.join(has)}",
+            expected="a source that has them",
+        )
+
+
+def live_view(spec: BackboneSpec, image: Image, task: str) -> Any:
+    """Return what `Backbone.preprocess` takes of a picture seen live. Raises `UsageError` where more is needed."""
+    if spec.inputs == (IMAGE,):
+        return image
+    known = {IMAGE: image, INSTRUCTION: task}
+    missing = [name for name in spec.inputs if name not in known]
+    if missing:
+        raise UsageError(
+            f"backbone {spec.name!r} needs {', '.join(missing)} of each frame, and a live policy has only pictures",
+            expected="a backbone that makes its features from pictures",
+        )
+    return {name: known[name] for name in spec.inputs}
+
+
+def read_views(
+    source: Source, spec: BackboneSpec, episode: int, task: str, start: int, stop: int
+) -> Iterator[tuple[Any, ...]]:
+    """Yield what `Backbone.preprocess` takes, for each of the V views of frames `start..stop-1` of an episode."""
+    if spec.inputs == (IMAGE,):
+        yield from source.frames(episode, start, stop)
+        return
+    of_source = tuple(name for name in spec.inputs if name != INSTRUCTION)
+    said = {INSTRUCTION: task} if INSTRUCTION in spec.inputs else {}
+    if of_source == (IMAGE,):
+        for images in source.frames(episode, start, stop):
+            yield tuple({IMAGE: image, **said} for image in images)
+    elif of_source:
+        if not isinstance(source, ViewSource):
+            raise UsageError(f"the source has no {', '.join(of_source)}")
+        for views in source.views(episode, start, stop, of_source):
+            yield tuple({**view, **said} for view in views)
+    else:
+        cameras = len(source.index().cameras)
+        for _ in range(start, stop):
+            yield (said,) * cameras
