@@ -12,11 +12,12 @@ from pydantic import Field
 
 from vla.featurize.backbones.base import Backbone
 from vla.featurize.backbones.registry import make_backbone
+from vla.featurize.chain import Chain
 from vla.featurize.plan import Plan, StoreOptions, check_space, make_plan
 from vla.featurize.run import Progress, RunReport, featurize
 from vla.featurize.sources.base import Source
 from vla.featurize.sources.registry import open_source
-from vla.featurize.views import require_inputs
+from vla.featurize.views import with_inputs
 from vla.stores.errors import UsageError
 from vla.stores.fingerprint import require_equal
 from vla.stores.settings import Settings
@@ -59,9 +60,11 @@ def prepare(config: FeaturizeConfig) -> Job:
     source = open_source(config.source, map=config.map, skip_bad=config.skip_bad, **config.source_options)
     index, digest = source.index(), source.digest()
     backbone = make_backbone(config.backbone, weights=config.weights, **config.options)
-    require_inputs(backbone.spec(), index)
+    spec, inputs = with_inputs(backbone.spec(), source, index)
     recipe = {"name": config.backbone, "weights": config.weights, "options": config.options}
-    return Job(config, source, backbone, make_plan(index, digest, backbone.spec(), recipe, config.store))
+    if inputs:
+        recipe["inputs"] = inputs
+    return Job(config, source, backbone, make_plan(index, digest, spec, recipe, config.store))
 
 
 def run(
@@ -103,6 +106,10 @@ def rebuild_backbone(recipe: Mapping[str, Any], identity: Mapping[str, Any]) -> 
             expected="a store of `vla featurize` for a live policy; `vla evaluate` works",
         )
     backbone = make_backbone(recipe["name"], weights=recipe["weights"], **recipe["options"])
+    if recipe.get("inputs"):
+        made, inputs = recipe["inputs"], identity["inputs"]
+        made_by = {name: rebuild_backbone(made[name]["backbone"], inputs[name]["backbone"]) for name in made}
+        backbone = Chain(backbone, made_by, inputs, {name: made[name]["scales"] for name in made})
     spec = backbone.spec()
     fix = "the weights and the package versions that the store was made with"
     require_equal({"name": spec.name, **spec.identity}, identity, what=f"the live backbone {spec.name!r}", fix=fix)

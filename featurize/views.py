@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from vla.featurize.backbones.base import BackboneSpec
@@ -13,8 +14,11 @@ from vla.stores.errors import UsageError
 IMAGE, INSTRUCTION = "image", "instruction"
 
 
-def require_inputs(spec: BackboneSpec, index: SourceIndex) -> None:
-    """Raise `UsageError` naming the inputs of a backbone that a source does not have."""
+def with_inputs(spec: BackboneSpec, source: Source, index: SourceIndex) -> tuple[BackboneSpec, dict[str, Any]]:
+    """Return `spec` with what its inputs depend on, and how a live policy makes them: {name: recipe}.
+
+    Raises `UsageError` naming the inputs of a backbone that a source does not have.
+    """
     has = ((IMAGE,) if index.pictures else ()) + (INSTRUCTION, *index.extras)
     missing = [name for name in spec.inputs if name not in has]
     if missing:
@@ -22,6 +26,14 @@ def require_inputs(spec: BackboneSpec, index: SourceIndex) -> None:
             f"backbone {spec.name!r} needs {', '.join(missing)} of each frame, and {index.root} has {', '.join(has)}",
             expected="a source that has them",
         )
+    extras = [name for name in spec.inputs if name not in (IMAGE, INSTRUCTION)]
+    if not extras or not isinstance(source, ViewSource):
+        return spec, {}
+    record = source.describe(extras)
+    if record.identity:
+        random = spec.random_weights or record.random_weights
+        spec = replace(spec, identity={**spec.identity, "inputs": record.identity}, random_weights=random)
+    return spec, dict(record.recipes)
 
 
 def live_view(spec: BackboneSpec, image: Image, task: str) -> Any:

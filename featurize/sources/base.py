@@ -6,7 +6,7 @@ steps of one episode correspond index by index: frame i was seen when step i's a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -92,6 +92,19 @@ class Source(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class ExtrasRecord:
+    """What extras depend on beyond the source's own digest: features of a store do, depth in the source's files not.
+
+    `identity` {name: …} enters the fingerprint as `backbone.inputs`; `recipes` {name: {"backbone", "scales"}} is how a
+    live policy makes them from pictures; `random_weights` whether any was made with such.
+    """
+
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    recipes: Mapping[str, Any] = field(default_factory=dict)
+    random_weights: bool = False
+
+
 @runtime_checkable
 class ViewSource(Source, Protocol):
     """A source that knows more of a frame than its pictures: depth, camera poses, features that were cached."""
@@ -104,4 +117,8 @@ class ViewSource(Source, Protocol):
         "depth" is float32 [H, W] in metres, 0 where unknown; "intrinsics" float32 [3, 3] in pixels of the image;
         "pose" float32 [4, 4], camera to world, OpenCV axes (x right, y down, z forward). Raises as `frames` does.
         """
+        ...
+
+    def describe(self, names: Sequence[str]) -> ExtrasRecord:
+        """Tell what some extras depend on. Raises `UsageError` for a name that is no extra."""
         ...

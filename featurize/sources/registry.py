@@ -26,6 +26,7 @@ class Entry(NamedTuple):
 
 SOURCES: dict[str, Entry] = {
     "lerobot": Entry("vla.featurize.sources.lerobot:LeRobotSource", ("meta/info.json",), "LeRobot v3.0 or v2.1"),
+    "store": Entry("vla.featurize.sources.cached:StoreSource", ("commits/writer.lock",), "a store of cached features"),
     "synthetic": Entry("vla.featurize.sources.synthetic:SyntheticSource", (), "made up in memory"),
 }
 """The first kind whose marker is there takes the data set; `KIND:PATH` chooses one by name. A class takes the path

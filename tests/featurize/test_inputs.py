@@ -69,6 +69,11 @@ class Deep(SyntheticSource):
 
         return dataclasses.replace(super().index(), extras=("depth",))
 
+    def describe(self, names: Any) -> Any:
+        from vla.featurize.sources.base import ExtrasRecord
+
+        return ExtrasRecord()
+
     def views(self, episode: int, start: int, stop: int, names: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
         for frame in range(start, stop):
             yield tuple({"depth": np.full((4, 4), 100 * episode + frame + 0.5 * view)} for view in range(2))

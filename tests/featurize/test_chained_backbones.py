@@ -1,0 +1,173 @@
+"""Stores made from stores: what they depend on, that they join, and that a live policy makes the same features."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from vla.featurize.backbones.base import BackboneSpec, FeatureSpec
+from vla.featurize.backbones.registry import BACKBONES
+from vla.featurize.job import FeaturizeConfig, prepare, rebuild_backbone, run
+from vla.featurize.sources.registry import open_source
+from vla.featurize.sources.synthetic import SyntheticSource
+from vla.stores.errors import FingerprintError, SourceError, UsageError
+from vla.stores.join import join_stores
+from vla.stores.settings import Settings
+from vla.stores.store import open_store
+
+SPEC = "synthetic:episodes=3,length=[7,7],cameras=2,image_size=16"
+
+
+class MixSettings(Settings):
+    gain: float = 1.0
+
+
+class Mix:
+    """The mean of two cached features, each averaged over its positions."""
+
+    settings_type: ClassVar[type[Settings]] = MixSettings
+
+    def __init__(self, settings: MixSettings) -> None:
+        self.settings = settings
+
+    def spec(self) -> BackboneSpec:
+        features = {"mixed": FeatureSpec((2,), ("channel",), "float32")}
+        return BackboneSpec("mix", features, {"gain": self.settings.gain}, "x", "x", inputs=("grid", "colour"))
+
+    def preprocess(self, view: Any) -> torch.Tensor:
+        return torch.tensor(
+            [float(view["grid"].astype(np.float32).mean()), float(view["colour"].astype(np.float32).mean())]
+        )
+
+    def encode(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"mixed": images * self.settings.gain}
+
+    def to(self, device: torch.device) -> None:
+        pass
+
+
+class ColourSettings(Settings):
+    random: bool = False
+
+
+class Colour:
+    """The mean colour of a picture."""
+
+    settings_type: ClassVar[type[Settings]] = ColourSettings
+
+    def __init__(self, settings: ColourSettings) -> None:
+        self.settings = settings
+
+    def spec(self) -> BackboneSpec:
+        features = {"colour": FeatureSpec((3,), ("channel",), "float32")}
+        return BackboneSpec("colour", features, {}, "x", "x", random_weights=self.settings.random)
+
+    def preprocess(self, image: Any) -> torch.Tensor:
+        return torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)
+
+    def encode(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"colour": images.mean(dim=(-1, -2))}
+
+    def to(self, device: torch.device) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = type(sys)("mix_module")
+    module.Mix, module.Colour = Mix, Colour
+    monkeypatch.setitem(sys.modules, "mix_module", module)
+    monkeypatch.setitem(BACKBONES, "mix", "mix_module:Mix")
+    monkeypatch.setitem(BACKBONES, "colour", "mix_module:Colour")
+
+
+def make(root: Path, backbone: str, source: str = SPEC, dtype: str | None = None, **more: Any) -> Path:
+    store = {"unit_rows": 5, "dtype": dtype}
+    run(prepare(FeaturizeConfig.build({"source": source, "backbone": backbone, "store": store, **more})), root)
+    return root
+
+
+@pytest.fixture(params=["float16", "bfloat16"])
+def made(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path, Path]:
+    toy = make(tmp_path / "toy", "toy", dtype=request.param)
+    colour = make(tmp_path / "colour", "colour")
+    mix = make(tmp_path / "mix", "mix", str(toy), source_options={"join": [str(colour)]})
+    return toy, colour, mix
+
+
+def test_a_store_made_from_stores_joins_with_them(made: tuple[Path, Path, Path]) -> None:
+    joined = join_stores([open_store(path) for path in made])
+    assert set(joined.owner) == {"grid", "colour", "mixed"}
+    toy, mix = joined.stores[0], joined.stores[2]
+    np.testing.assert_array_equal(toy.steps("action"), mix.steps("action"))
+    assert mix.episodes.tasks == toy.episodes.tasks
+    wanted = joined.stores[1].read("colour", np.array([9])).astype(np.float32).reshape(2, -1).mean(axis=1)
+    np.testing.assert_allclose(mix.read("mixed", np.array([9]))[0, :, 1], wanted, rtol=1e-6)
+
+
+def test_a_chain_seen_live_equals_the_chain_cached(made: tuple[Path, Path, Path]) -> None:
+    store = open_store(made[2])
+    recipe, identity = store.manifest.provenance["backbone"], store.manifest.fingerprint["backbone"]
+    live = rebuild_backbone(recipe, identity)
+    source = SyntheticSource(episodes=3, length=(7, 7), cameras=2, image_size=16)
+    for frame, views in enumerate(source.frames(1, 0, 7)):
+        images = torch.stack([live.preprocess(view) for view in views])[None]
+        seen = live.encode(images)["mixed"][0]
+        np.testing.assert_array_equal(seen.numpy(), store.read("mixed", np.array([7 + frame]))[0])
+
+
+def test_what_inputs_were_made_with_is_part_of_the_fingerprint(tmp_path: Path, made: tuple[Path, Path, Path]) -> None:
+    toy, colour, mix = made
+    inputs = open_store(mix).manifest.fingerprint["backbone"]["inputs"]
+    assert inputs["grid"]["backbone"] == open_store(toy).manifest.fingerprint["backbone"]
+    other = make(tmp_path / "other", "toy", options={"seed": 5}, dtype=open_store(toy).manifest.features["grid"].dtype)
+    options = {"join": [str(colour)]}
+    again = prepare(
+        FeaturizeConfig.build(
+            {"source": str(other), "backbone": "mix", "source_options": options, "store": {"unit_rows": 5}}
+        )
+    )
+    with pytest.raises(FingerprintError, match=r"backbone\.inputs\.grid\.backbone\.seed"):
+        run(again, mix, resume=True)
+
+
+def test_random_weights_below_are_random_weights_above(tmp_path: Path) -> None:
+    toy = make(tmp_path / "toy", "toy")
+    for random in (False, True):
+        colour = make(tmp_path / f"colour-{random}", "colour", options={"random": random})
+        mix = make(tmp_path / f"mix-{random}", "mix", str(toy), source_options={"join": [str(colour)]})
+        assert open_store(mix).manifest.random_weights is random
+
+
+def test_a_store_has_no_pictures(made: tuple[Path, Path, Path]) -> None:
+    with pytest.raises(UsageError, match="'toy' needs image of each frame"):
+        make(made[0].parent / "again", "toy", str(made[0]))
+    with pytest.raises(SourceError, match="holds features, not pictures"):
+        next(iter(open_source(made[0]).frames(0, 0, 1)))
+
+
+def test_episodes_left_out_of_a_store_stay_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = SyntheticSource.frames
+
+    def broken(self: SyntheticSource, episode: int, start: int, stop: int) -> Any:
+        if episode == 1:
+            raise SourceError("episode 1 is broken")
+        return plain(self, episode, start, stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SyntheticSource, "frames", broken)
+        for name in ("toy", "colour"):
+            job = prepare(FeaturizeConfig.build({"source": SPEC, "backbone": name}))
+            run(dataclasses.replace(job, config=job.config.model_copy(update={"skip_bad": True})), tmp_path / name)
+    toy, options = tmp_path / "toy", {"join": [str(tmp_path / "colour")]}
+    index = open_source(toy, **options).index()
+    assert [episode.id for episode in index.episodes] == ["episode_000000", "episode_000002"]
+    assert list(index.skipped) == ["episode_000001"]
+    mixed = open_store(make(tmp_path / "mix", "mix", str(toy), source_options=options))
+    np.testing.assert_array_equal(mixed.steps("action")[7:], open_store(toy).steps("action")[14:])
