@@ -72,7 +72,7 @@ class Chain:
         parts = torch.split(images, [shape.numel() for shape in self._shapes.values()], dim=-1)
         features = {}
         for (name, shape), part in zip(self._shapes.items(), parts, strict=True):
-            backbone, pictures = self._made_by[name], part.unflatten(-1, shape)
+            backbone, pictures = self._made_by[name], part.reshape(*part.shape[:-1], *shape)
             if images.ndim == 4:
                 context = backbone.spec().context
                 pictures = pictures[:, -context - 1 :] if context else pictures[:, -1]

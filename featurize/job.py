@@ -16,6 +16,7 @@ from vla.featurize.chain import Chain
 from vla.featurize.plan import Plan, StoreOptions, check_space, make_plan
 from vla.featurize.run import Progress, RunReport, featurize
 from vla.featurize.sources.base import Source
+from vla.featurize.sources.instructions import Instructions
 from vla.featurize.sources.registry import open_source
 from vla.featurize.views import with_inputs
 from vla.stores.errors import UsageError
@@ -58,8 +59,10 @@ class Job:
 def prepare(config: FeaturizeConfig) -> Job:
     """Index the source, load the backbone and lay out the store. Raises what they raise."""
     source = open_source(config.source, map=config.map, skip_bad=config.skip_bad, **config.source_options)
-    index, digest = source.index(), source.digest()
     backbone = make_backbone(config.backbone, weights=config.weights, **config.options)
+    if backbone.spec().per == "instruction":
+        source = Instructions(source)
+    index, digest = source.index(), source.digest()
     spec, inputs = with_inputs(backbone.spec(), source, index)
     recipe = {"name": config.backbone, "weights": config.weights, "options": config.options}
     if inputs:

@@ -151,6 +151,9 @@ def open_data(config: DataConfig) -> HeadData:
             raise UsageError(f"data.state names {name!r}", expected=f"one of {known}")
     training, validation = split_episodes(stores.usable, first.episodes.ids, config.validation, config.split_seed)
     widths = {name: int(np.prod(steps[name].shape)) for name in state}
+    if "action" not in steps:
+        found = f"{first.root} has no actions: it is a store of {first.manifest.fingerprint['backbone']['name']}"
+        raise UsageError(found, expected="a store of demonstrations as the first --store")
     io = HeadIO(
         action_dim=int(np.prod(steps["action"].shape)),
         action_names=steps["action"].names,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -33,7 +33,8 @@ class BackboneSpec:
     `identity` is JSON-able and enters the fingerprint: network, digest of weights, layer, pooling, the resolved
     preprocessing. Changing anything that changes a feature must change it; batch size and device must not.
     `context` is the number of past frames a feature depends on (0: its own time step only). `inputs` names what
-    `preprocess` is given of each view; see there.
+    `preprocess` is given of each view; see there. `per` "instruction": the features depend on the instruction alone,
+    and the store has one row for each distinct one.
     """
 
     name: str
@@ -45,6 +46,7 @@ class BackboneSpec:
     parameters: int = 0
     context: int = 0
     inputs: tuple[str, ...] = ("image",)
+    per: Literal["frame", "instruction"] = "frame"
 
 
 class Backbone(Protocol):

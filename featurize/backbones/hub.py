@@ -7,7 +7,7 @@ are loaded through its own `from_pretrained`, which knows the old names, and eve
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,17 @@ from vla.stores.errors import DataError, MachineError
 from vla.stores.fingerprint import digest
 
 FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
 INCIDENTAL = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 """Keys of `config.json` that no feature depends on: weights are cast to float32 whatever their dtype on disk."""
 
 
-def find_model(name: str, fix: str) -> Path:
+def find_model(name: str, fix: str, also: Sequence[str] = ()) -> Path:
     """Return the folder of a model, given the folder or a hub id.
 
     The hub's cache is asked first, so a run never follows an update by itself; then the network, unless
-    HF_HUB_OFFLINE is set. Raises `MachineError` ending in `fix` where the model is in neither.
+    HF_HUB_OFFLINE is set. `also` are patterns of further files wanted from there. Raises `MachineError` ending in
+    `fix` where the model is in neither.
     """
     folder = Path(name).expanduser()
     if not is_hub_id(name):
@@ -48,7 +50,7 @@ def find_model(name: str, fix: str) -> Path:
     reason = "it is in no cache and the hub was not reached"
     for local_only in (True, False):
         try:
-            folder = Path(snapshot_download(name, allow_patterns=FILES, local_files_only=local_only))
+            folder = Path(snapshot_download(name, allow_patterns=[*FILES, *also], local_files_only=local_only))
         except LocalEntryNotFoundError:
             continue
         except GatedRepoError:

@@ -15,6 +15,7 @@ BACKBONES: dict[str, str] = {
     "efficientnet": "vla.featurize.backbones.efficientnet:EfficientNetLite0",
     "dino-siglip": "vla.featurize.backbones.dino_siglip:DinoSiglip",
     "pixels": "vla.featurize.backbones.pixels:Pixels",
+    "text": "vla.featurize.backbones.text:Text",
     "toy": "vla.featurize.backbones.toy:Toy",
 }
 """Name -> "module:Class". The class takes its own frozen settings, and names their type as `settings_type`."""
@@ -23,6 +24,7 @@ SUMMARIES = {
     "efficientnet": "EfficientNet-Lite0, ImageNet weights from the package index; grids of any block",
     "dino-siglip": "DINOv3 or DINOv2 beside SigLIP; 64 fine and 4 coarse tokens a view",
     "pixels": "32 x 32 RGB: the baseline that every learned backbone has to beat",
+    "text": "token ids and embeddings of each distinct instruction, once",
     "toy": "no weights, microseconds: for tests and dry runs",
 }
 

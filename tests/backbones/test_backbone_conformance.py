@@ -17,6 +17,9 @@ from vla.featurize.backbones.registry import BACKBONES, load_backbone_class, mak
 from vla.stores.errors import DataError, UsageError
 from vla.stores.fingerprint import canonical, differences
 
+PICTURES = [name for name in BACKBONES if name not in ("text",)]
+"""Those that see pictures alone; the others have suites of their own."""
+
 Pictures = list[NDArray[np.uint8]]
 Models = dict[str, tuple[Path, Any]]
 
@@ -60,7 +63,7 @@ def small(name: str, **options: Any) -> Backbone:
 
 @pytest.fixture(scope="module")
 def built() -> dict[str, Backbone]:
-    return {name: small(name) for name in BACKBONES}
+    return {name: small(name) for name in PICTURES}
 
 
 def batch(backbone: Backbone, pictures: Pictures, views: int = 1) -> torch.Tensor:
@@ -76,7 +79,7 @@ def assert_close(found: torch.Tensor, wanted: torch.Tensor) -> None:
     assert torch.nn.functional.cosine_similarity(found.flatten(), wanted.flatten(), 0).item() > 1 - 1e-6
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", PICTURES)
 def test_features_have_the_shapes_that_the_spec_says_in_float32(
     name: str, built: dict[str, Backbone], pictures: Pictures
 ) -> None:
@@ -99,7 +102,7 @@ def test_features_have_the_shapes_that_the_spec_says_in_float32(
         assert info.dims[-1] == "channel"
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", PICTURES)
 def test_a_feature_does_not_depend_on_its_batch_mates(
     name: str, built: dict[str, Backbone], pictures: Pictures
 ) -> None:
@@ -112,7 +115,7 @@ def test_a_feature_does_not_depend_on_its_batch_mates(
             assert_close(alone[feature][0], values[index])
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", PICTURES)
 def test_views_are_encoded_independently_and_keep_their_order(
     name: str, built: dict[str, Backbone], pictures: Pictures
 ) -> None:
@@ -125,7 +128,7 @@ def test_views_are_encoded_independently_and_keep_their_order(
             assert_close(alone[feature][:, 0], values[:, view])
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", PICTURES)
 def test_features_change_with_the_picture_and_tell_left_from_right(
     name: str, built: dict[str, Backbone], pictures: Pictures
 ) -> None:
@@ -136,7 +139,7 @@ def test_features_change_with_the_picture_and_tell_left_from_right(
         assert (values[0] - values[1]).norm() > 1e-3 * values[0].norm()
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", PICTURES)
 def test_a_rebuilt_backbone_has_the_same_identity_and_the_same_features_bit_for_bit(
     name: str, built: dict[str, Backbone], pictures: Pictures
 ) -> None:
@@ -147,7 +150,7 @@ def test_a_rebuilt_backbone_has_the_same_identity_and_the_same_features_bit_for_
         assert torch.equal(again.encode(images)[feature], values)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", PICTURES)
 def test_the_identity_is_canonical_json_and_names_network_layer_and_preprocessing(
     name: str, built: dict[str, Backbone]
 ) -> None:
@@ -161,7 +164,7 @@ def test_the_identity_is_canonical_json_and_names_network_layer_and_preprocessin
     assert spec.context == 0
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", PICTURES)
 def test_moving_to_another_device_does_not_change_the_identity(name: str) -> None:
     backbone = small(name)
     before = backbone.spec()
@@ -191,7 +194,7 @@ def _without_nones(name: str, options: dict[str, Any]) -> Backbone:
     return make_backbone(name, **{key: value for key, value in merged.items() if value is not None})
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", PICTURES)
 def test_every_option_is_known_to_change_the_identity_or_to_be_neutral(name: str) -> None:
     options = load_backbone_class(name).settings_type.model_fields.keys()
     assert options == CHANGES.get(name, {}).keys() | NEUTRAL.get(name, {}).keys()
@@ -208,7 +211,7 @@ def test_neutral_options_change_neither_identity_nor_features(
         assert torch.equal(changed.encode(images)[feature], values)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", PICTURES)
 def test_autocast_and_gradient_mode_of_the_caller_do_not_reach_the_network(
     name: str, built: dict[str, Backbone], pictures: Pictures
 ) -> None:
@@ -222,7 +225,7 @@ def test_autocast_and_gradient_mode_of_the_caller_do_not_reach_the_network(
         assert torch.equal(values, plain[feature])
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", PICTURES)
 def test_building_and_encoding_leave_the_random_state_alone(name: str, pictures: Pictures) -> None:
     before = torch.random.get_rng_state()
     backbone = small(name)
@@ -230,7 +233,7 @@ def test_building_and_encoding_leave_the_random_state_alone(name: str, pictures:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", PICTURES)
 def test_preprocessing_is_safe_in_threads_and_takes_views_of_any_memory_layout(
     name: str, built: dict[str, Backbone], pictures: Pictures
 ) -> None:
@@ -244,7 +247,7 @@ def test_preprocessing_is_safe_in_threads_and_takes_views_of_any_memory_layout(
     assert serial[0].is_contiguous()
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", PICTURES)
 @pytest.mark.parametrize(
     "picture",
     [np.zeros((8, 8, 3), np.float32), np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8)],
@@ -255,7 +258,7 @@ def test_anything_but_an_rgb_uint8_picture_is_refused(name: str, picture: Any, b
         built[name].preprocess(picture)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", PICTURES)
 def test_an_unknown_option_is_refused_with_the_backbone_named(name: str) -> None:
     with pytest.raises(UsageError, match=f"backbone '{name}': unknown key 'no_such_option'"):
         make_backbone(name, no_such_option=1)
