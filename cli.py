@@ -349,10 +349,23 @@ def rollout(
 
 @app.command()
 def backbones(as_json: Json = False) -> None:
-    """List the frozen backbones."""
-    from vla.featurize.backbones.registry import BACKBONES, SUMMARIES
+    """List the frozen backbones: what they make, their licences, and what this machine lacks for them."""
+    from rich.console import Console
+    from rich.table import Table
 
-    _list({name: SUMMARIES[name] for name in BACKBONES}, as_json)
+    from vla.featurize.backbones.registry import BACKBONES, missing
+
+    entries = {name: {**entry._asdict(), "missing": missing(name)} for name, entry in BACKBONES.items()}
+    if as_json:
+        _emit(entries)
+        return
+    titles = ("backbone", "features a view", "parameters", "licences (code; weights)", "missing here")
+    table = Table(*titles, show_lines=True)
+    for name, entry in entries.items():
+        licences = f"{entry['code_licence']}; {entry['weights_licence']}"
+        lacks = "\n".join(entry["missing"]) or "nothing"
+        table.add_row(f"{name}\n[dim]{entry['summary']}[/]", entry["features"], entry["parameters"], licences, lacks)
+    Console().print(table)
 
 
 @app.command()

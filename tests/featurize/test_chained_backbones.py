@@ -83,8 +83,8 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = type(sys)("mix_module")
     module.Mix, module.Colour = Mix, Colour
     monkeypatch.setitem(sys.modules, "mix_module", module)
-    monkeypatch.setitem(BACKBONES, "mix", "mix_module:Mix")
-    monkeypatch.setitem(BACKBONES, "colour", "mix_module:Colour")
+    monkeypatch.setitem(BACKBONES, "mix", BACKBONES["toy"]._replace(target="mix_module:Mix"))
+    monkeypatch.setitem(BACKBONES, "colour", BACKBONES["toy"]._replace(target="mix_module:Colour"))
 
 
 def make(root: Path, backbone: str, source: str = SPEC, dtype: str | None = None, **more: Any) -> Path:

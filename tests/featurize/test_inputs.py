@@ -84,7 +84,7 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
     module: Any = type(sys)("probe_module")
     module.Probe, module.Deep = Probe, Deep
     monkeypatch.setitem(sys.modules, "probe_module", module)
-    monkeypatch.setitem(BACKBONES, "probe", "probe_module:Probe")
+    monkeypatch.setitem(BACKBONES, "probe", BACKBONES["toy"]._replace(target="probe_module:Probe"))
     monkeypatch.setitem(SOURCES, "deep", Entry("probe_module:Deep", (), "a source that knows depth"))
 
 

