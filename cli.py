@@ -359,8 +359,8 @@ def backbones(as_json: Json = False) -> None:
     if as_json:
         _emit(entries)
         return
-    titles = ("backbone", "features a view", "parameters", "licences (code; weights)", "missing here")
-    table = Table(*titles, show_lines=True)
+    table = Table("backbone", "features a view", "parameters", "licences (code; weights)", show_lines=True)
+    table.add_column("missing here", overflow="fold")  # a command that is cut short cannot be typed
     for name, entry in entries.items():
         licences = f"{entry['code_licence']}; {entry['weights_licence']}"
         lacks = "\n".join(entry["missing"]) or "nothing"
