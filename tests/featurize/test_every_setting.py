@@ -28,8 +28,8 @@ from vla.stores.store import open_store
 from vla.stores.writer import open_writer
 
 Kind = Literal["features", "plan", "neutral"]
-"""`features`: other features, so another fingerprint. `plan`: the same features, cut or kept otherwise. Both are refused
-on resume, naming what differs. `neutral`: neither; the run goes on and gives the same bytes."""
+"""`features`: other features, so another fingerprint. `plan`: the same features, cut or kept otherwise. Both are
+refused on resume, naming what differs. `neutral`: neither; the run goes on and gives the same bytes."""
 
 
 @dataclass(frozen=True)
