@@ -302,6 +302,7 @@ CASES: dict[str, Case] = {
     "picture of one pixel": once(shot(encoded(GREY[:1, :1])), "has 1 x 1 pixels; expected 64 x 64"),
     "picture of another size": once(shot(encoded(GREY[:32])), "has 64 x 32 pixels; expected 64 x 64"),
     "picture of 100 megapixels": once(shot(png(10_000, 10_000, 8, 2, b"\0")), "expected at most 64000000"),
+    "picture of 81 megapixels": once(shot(png(9000, 9000, 8, 2, b"\0")), "expected at most 64000000"),
     "picture two billion pixels wide": once(shot(png(2**31 - 1, 1, 8, 2, b"\0")), "expected at most 64000000"),
     "TIFF": once(shot(encoded(GREY, "TIFF")), "cannot be decoded"),
     "GIF": once(shot(encoded(GREY, "GIF")), "cannot be decoded"),
