@@ -25,11 +25,13 @@ from vla.stores.memory import keep_freed_memory
 keep_freed_memory()
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """Parse `--quick` (under 40 s, smaller sizes) and `--json` (one object of figures on stdout)."""
+def arguments(description: str, **switches: str) -> argparse.Namespace:
+    """Parse `--quick` (under 40 s, smaller sizes), `--json` (one object on stdout), and a script's own switches."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="smaller sizes, under 40 s")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, the log on stderr")
+    for name, text in switches.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
     return parser.parse_args()
 
 

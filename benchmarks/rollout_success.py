@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import measure
@@ -38,13 +39,18 @@ ROWS: dict[str, dict[str, Any]] = {
     "efficientnet, fm": {"head": "fm", "backbone": "efficientnet"},
     "efficientnet, dp": {"head": "dp", "backbone": "efficientnet", "model": {"net": "mlp"}},
 }
+DTYPES = {
+    f"efficientnet as {dtype}, fm": {"head": "fm", "backbone": "efficientnet", "dtype": dtype}
+    for dtype in ("float16", "float32", "bfloat16", "int8")
+}
+"""What the storage dtype does to the task: `--dtypes`."""
 
 
 def success(name: str, steps: int, episodes: int) -> dict[str, Any]:
     """Train one row of the table and roll it out."""
     torch.set_num_threads(1)
-    row = ROWS[name]
-    data = {"stores": [str(store_of(row["backbone"]))], "validation": 0.0}
+    row = (ROWS | DTYPES)[name]
+    data = {"stores": [str(_store(row))], "validation": 0.0}
     data |= {"state": row["state"]} if "state" in row else {}
     train = {**SMALL_NET, "steps": steps, "warmup_steps": min(100, steps // 10), "checkpoint_every": steps}
     values = {"head": row["head"], "data": data, "model": {**MODEL, **row.get("model", {})}, "train": train}
@@ -65,13 +71,20 @@ def success(name: str, steps: int, episodes: int) -> dict[str, Any]:
     return {**figures, "low": low, "high": high, "train_seconds": trained}
 
 
+def _store(row: dict[str, Any]) -> Path:
+    dtype = row.get("dtype")
+    return store_of(row["backbone"], f"{row['backbone']}-{dtype}" if dtype else None, dtype)
+
+
 def main() -> None:
     """Measure and report."""
-    options = measure.arguments(__doc__)
+    options = measure.arguments(__doc__, dtypes="the storage dtypes of one row instead of the table")
     steps, episodes = (100, 1) if options.quick else (4000, 100)
-    names = [name for name, row in ROWS.items() if not (options.quick and row["backbone"] == "efficientnet")]
-    for backbone in {ROWS[name]["backbone"] for name in names}:
-        store_of(backbone)  # before two rows want the same one
+    rows = DTYPES if options.dtypes else ROWS
+    slow = () if options.dtypes else ("efficientnet",)
+    names = [name for name, row in rows.items() if not (options.quick and row["backbone"] in slow)]
+    for name in names:
+        _store(rows[name])  # before two rows want the same one
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         results = list(pool.map(success, names, [steps] * len(names), [episodes] * len(names)))
     table = dict(zip(names, results, strict=True))

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vla.heads.batch import HeadIO
 from vla.heads.data import DataConfig
 from vla.heads.model import HeadConfig, HeadModel
 from vla.heads.registry import head_class
-from vla.stores.errors import CheckpointError
+from vla.stores.errors import CheckpointError, UsageError
 from vla.stores.manifest import FeatureInfo
 from vla.stores.settings import Settings
 from vla.training.checkpoint import load_checkpoint
@@ -68,14 +70,27 @@ def build_head(name: str, values: dict[str, Any], io: HeadIO) -> HeadModel:
 
 
 def load_head(path: Path, *, which: str = "newest") -> TrainedHead:
-    """Load a run folder or one checkpoint. Raises `CheckpointError` where weights and configuration do not fit."""
+    """Load a run folder or one checkpoint. Raises `CheckpointError` where weights and configuration do not fit;
+    what the configuration claims is compared with the weights before any memory is taken for it."""
     found = load_checkpoint(path, which=which)
     artefact = Artefact.build(found.artefact, where=f"{found.folder / 'artefact.json'}")
-    model = build_head(artefact.head, artefact.config, artefact.io)
-    wanted = model.state_dict()
+    wanted = _shapes(artefact, found.folder)
     wrong = sorted(wanted.keys() ^ found.weights.keys())
     wrong += [name for name in wanted.keys() & found.weights.keys() if wanted[name].shape != found.weights[name].shape]
     if wrong:
         raise CheckpointError(f"{found.folder} does not fit its head: {', '.join(wrong[:3])}")
+    model = build_head(artefact.head, artefact.config, artefact.io)
     model.load_state_dict(found.weights)
     return TrainedHead(model.eval(), artefact, found.step, found.folder)
+
+
+def _shapes(artefact: Artefact, folder: Path) -> dict[str, torch.Tensor]:
+    """Return the weights that a head should have, without memory: a checkpoint may claim a net of terabytes."""
+    try:
+        with torch.device("meta"):
+            return build_head(artefact.head, artefact.config, artefact.io).state_dict()
+    except UsageError as error:  # nobody typed it
+        raise CheckpointError(f"{folder / 'artefact.json'}: {error}") from None
+    except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond 64 bits
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"{folder / 'artefact.json'} describes no head: {reason}") from None

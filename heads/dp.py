@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vla.heads.batch import Batch, HeadIO
-from vla.heads.model import HeadConfig, HeadModel, noise_like, real_dims
+from vla.heads.model import MAX_LAYERS, HeadConfig, HeadModel, noise_like, real_dims
 from vla.heads.nets.residual_mlp import ResidualMLP
 from vla.heads.nets.unet1d import ConditionalUnet1D, check_sizes
 from vla.stores.errors import UsageError
@@ -41,15 +41,15 @@ class DiffusionConfig(HeadConfig):
     horizon: int = Field(16, ge=1)
     n_action: int = Field(8, ge=1)
     net: Literal["unet", "mlp"] = "unet"
-    down_dims: tuple[int, ...] = Field((256, 512, 1024), min_length=1)
+    down_dims: tuple[int, ...] = Field((256, 512, 1024), min_length=1, max_length=16)
     kernel_size: int = Field(5, ge=1)
     n_groups: int = Field(8, ge=1)
     diffusion_step_embed_dim: int = Field(256, ge=4, multiple_of=2)
     cond_predict_scale: bool = True
     hidden: int = Field(512, ge=8)
-    layers: int = Field(3, ge=1)
+    layers: int = Field(3, ge=1, le=MAX_LAYERS)
     dropout: float = Field(0.0, ge=0, lt=1)
-    train_steps: int = Field(100, ge=1)
+    train_steps: int = Field(100, ge=1, le=100_000)
     sampler: Literal["ddim", "ddpm"] = "ddim"
     sample_steps: int | None = Field(None, ge=1)
     clip_sample: bool = True

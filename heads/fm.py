@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vla.heads.batch import Batch, HeadIO
-from vla.heads.model import SMALL_NET, HeadConfig, HeadModel, noise_like, real_dims
+from vla.heads.model import MAX_LAYERS, SMALL_NET, HeadConfig, HeadModel, noise_like, real_dims
 from vla.heads.nets.action_expert import ActionExpert
 from vla.heads.nets.residual_mlp import ResidualMLP
 from vla.stores.errors import UsageError
@@ -34,7 +34,7 @@ class FlowConfig(HeadConfig):
 
     net: Literal["expert", "mlp"] = "mlp"
     width: int = Field(512, ge=8)
-    layers: int = Field(3, ge=1)
+    layers: int = Field(3, ge=1, le=MAX_LAYERS)
     heads: int = Field(8, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     time: Literal["beta", "uniform"] = "beta"

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vla.heads.batch import Batch, HeadIO
-from vla.heads.model import SMALL_NET, HeadConfig, HeadModel
+from vla.heads.model import MAX_LAYERS, SMALL_NET, HeadConfig, HeadModel
 from vla.heads.nets.residual_mlp import ResidualMLP
 
 
@@ -17,7 +17,7 @@ class MlpConfig(HeadConfig):
     """Settings of the planner: `hidden`, `layers` and `dropout` of its residual MLP."""
 
     hidden: int = Field(512, ge=8)
-    layers: int = Field(3, ge=1)
+    layers: int = Field(3, ge=1, le=MAX_LAYERS)
     dropout: float = Field(0.0, ge=0, lt=1)
 
 

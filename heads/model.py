@@ -20,6 +20,9 @@ SMALL_NET = {"steps": 4000, "lr": 2e-3, "weight_decay": 1e-2, "betas": (0.9, 0.9
 """Training settings for nets of about a million parameters on thousands of frames, chosen on push-v3 (on other scenes
 than benchmarks/rollout_success.py plays)."""
 
+MAX_LAYERS = 1000
+"""More are a checkpoint made to keep a machine busy: the deepest head of the field has 18 (pi0's action expert)."""
+
 
 class HeadConfig(Settings):
     """What every head can be told.

@@ -107,6 +107,8 @@ def _signed(body: dict[str, Any]) -> bytes:
 
 def _read(path: Path, unit: int, manifest: Manifest, expected: str) -> Commit:
     fix = f"vla verify {path.parent.parent}"
+    if not path.is_file():  # opening a pipe would wait for ever, reading a device never end
+        raise CorruptionError(f"{path} is no file", expected="a commit record", fix=fix)
     if path.stat().st_size > MAX_RECORD_BYTES:
         raise CorruptionError(f"{path} is larger than any commit record", fix=fix)
     data = path.read_bytes()

@@ -26,6 +26,8 @@ MAX_ROW_BYTES = 1 << 30
 
 MAX_ROWS = 1 << 30
 """More time steps than this (a year at 30 a second) are taken for the same; the largest public set has some 10^8."""
+MAX_ARRAYS = 1000
+"""More features and steps than this are no store of ours either: each is a folder, and a file in every unit."""
 _NAME = re.compile(r"(?!\.|__|zarr\.json$)[^/\\\x00-\x1f]{1,200}(?<!\.partial)")
 """Names of arrays are names of folders: none leaves its folder, is hidden, or belongs to zarr or to `filesystem`."""
 
@@ -147,6 +149,9 @@ class Manifest(Settings):
 
     def require_sound(self, path: Path) -> None:
         """Raise `StoreError` naming `path` where a name or a shape is one that no store can have."""
+        if len(self.features) + len(self.steps) > MAX_ARRAYS:
+            count = len(self.features) + len(self.steps)
+            raise StoreError(f"{path} declares {count} arrays", expected=f"at most {MAX_ARRAYS}")
         for name in (*self.features, *self.steps):
             if _NAME.fullmatch(name) is None:
                 raise StoreError(f"{path}: {name!r} cannot be the name of an array", expected="the name of a folder")

@@ -20,8 +20,9 @@ from vla.stores.manifest import Manifest
 from vla.stores.shard import CRC_BYTES
 from vla.stores.tables import TABLES, EpisodeTable
 
-MAX_METADATA_BYTES = 64 << 20
-"""A `zarr.json` above 64 MiB is no metadata of ours: 100,000 episodes live in arrays, not in attributes."""
+MAX_METADATA_BYTES = 16 << 20
+"""A `zarr.json` above 16 MiB is no metadata of ours: 100,000 episodes live in arrays, not in attributes. Parsed, JSON
+takes some ten times its size."""
 
 
 def read_manifest(root: Path) -> Manifest:

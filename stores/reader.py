@@ -139,7 +139,7 @@ class FeatureReader:
             path = self._path(unit)
             if len(self._files) >= MAX_OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
-            if not path.exists():
+            if not path.is_file():  # opening a pipe would wait for ever
                 raise self._corrupt(unit, "is missing")
             descriptor = self._files[unit] = os.open(path, os.O_RDONLY)
         return descriptor

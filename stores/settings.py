@@ -48,7 +48,7 @@ def read_config(file: Path) -> dict[str, Any]:
         raise UsageError(f"cannot read {file}: {error}", expected="a TOML or JSON file") from None
     try:
         values = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{file} does not parse: {error}", expected="TOML (or JSON in a .json file)") from None
     if not isinstance(values, dict):
         raise UsageError(f"{file} holds a {type(values).__name__}", expected="a table of keys")
@@ -62,7 +62,7 @@ def set_dotted(values: dict[str, Any], text: str) -> None:
         raise UsageError(f"--set {text!r} has no '='", expected="key=value, such as --set train.lr=3e-4")
     try:
         value = json.loads(raw)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         value = raw
     *parents, leaf = key.split(".")
     for parent in parents:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import json
 import os
 import shutil
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -146,6 +150,65 @@ def files_of() -> Callable[[Path], dict[str, bytes]]:
         return {p.relative_to(root).as_posix(): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
     return read
+
+
+@pytest.fixture(scope="session")
+def lerobot_sets() -> ModuleType:
+    """The module of that name in this folder."""
+    spec = importlib.util.spec_from_file_location("vla_lerobot_sets", Path(__file__).with_name("lerobot_sets.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["vla_lerobot_sets"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def write_lerobot(lerobot_sets: ModuleType) -> Callable[..., Path]:
+    """`write_lerobot(root, **what)`; see `Plan`."""
+    write: Callable[..., Path] = lerobot_sets.write_lerobot
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_video(lerobot_sets: ModuleType) -> Callable[..., None]:
+    """`write_video(path, pictures, **options)`."""
+    write: Callable[..., None] = lerobot_sets.write_video
+    return write
+
+
+@pytest.fixture(scope="session")
+def picture(lerobot_sets: ModuleType) -> Callable[[int, int, int], NDArray[np.uint8]]:
+    """`picture(episode, frame, camera)`."""
+    draw: Callable[[int, int, int], NDArray[np.uint8]] = lerobot_sets.picture
+    return draw
+
+
+@pytest.fixture(scope="session")
+def number_of(lerobot_sets: ModuleType) -> Callable[[NDArray[np.uint8]], tuple[int, int, int]]:
+    """`number_of(image)` is (episode, frame, camera)."""
+    read: Callable[[NDArray[np.uint8]], tuple[int, int, int]] = lerobot_sets.number_of
+    return read
+
+
+@pytest.fixture(scope="session")
+def encoded(lerobot_sets: ModuleType) -> Callable[..., bytes]:
+    """`encoded(pixels, kind)` is a picture's file."""
+    encode: Callable[..., bytes] = lerobot_sets.encoded
+    return encode
+
+
+@pytest.fixture
+def edit_info() -> Callable[..., None]:
+    """`edit_info(root, key=value)` changes `meta/info.json`; a value None removes the key."""
+
+    def edit(root: Path, **values: Any) -> None:
+        file = root / "meta/info.json"
+        info = {**json.loads(file.read_text()), **values}
+        file.write_text(json.dumps({key: value for key, value in info.items() if value is not None}))
+
+    return edit
 
 
 @pytest.fixture

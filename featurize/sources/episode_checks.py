@@ -18,6 +18,10 @@ from vla.stores.errors import SourceError
 SKIP = "--skip-bad leaves the episode out"
 OTHER_CAMERA = f"""{SKIP}; --set 'source_options.cameras=["NAME"]' chooses other cameras"""
 
+MAX_FILE_ROWS = 20_000_000
+"""Some kilobytes of parquet may claim any number of equal rows, and be made to fill the memory. LeRobot cuts files at
+100 MB (its `data_files_size_in_mb`)."""
+
 
 def locate(data: Path, episode: int) -> dict[int, tuple[int, int]]:
     """Return {episode index: (first row, rows)} of a data file; without an index column all rows are `episode`'s.
@@ -26,6 +30,9 @@ def locate(data: Path, episode: int) -> dict[int, tuple[int, int]]:
     """
     if "episode_index" not in parquet.schema(data).names:
         return {episode: (0, parquet.rows(data))}
+    count = parquet.rows(data)
+    if count > MAX_FILE_ROWS:
+        raise SourceError(f"{data} claims {count} rows", expected=f"at most {MAX_FILE_ROWS} a file", fix=SKIP)
     where = f"{data}, column episode_index"
     indices = parquet.to_array(parquet.read_table(data, ["episode_index"]).column(0), where)
     if not len(indices):

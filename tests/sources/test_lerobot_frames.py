@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -177,16 +176,6 @@ def test_frame_rates_that_are_no_whole_number_stay_aligned(
     assert numbers(source, 1, 0, 50, number_of) == expected(1, 0, 50)
 
 
-def test_a_video_shorter_than_the_steps_names_file_camera_and_frame(
-    version: str, tmp_path: Path, write_lerobot: Write, write_video: Any, picture: Any
-) -> None:
-    root = write_lerobot(tmp_path, version=version, lengths=(9,))
-    write_video(next(root.rglob("*.mp4")), [picture(0, frame, 0) for frame in range(7)])
-    reader = LeRobotSource(root).frames(0, 0, 9)
-    with pytest.raises(SourceError, match=r"\.mp4, camera front, episode_000000: the video ends before frame 7"):
-        list(reader)
-
-
 def test_a_missing_frame_in_the_middle_is_named(
     tmp_path: Path, write_lerobot: Write, write_video: Any, picture: Any
 ) -> None:
@@ -195,43 +184,6 @@ def test_a_missing_frame_in_the_middle_is_named(
     with pytest.raises(SourceError, match="frame 3 is missing"):
         list(LeRobotSource(root).frames(0, 0, 8))
     assert len(list(LeRobotSource(root).frames(0, 4, 8))) == 4
-
-
-def test_a_video_of_another_frame_rate_is_refused_with_both_rates(
-    tmp_path: Path, write_lerobot: Write, write_video: Any, picture: Any
-) -> None:
-    root = write_lerobot(tmp_path, lengths=(8,), fps=10)
-    write_video(next(root.rglob("*.mp4")), [picture(0, f, 0) for f in range(30)], fps=30)
-    with pytest.raises(SourceError, match=r"frames off; expected one every 1/10 s.*-vf fps=10"):
-        list(LeRobotSource(root).frames(0, 0, 8))
-
-
-@pytest.mark.parametrize("rate", [5, 20])
-def test_half_or_double_the_frame_rate_is_refused(
-    rate: int, tmp_path: Path, write_lerobot: Write, write_video: Any, picture: Any
-) -> None:
-    root = write_lerobot(tmp_path, lengths=(8,), fps=10)
-    write_video(next(root.rglob("*.mp4")), [picture(0, f, 0) for f in range(30)], fps=rate)
-    with pytest.raises(SourceError, match=r"expected one (frame )?every 1/10 s"):
-        list(LeRobotSource(root).frames(0, 0, 8))
-
-
-def test_a_variable_frame_rate_is_refused(tmp_path: Path, write_lerobot: Write, write_video: Any, picture: Any) -> None:
-    root = write_lerobot(tmp_path, lengths=(8,), fps=10)
-    times = [0, 10, 21, 36, 40, 52, 60, 70]
-    write_video(next(root.rglob("*.mp4")), [picture(0, f, 0) for f in range(8)], fps=100, times=times)
-    with pytest.raises(SourceError, match=r"a frame near 0\.400 s is -0\.40 frames off"):
-        list(LeRobotSource(root).frames(0, 0, 8))
-
-
-@pytest.mark.parametrize("angle", [90, 180, 270])
-def test_a_video_to_be_rotated_on_display_is_refused_with_the_command(
-    angle: int, tmp_path: Path, write_lerobot: Write, write_video: Any, picture: Any
-) -> None:
-    root = write_lerobot(tmp_path, lengths=(4,))
-    write_video(next(root.rglob("*.mp4")), [picture(0, f, 0) for f in range(4)], rotate=angle)
-    with pytest.raises(SourceError, match=r"is to be rotated by -?\d+ degrees.*ffmpeg -display_rotation 0"):
-        list(LeRobotSource(root).frames(0, 0, 4))
 
 
 def test_a_video_of_another_size_is_refused_before_decoding(
@@ -255,24 +207,6 @@ def test_ten_bit_video_is_read_as_eight_bit_colour(
     shots = [picture(0, f, 0) for f in range(4)]
     write_video(next(root.rglob("*.mp4")), shots, codec="libsvtav1", options={"preset": "8"}, pix_fmt="yuv420p10le")
     assert numbers(LeRobotSource(root), 0, 0, 4, number_of) == expected(0, 0, 4)
-
-
-@pytest.mark.parametrize("keep", [0.1, 0.5, 0.9])
-def test_a_truncated_video_is_an_error_and_never_fewer_frames(
-    keep: float, version: str, tmp_path: Path, write_lerobot: Write
-) -> None:
-    root = write_lerobot(tmp_path, version=version, lengths=(30,))
-    video = next(root.rglob("*.mp4"))
-    video.write_bytes(video.read_bytes()[: int(video.stat().st_size * keep)])
-    with pytest.raises(SourceError, match=re.escape(str(video))):
-        list(LeRobotSource(root).frames(0, 0, 30))
-
-
-def test_a_file_that_is_no_video_is_named(tmp_path: Path, write_lerobot: Write) -> None:
-    root = write_lerobot(tmp_path)
-    next(iter(sorted(root.rglob("*.mp4")))).write_bytes(b"#EXTM3U\nfile:///etc/passwd\n" * 50)
-    with pytest.raises(SourceError, match="cannot be decoded"):
-        list(LeRobotSource(root).frames(0, 0, 2))
 
 
 def test_a_list_of_other_files_named_mp4_is_not_followed(tmp_path: Path, write_lerobot: Write) -> None:

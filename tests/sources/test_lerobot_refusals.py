@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,64 +40,6 @@ def change(column: str, row: int, value: Any, episode: int = 1) -> Callable[[int
     return edit
 
 
-BAD_ROWS = {
-    "nan action": (change("action", 4, [0, math.nan, 0]), "column action, frame 4 is NaN or infinite"),
-    "infinite action": (change("action", 8, [math.inf, 0, 0]), "column action, frame 8 is NaN or infinite"),
-    "nan state": (change("observation.state", 0, [math.nan, 0]), r"column observation\.state, frame 0 is NaN"),
-    "ragged state": (change("observation.state", 3, [1, 2, 3]), r"column observation\.state has lists of 2 lengths"),
-    "empty action": (change("action", 3, None), "column action has 1 empty rows"),
-    "reversed timestamps": (change("timestamp", 5, 0.1), r"timestamp 0\.1\d* at row 5"),
-    "duplicate timestamps": (change("timestamp", 5, 0.4), r"timestamp 0\.4\d* at row 5"),
-    "nan timestamp": (change("timestamp", 5, math.nan), "timestamp nan at row 5"),
-    "jumping timestamps": (change("timestamp", 8, 0.95), r"timestamp 0\.95\d* at row 8 is off"),
-    "shuffled frames": (change("frame_index", 5, 6), "row 5 has frame_index 6; expected 5"),
-    "empty frame number": (change("frame_index", 5, None), "column frame_index has 1 empty values"),
-    "rows of another episode": (change("episode_index", 8, 40), "episode_000001 has 8 rows; expected 9"),
-    "scattered rows": (change("episode_index", 4, 40), "episode_000001 has 4 rows; expected 9"),
-}
-
-
-@pytest.mark.parametrize("what", BAD_ROWS)
-def test_bad_rows_are_refused_naming_file_column_and_row(
-    what: str, version: str, tmp_path: Path, write_lerobot: Write
-) -> None:
-    edit, pattern = BAD_ROWS[what]
-    root = write_lerobot(tmp_path, version=version, tables=edit)
-    message = refusal(root)
-    assert re.search(pattern, message), message
-    assert "episode_000001" in message
-    assert ".parquet" in message
-
-
-@pytest.mark.parametrize("what", BAD_ROWS)
-def test_skip_bad_leaves_out_the_bad_episode_alone_and_says_why(
-    what: str, version: str, tmp_path: Path, write_lerobot: Write
-) -> None:
-    edit, pattern = BAD_ROWS[what]
-    source = LeRobotSource(write_lerobot(tmp_path, version=version, tables=edit), skip_bad=True)
-    index = source.index()
-    assert [episode.id for episode in index.episodes] == ["episode_000000", "episode_000002"]
-    assert list(index.skipped) == ["episode_000001"]
-    assert re.search(pattern, index.skipped["episode_000001"])
-    assert source.steps(1)["state"][:, 0].tolist() == [2] * 7
-
-
-def test_a_too_large_number_for_float32_is_not_turned_into_infinity(tmp_path: Path, write_lerobot: Write) -> None:
-    def edit(episode: int, table: dict[str, Any]) -> None:
-        table["action"] = pa.array([[1e300, 0, 0]] * len(table["action"]), pa.list_(pa.float64(), 3))
-
-    assert "column action, frame 0 is NaN or infinite" in refusal(write_lerobot(tmp_path, tables=edit))
-
-
-@pytest.mark.parametrize("length", [6, 8])
-def test_a_length_that_disagrees_with_the_rows_is_refused(
-    length: int, version: str, tmp_path: Path, write_lerobot: Write
-) -> None:
-    root = write_lerobot(tmp_path, version=version, meta_lengths={2: length})
-    assert f"episode_000002 has 7 rows; expected {length}" in refusal(root)
-    assert list(LeRobotSource(root, skip_bad=True).index().skipped) == ["episode_000002"]
-
-
 def test_an_episode_without_frames_is_refused(version: str, tmp_path: Path, write_lerobot: Write) -> None:
     root = write_lerobot(tmp_path, version=version, lengths=(5, 0, 4))
     assert "episode_000001 has 0 frames; expected at least 1" in refusal(root)
@@ -119,13 +60,6 @@ def test_a_missing_video_is_named(version: str, tmp_path: Path, write_lerobot: W
     message = refusal(root)
     assert f"{video} is missing; expected the video of camera front, episode_000001" in message
     assert "--skip-bad" in message
-    assert list(LeRobotSource(root, skip_bad=True).index().skipped) == ["episode_000001"]
-
-
-def test_an_empty_video_is_named(version: str, tmp_path: Path, write_lerobot: Write) -> None:
-    root = write_lerobot(tmp_path, version=version, lengths=(5, 6), per_file=1)
-    sorted(root.rglob("*.mp4"))[1].write_bytes(b"")
-    assert ".mp4 has 0 bytes" in refusal(root)
     assert list(LeRobotSource(root, skip_bad=True).index().skipped) == ["episode_000001"]
 
 
@@ -165,17 +99,6 @@ def test_missing_data_are_named(version: str, tmp_path: Path, write_lerobot: Wri
     assert list(LeRobotSource(root, skip_bad=True).index().skipped) == ["episode_000001"]
     first.unlink()
     assert f"{first} is missing" in refusal(root)
-
-
-@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.98])
-def test_truncated_data_are_named_and_can_be_skipped(
-    keep: float, version: str, tmp_path: Path, write_lerobot: Write
-) -> None:
-    root = write_lerobot(tmp_path, version=version, lengths=(5, 6), per_file=1)
-    file = sorted((root / "data").rglob("*.parquet"))[1]
-    file.write_bytes(file.read_bytes()[: int(keep if keep > 1 else keep * file.stat().st_size)])
-    assert f"{file} cannot be read" in refusal(root)
-    assert list(LeRobotSource(root, skip_bad=True).index().skipped) == ["episode_000001"]
 
 
 @pytest.mark.parametrize(
@@ -428,28 +351,3 @@ def test_columns_whose_name_cannot_be_a_file_are_refused_with_the_map(
     root = write_lerobot(tmp_path, extra={name: (spec, lambda e, f: 0.0)})
     assert f"--map NEW_NAME={name!r}" in refusal(root)
     assert "extra" in LeRobotSource(root, map={"extra": name}).index().steps
-
-
-@pytest.mark.parametrize("damage", ["cut", "text", "empty", "none", "16-bit", "size", "path only"])
-def test_bad_pictures_inside_parquet_name_camera_and_frame(
-    damage: str, tmp_path: Path, write_lerobot: Write, encoded: Callable[..., bytes]
-) -> None:
-    import numpy as np
-    from PIL import Image as Pillow
-
-    column = "observation.images.front"
-    deep = Pillow.fromarray(np.zeros((64, 64), np.uint16))
-    cell: dict[str, Any] = {
-        "cut": {"bytes": encoded(np.zeros((64, 64, 3), np.uint8))[:60], "path": None},
-        "text": {"bytes": b"hello", "path": None},
-        "empty": {"bytes": b"", "path": None},
-        "none": None,
-        "16-bit": {"bytes": encoded(deep), "path": None},
-        "size": {"bytes": encoded(np.zeros((32, 64, 3), np.uint8)), "path": None},
-        "path only": {"bytes": None, "path": "/etc/passwd"},
-    }
-    root = write_lerobot(tmp_path, cameras={column: "image"}, tables=change(column, 4, cell[damage]))
-    reader = LeRobotSource(root).frames(1, 2, 9)
-    assert len([next(reader), next(reader)]) == 2
-    with pytest.raises(SourceError, match=r"\.parquet, camera front, episode_000001, frame 4"):
-        next(reader)
