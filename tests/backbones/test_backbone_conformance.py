@@ -41,6 +41,7 @@ CHANGES: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
         "weights": ({}, {"weights": None, **FOLDERS}),
         "dino": ({"weights": None, **FOLDERS}, {"weights": None, **FOLDERS, "dino": "<dinov2>"}),
         "siglip": ({"weights": None, **FOLDERS}, {"weights": None, **FOLDERS, "siglip": "<siglip_vision_model>"}),
+        "towers": ({}, {"towers": "siglip"}),
         "size": ({}, {"size": 224}),
         "grid": ({}, {"grid": 6}),
         "fine": ({}, {"fine": 3}),

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from vla.featurize.backbones import hub
-from vla.featurize.backbones.dino_siglip import DINO_ID, SIGLIP_ID, DinoSiglip, DinoSiglipSettings, _tower
+from vla.featurize.backbones.dino_siglip import DINO_ID, SIGLIP_ID, DinoSiglip, DinoSiglipSettings
+from vla.featurize.backbones.towers import make_tower
 from vla.stores.errors import DataError, MachineError, UsageError
 
 Pictures = list[NDArray[np.uint8]]
@@ -86,7 +87,7 @@ def test_preprocessing_equals_the_processors_of_transformers(models: Models, pic
         square = {"height": 112, "width": 112}
         bit = transformers.BitImageProcessorPil(size=square, do_center_crop=False, **IMAGENET)
         sig = transformers.SiglipImageProcessorPil(size=square)
-        for processor, tower in ((bit, backbone.dino), (sig, backbone.siglip)):
+        for processor, tower in zip((bit, sig), backbone.towers, strict=True):
             theirs = processor(picture, return_tensors="pt")["pixel_values"]
             assert ((ours - tower.mean) / tower.std - theirs).abs().max() <= 1e-6
 
@@ -101,7 +102,7 @@ def test_the_default_networks_at_the_default_size_give_1536_channels_on_24_by_24
     dino = {"patch_size": 16, "hidden_size": 384, "num_hidden_layers": 12, "num_register_tokens": 4}
     siglip = {"patch_size": 14, "hidden_size": 1152, "num_hidden_layers": 27, "image_size": 384}
     towers = [
-        _tower(kind, SimpleNamespace(config=SimpleNamespace(**config)), 384, {})
+        make_tower(kind, SimpleNamespace(config=SimpleNamespace(**config)), 384, {})
         for kind, config in (("dinov3_vit", dino), ("siglip", siglip))
     ]
     assert sum(tower.channels for tower in towers) == 1536
@@ -138,7 +139,7 @@ def test_half_precision_on_disk_is_computed_in_float32(models: Models, folder: P
     config = json.loads((folder / "dino" / "config.json").read_text())
     (folder / "dino" / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
     backbone = from_folder(folder)
-    assert {p.dtype for p in backbone.dino.network.parameters()} == {torch.float32}
+    assert {p.dtype for p in backbone.towers[0].network.parameters()} == {torch.float32}
     made, wanted = run(backbone, pictures[0])["fine"], run(from_models(models, "dinov2"), pictures[0])["fine"]
     assert made.dtype == torch.float32
     assert not torch.equal(made, wanted)
@@ -197,11 +198,11 @@ def test_siglip_crops_at_its_own_training_size_only(models: Models, tmp_path: Pa
     config = transformers.SiglipVisionConfig(**models["siglip_vision_model"][1].config.to_dict() | {"image_size": 100})
     transformers.SiglipVisionModel(config).save_pretrained(tmp_path / "native")
     backbone = build(weights=None, dino=str(models["dinov2"][0]), siglip=str(tmp_path / "native"), size=112, grid=8)
-    assert backbone.siglip.side == 8
-    tower = _tower("siglip", backbone.siglip.network, 100, {})
+    assert backbone.towers[1].side == 8
+    tower = make_tower("siglip", backbone.towers[1].network, 100, {})
     assert tower.patch_map(torch.zeros(1, 3, 100, 100)).shape == (1, 32, 7, 7)
     with pytest.raises(UsageError, match="size 110 is no multiple of the 14 px patches of siglip"):
-        _tower("siglip", backbone.siglip.network, 110, {})
+        make_tower("siglip", backbone.towers[1].network, 110, {})
 
 
 def test_a_multiple_of_both_patches_keeps_siglips_own_table_of_positions(
