@@ -21,10 +21,9 @@ from vla.featurize.backbones.hub import read_json, weight_files
 from vla.featurize.backbones.weights import DAMAGE
 from vla.stores.errors import DataError
 
-NAMES = re.compile(
-    r"(?:^|\.)(?:(?P<tower>vision_tower)\.(?:vision_model\.)?+(?!head\.)|(?P<projector>multi_modal_projector)\.)(?P<name>.+)"
-)
+TOWER = re.compile(r"(?:^|\.)vision_tower\.(?:vision_model\.)?+(?!head\.)(.+)")
 """Older releases keep the tower one level deeper, in `vision_model`; SigLIP's pooling head feeds no token."""
+PROJECTOR = re.compile(r"(?:^|\.)(multi_modal_projector\..+)")
 
 VISION_FIELDS = (
     "image_size",
@@ -44,12 +43,16 @@ LICENCES = {"paligemma": GEMMA, "pi0": "Gemma Terms of Use (pi0, made from PaliG
 
 @dataclass(frozen=True)
 class Prefix:
-    """What makes image tokens: SigLIP's sizes, the projector's width, the parameters in float32, their licence."""
+    """What makes image tokens: SigLIP's sizes, the projector's width, the parameters in float32, their licence.
+
+    `tower` is named as transformers' SiglipVisionModel names it, `projector` from `multi_modal_projector` on.
+    """
 
     folder: Path
     vision: dict[str, Any]
     width: int
-    tensors: dict[str, torch.Tensor]
+    tower: dict[str, torch.Tensor]
+    projector: dict[str, torch.Tensor]
     licence: str
 
 
@@ -65,11 +68,13 @@ def read_prefix(folder: Path) -> Prefix:
     if vision.model_type != "siglip_vision_model" or not whole:
         found = f"{folder / 'config.json'} has a {vision.model_type!r} of {kept}"
         raise DataError(found, expected="a siglip_vision_model of whole patches and whole heads")
+    tower, projector = _read_tensors(folder)
     return Prefix(
         folder=folder,
         vision=kept,
         width=config.projection_dim,
-        tensors=_read_tensors(folder),
+        tower=tower,
+        projector=projector,
         licence=LICENCES[kind],
     )
 
@@ -92,16 +97,17 @@ def _describe(folder: Path) -> tuple[str, Any]:
     raise DataError(found, expected="model_type paligemma or pi0, or paligemma_variant gemma_2b")
 
 
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Read what `NAMES` finds in the shards, one tensor at a time; nothing else leaves the disk."""
-    tensors: dict[str, torch.Tensor] = {}
+def _read_tensors(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Read what `TOWER` and `PROJECTOR` find in the shards, one tensor at a time; nothing else leaves the disk."""
+    tower: dict[str, torch.Tensor] = {}
+    projector: dict[str, torch.Tensor] = {}
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118  # a safetensors handle is no mapping
-                    if found := NAMES.search(key):
-                        name = f"{found['tower'] or found['projector']}.{found['name']}"
-                        tensors[name] = file.get_tensor(key).float()
+                    for pattern, tensors in ((TOWER, tower), (PROJECTOR, projector)):
+                        if found := pattern.search(key):
+                            tensors[found[1]] = file.get_tensor(key).float()
         except DAMAGE as error:
             raise DataError(f"{path} does not load: {str(error).strip().partition(chr(10))[0]}") from None
-    return tensors
+    return tower, projector

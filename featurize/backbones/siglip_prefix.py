@@ -10,7 +10,7 @@ Only the tower and the projector are read from a checkpoint; the language model'
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import transformers
@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import nn
 
 from vla.featurize.backbones.base import BackboneSpec, FeatureSpec
-from vla.featurize.backbones.hub import find_model
+from vla.featurize.backbones.hub import fill_model, find_model
 from vla.featurize.backbones.inference import count_parameters, freeze, frozen_inference
 from vla.featurize.backbones.paligemma import VISION_FIELDS, Prefix, read_prefix
 from vla.featurize.backbones.resize import resize_with_pad
@@ -52,14 +52,26 @@ class SiglipPrefixSettings(Settings):
 
 
 class ImageTokens(nn.Module):
-    """SigLIP without its pooling head, then the projector: [N, 3, size, size] in -1..1 to [N, P, width]."""
+    """SigLIP without its pooling head, then the projector: [N, 3, size, size] in -1..1 to [N, P, width].
 
-    def __init__(self, vision: dict[str, Any], width: int) -> None:
+    `prefix`: what a checkpoint gave, or None for tiny random weights. Raises `DataError` where the parameters do not
+    fit the sizes.
+    """
+
+    def __init__(self, prefix: Prefix | None) -> None:
         super().__init__()
-        self.vision_tower = transformers.SiglipVisionModel(
-            transformers.SiglipVisionConfig(**{**vision, "vision_use_head": False})
-        )
-        self.multi_modal_projector = nn.ModuleDict({"linear": nn.Linear(vision["hidden_size"], width)})
+        vision, width = (prefix.vision, prefix.width) if prefix else (TINY_VISION, TINY_WIDTH)
+        self.config = transformers.SiglipVisionConfig(**vision, vision_use_head=False)
+        model = transformers.SiglipVisionModel
+        linear = nn.Linear(self.config.hidden_size, width)
+        if prefix:
+            self.vision_tower = fill_model(model, self.config, prefix.tower, prefix.folder)
+        else:
+            self.vision_tower = model(self.config)
+        self.multi_modal_projector = nn.ModuleDict({"linear": linear})
+        if prefix:
+            named = nn.ModuleDict({"multi_modal_projector": self.multi_modal_projector})
+            load_strictly(named, prefix.projector, prefix.folder)
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         """See the class."""
@@ -78,20 +90,18 @@ class SiglipPrefix:
         self.device = torch.device("cpu")
         self.random = settings.weights == RANDOM
         prefix = None if self.random else _read(settings.weights or MODEL_ID)
-        vision, width = (prefix.vision, prefix.width) if prefix else (TINY_VISION, TINY_WIDTH)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.network = ImageTokens(vision, width)
-        if prefix:
-            load_strictly(self.network, prefix.tensors, prefix.folder)
+            self.network = ImageTokens(prefix)
         freeze(self.network)
         self.licence = prefix.licence if prefix else "none (random)"
-        config = self.network.vision_tower.config
-        self.size, self.tokens, self.width = config.image_size, (config.image_size // config.patch_size) ** 2, width
+        config = self.network.config
+        self.width = prefix.width if prefix else TINY_WIDTH
+        self.size, self.tokens = config.image_size, (config.image_size // config.patch_size) ** 2
         self.identity = {
             "network": "siglip_vision_model + linear",
             **{name: getattr(config, name) for name in VISION_FIELDS},
-            "projection": width,
+            "projection": self.width,
             "weights_sha256": digest_tensors(self.network.state_dict()),
             **({"weights": RANDOM, "seed": settings.seed} if self.random else {}),
             "layer": "multi_modal_projector of last_hidden_state",
