@@ -1,9 +1,9 @@
 """Image tokens as pi0 and pi0.5 take them: PaliGemma's SigLIP tower and the linear projector behind it.
 
 The tokens are the visual part of the prefix of a PaliGemma-type language model: 256 of width 2048 for a picture of
-224 px. They are cached as the projector gives them. PaliGemma as first published divided them by the square root of
-the language model's width, to cancel a factor that its Gemma put on all embeddings; openpi, and transformers since it
-moved that factor into the table of word embeddings, do neither, and neither is done here.
+224 px. They are cached as the projector gives them. Gemma multiplies word embeddings by the square root of its width;
+transformers 4 multiplied image tokens too, and divided them by it beforehand. In openpi, and in transformers 5, the
+factor reaches words only, so there is nothing to divide.
 
 Only the tower and the projector are read from a checkpoint; the language model's gigabytes stay on disk.
 """
