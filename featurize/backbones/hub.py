@@ -79,13 +79,13 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         return []
-    files = [folder / file for file in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+    files = [folder / file for file in sorted(set(read_json(index).get("weight_map", {}).values()))]
     return files if all(file.is_file() for file in files) else []
 
 
 def read_model_config(folder: Path) -> tuple[str, str]:
     """Return (model type, SHA-256 of what `config.json` says of the vision model)."""
-    values = _read_json(folder / "config.json")
+    values = read_json(folder / "config.json")
     vision = values.get("vision_config", values)
     return str(values.get("model_type")), digest({k: v for k, v in vision.items() if k not in INCIDENTAL})
 
@@ -95,24 +95,31 @@ def load_model(model_class: Any, folder: Path, *, unused: tuple[str, ...] = ()) 
 
     Raises `DataError` where the file does not hold exactly the parameters of the model.
     """
+    source = {"pretrained_model_name_or_path": folder, "local_files_only": True, "use_safetensors": True}
+    return _load(model_class, folder, unused, source)
+
+
+def fill_model(model_class: Any, config: Any, tensors: Mapping[str, torch.Tensor], path: Path) -> nn.Module:
+    """Make a transformers model from tensors that were read from `path`, as `load_model` does, without copying them."""
+    source = {"pretrained_model_name_or_path": None, "config": config, "state_dict": dict(tensors)}
+    return _load(model_class, path, (), source)
+
+
+def _load(model_class: Any, path: Path, unused: tuple[str, ...], source: Mapping[str, Any]) -> nn.Module:
     try:
         with _quiet():
             model, info = model_class.from_pretrained(
-                folder,
-                local_files_only=True,
-                use_safetensors=True,
-                dtype=torch.float32,
-                attn_implementation="sdpa",
-                output_loading_info=True,
+                **source, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
             )
     except (*DAMAGE, StrictDataclassError) as error:
-        raise DataError(f"{folder} does not load: {str(error).strip().partition(chr(10))[0]}") from None
+        raise DataError(f"{path} does not load: {str(error).strip().partition(chr(10))[0]}") from None
     unexpected = sorted(key for key in info["unexpected_keys"] if not key.startswith(unused))
-    require_keys(sorted(info["missing_keys"]), unexpected, folder)
+    require_keys(sorted(info["missing_keys"]), unexpected, path)
     return freeze(model)
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
+def read_json(path: Path) -> Mapping[str, Any]:
+    """Read a file such as `config.json`. Raises `DataError` where it holds no table."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except (OSError, ValueError) as error:

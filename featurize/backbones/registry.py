@@ -56,6 +56,15 @@ BACKBONES: dict[str, Entry] = {
         "DINOv3: its own licence, gated; DINOv2 and SigLIP: Apache-2.0",
         hub=("facebook/dinov3-vits16-pretrain-lvd1689m", "google/siglip-so400m-patch14-384"),
     ),
+    "siglip-prefix": Entry(
+        "vla.featurize.backbones.siglip_prefix:SiglipPrefix",
+        "image tokens of a PaliGemma vision tower after its projector: the prefix of pi0 and pi0.5",
+        "siglip [256, 2048]",
+        "415 M",
+        "Apache-2.0 (transformers)",
+        "Gemma terms of use, gated",
+        hub=("google/paligemma-3b-pt-224",),
+    ),
     "text": Entry(
         "vla.featurize.backbones.text:Text",
         "token ids and input embeddings of each distinct instruction, once",

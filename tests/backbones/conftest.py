@@ -15,6 +15,16 @@ from numpy.typing import NDArray
 
 TINY_VIT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
 TINY_SIGLIP = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+TINY_GEMMA = {
+    "model_type": "gemma",
+    "hidden_size": 40,
+    "num_hidden_layers": 1,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "vocab_size": 50,
+}
 TINY_TEXT = {**TINY_SIGLIP, "vocab_size": 50}
 
 
@@ -44,6 +54,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple
         torch.manual_seed(0)
         vit = {**TINY_VIT, "image_size": 112}
         eye = {**TINY_SIGLIP, "image_size": 112, "patch_size": 14}
+        vlm = {
+            "vision_config": {**eye, "image_size": 56, "vision_use_head": False, "model_type": "siglip_vision_model"},
+            "text_config": dict(TINY_GEMMA),
+            "projection_dim": TINY_GEMMA["hidden_size"],
+            "image_token_index": 49,
+        }
         made = {
             "dinov2": transformers.Dinov2Model(transformers.Dinov2Config(**vit, patch_size=14, mlp_ratio=2)),
             "dinov2_with_registers": transformers.Dinov2WithRegistersModel(
@@ -53,6 +69,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple
                 transformers.DINOv3ViTConfig(**TINY_VIT, intermediate_size=96, num_register_tokens=4)
             ),
             "siglip_vision_model": transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**eye)),
+            "paligemma": transformers.PaliGemmaForConditionalGeneration(transformers.PaliGemmaConfig(**vlm)),
+            "pi0": transformers.PI0ForConditionalGeneration(
+                transformers.PI0Config(vlm_config={**vlm, "model_type": "paligemma"}, dit_config=dict(TINY_GEMMA))
+            ),
             "siglip": transformers.SiglipModel(transformers.SiglipConfig(vision_config=eye, text_config=TINY_TEXT)),
         }
     transformers.utils.logging.disable_progress_bar()

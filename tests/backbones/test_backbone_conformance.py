@@ -23,13 +23,13 @@ PICTURES = [name for name in BACKBONES if name not in ("text",)]
 Pictures = list[NDArray[np.uint8]]
 Models = dict[str, tuple[Path, Any]]
 
+RANDOM = {"weights": "random"}
 SMALL: dict[str, dict[str, Any]] = {
     "efficientnet": {"size": 64},
     "dino-siglip": {"weights": "random", "size": 112, "grid": 7, "fine": 4},
+    "siglip-prefix": RANDOM,
 }
 """Options that make a backbone quick; any that is not named runs with its defaults."""
-
-RANDOM = {"weights": "random"}
 FOLDERS = {"dino": "<dinov3_vit>", "siglip": "<siglip>"}
 CHANGES: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
     "efficientnet": {
@@ -44,12 +44,14 @@ CHANGES: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
         "weights": ({}, {"weights": None, **FOLDERS}),
         "dino": ({"weights": None, **FOLDERS}, {"weights": None, **FOLDERS, "dino": "<dinov2>"}),
         "siglip": ({"weights": None, **FOLDERS}, {"weights": None, **FOLDERS, "siglip": "<siglip_vision_model>"}),
+        "towers": ({}, {"towers": "siglip"}),
         "size": ({}, {"size": 224}),
         "grid": ({}, {"grid": 6}),
         "fine": ({}, {"fine": 3}),
         "coarse": ({}, {"coarse": 3}),
         "seed": ({}, {"seed": 1}),
     },
+    "siglip-prefix": {"weights": ({}, {"weights": "<paligemma>"}), "seed": ({}, {"seed": 1})},
     "pixels": {"size": ({}, {"size": 16})},
     "toy": {"grid": ({}, {"grid": 5}), "channels": ({}, {"channels": 9}), "seed": ({}, {"seed": 1})},
 }
@@ -277,7 +279,7 @@ def test_weights_for_a_backbone_without_weights_are_refused(name: str) -> None:
         make_backbone(name, weights="random")
 
 
-@pytest.mark.parametrize("name", ["efficientnet", "dino-siglip"])
+@pytest.mark.parametrize("name", ["efficientnet", "dino-siglip", "siglip-prefix"])
 def test_random_weights_are_marked_and_never_the_default(name: str) -> None:
     assert small(name, weights="random").spec().random_weights
     assert load_backbone_class(name).settings_type.model_fields["weights"].default is None

@@ -13,16 +13,18 @@ from vla.cli import app
 from vla.featurize.backbones import registry
 from vla.featurize.backbones.registry import BACKBONES, make_backbone, missing
 
-BUILT = {
+RANDOM = {"weights": "random"}
+BUILT: dict[str, dict[str, str]] = {
     "efficientnet": {},
     "pixels": {},
     "toy": {},
-    "dino-siglip": {"weights": "random"},
-    "text": {"weights": "random"},
+    "dino-siglip": RANDOM,
+    "siglip-prefix": RANDOM,
+    "text": RANDOM,
 }
 
 
-@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("name", BACKBONES)
 def test_the_features_listed_are_those_that_are_made(name: str) -> None:
     listed = dict(re.findall(r"(\w+) \[([^\]]*)\]", BACKBONES[name].features))
     made = make_backbone(name, **BUILT[name]).spec().features

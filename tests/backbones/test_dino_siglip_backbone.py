@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from vla.featurize.backbones import hub
-from vla.featurize.backbones.dino_siglip import DINO_ID, SIGLIP_ID, DinoSiglip, DinoSiglipSettings, _tower
+from vla.featurize.backbones.dino_siglip import DINO_ID, SIGLIP_ID, DinoSiglip, DinoSiglipSettings
+from vla.featurize.backbones.towers import make_tower
 from vla.stores.errors import DataError, MachineError, UsageError
 
 Pictures = list[NDArray[np.uint8]]
@@ -86,7 +87,7 @@ def test_preprocessing_equals_the_processors_of_transformers(models: Models, pic
         square = {"height": 112, "width": 112}
         bit = transformers.BitImageProcessorPil(size=square, do_center_crop=False, **IMAGENET)
         sig = transformers.SiglipImageProcessorPil(size=square)
-        for processor, tower in ((bit, backbone.dino), (sig, backbone.siglip)):
+        for processor, tower in zip((bit, sig), backbone.towers, strict=True):
             theirs = processor(picture, return_tensors="pt")["pixel_values"]
             assert ((ours - tower.mean) / tower.std - theirs).abs().max() <= 1e-6
 
@@ -101,7 +102,7 @@ def test_the_default_networks_at_the_default_size_give_1536_channels_on_24_by_24
     dino = {"patch_size": 16, "hidden_size": 384, "num_hidden_layers": 12, "num_register_tokens": 4}
     siglip = {"patch_size": 14, "hidden_size": 1152, "num_hidden_layers": 27, "image_size": 384}
     towers = [
-        _tower(kind, SimpleNamespace(config=SimpleNamespace(**config)), 384, {})
+        make_tower(kind, SimpleNamespace(config=SimpleNamespace(**config)), 384, {})
         for kind, config in (("dinov3_vit", dino), ("siglip", siglip))
     ]
     assert sum(tower.channels for tower in towers) == 1536
@@ -125,6 +126,54 @@ def test_a_folder_with_dino_and_siglip_inside_equals_the_two_options(
     assert torch.equal(run(one, pictures[0])["fine"], run(two, pictures[0])["fine"])
 
 
+@pytest.mark.parametrize("tower", ["dino", "siglip"])
+def test_one_network_alone_makes_its_share_of_the_channels_and_needs_no_other_weights(
+    tower: str, folder: Path, pictures: Pictures
+) -> None:
+    both = from_folder(folder)
+    shutil.rmtree(folder / ("siglip" if tower == "dino" else "dino"))
+    alone = from_folder(folder, towers=tower)
+    channels = slice(0, 48) if tower == "dino" else slice(48, None)
+    for feature, values in run(alone, pictures[0]).items():
+        assert torch.allclose(values, run(both, pictures[0])[feature][:, channels], atol=1e-6)
+    spec = alone.spec()
+    assert spec.identity[tower] == both.spec().identity[tower]
+    assert spec.identity.keys() == both.spec().identity.keys() - {"dino", "siglip"} | {tower}
+    assert spec.weights_licence == f"Apache-2.0 ({'DINOv2' if tower == 'dino' else 'SigLIP'})"
+    assert spec.parameters < both.spec().parameters
+
+
+def test_one_network_alone_is_the_only_one_that_is_asked_for() -> None:
+    with pytest.raises(MachineError, match=f"no weights of {SIGLIP_ID}") as caught:
+        build(towers="siglip")
+    assert DINO_ID not in str(caught.value)
+
+
+def test_the_common_grid_is_dinos_own_unless_told(models: Models) -> None:
+    assert build(weights="random").spec().identity["pool"] == {"grid": 24, "fine": 8, "coarse": 2}
+    assert build(weights="random", towers="siglip").spec().identity["pool"]["grid"] == 27
+    assert from_models(models, "dinov2", grid=None).spec() == from_models(models, "dinov2", grid=8).spec()
+
+
+def test_models_are_saved_here_under_the_names_that_the_hub_uses(models: Models) -> None:
+    """So that loading them passes through the same renaming as the published files."""
+    hub_names = {
+        "dinov2": "encoder.layer.0.attention.attention.query.weight",
+        "dinov2_with_registers": "encoder.layer.0.attention.attention.query.weight",
+        "dinov3_vit": "layer.0.attention.q_proj.weight",
+        "siglip": "vision_model.encoder.layers.0.self_attn.q_proj.weight",
+    }
+    for kind, name in hub_names.items():
+        assert name in load_file(models[kind][0] / "model.safetensors")
+
+
+def test_siglip_2_of_variable_resolution_is_refused_with_one_that_fits(folder: Path) -> None:
+    path = folder / "siglip" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "siglip2"}))
+    with pytest.raises(DataError, match=r"holds a 'siglip2' model.*Try: .*google/siglip2-so400m-patch14-384"):
+        from_folder(folder)
+
+
 def test_a_relative_folder_is_never_taken_for_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "snapshot_download", lambda *args, **kwargs: pytest.fail("asked the hub"))
@@ -138,7 +187,7 @@ def test_half_precision_on_disk_is_computed_in_float32(models: Models, folder: P
     config = json.loads((folder / "dino" / "config.json").read_text())
     (folder / "dino" / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
     backbone = from_folder(folder)
-    assert {p.dtype for p in backbone.dino.network.parameters()} == {torch.float32}
+    assert {p.dtype for p in backbone.towers[0].network.parameters()} == {torch.float32}
     made, wanted = run(backbone, pictures[0])["fine"], run(from_models(models, "dinov2"), pictures[0])["fine"]
     assert made.dtype == torch.float32
     assert not torch.equal(made, wanted)
@@ -197,11 +246,11 @@ def test_siglip_crops_at_its_own_training_size_only(models: Models, tmp_path: Pa
     config = transformers.SiglipVisionConfig(**models["siglip_vision_model"][1].config.to_dict() | {"image_size": 100})
     transformers.SiglipVisionModel(config).save_pretrained(tmp_path / "native")
     backbone = build(weights=None, dino=str(models["dinov2"][0]), siglip=str(tmp_path / "native"), size=112, grid=8)
-    assert backbone.siglip.side == 8
-    tower = _tower("siglip", backbone.siglip.network, 100, {})
+    assert backbone.towers[1].side == 8
+    tower = make_tower("siglip", backbone.towers[1].network, 100, {})
     assert tower.patch_map(torch.zeros(1, 3, 100, 100)).shape == (1, 32, 7, 7)
     with pytest.raises(UsageError, match="size 110 is no multiple of the 14 px patches of siglip"):
-        _tower("siglip", backbone.siglip.network, 110, {})
+        make_tower("siglip", backbone.towers[1].network, 110, {})
 
 
 def test_a_multiple_of_both_patches_keeps_siglips_own_table_of_positions(
@@ -224,6 +273,7 @@ def test_a_multiple_of_both_patches_keeps_siglips_own_table_of_positions(
         ({"fine": 1}, "fine = 1"),
         ({"grid": 6, "fine": 7}, "fine=7 and coarse=2 cannot exceed grid=6"),
         ({"grid": 25}, "grid=25 exceeds the 24x24 patches of a 384 px picture"),
+        ({"towers": "dino", "fine": 25}, "fine=25 and coarse=2 cannot exceed grid=24"),
         ({"dino": "a/b"}, "give either weights, or dino and siglip"),
         ({"size": 378}, "size 378 is no multiple of the 16 px patches of dinov3_vit.*Try: size=368 or size=384"),
     ],
@@ -231,6 +281,11 @@ def test_a_multiple_of_both_patches_keeps_siglips_own_table_of_positions(
 def test_settings_that_contradict_each_other_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         build(weights="random", **options)
+
+
+def test_a_network_that_is_not_used_is_not_named() -> None:
+    with pytest.raises(UsageError, match="siglip is given, but towers=dino does not use it"):
+        build(dino="a/b", siglip="c/d", towers="dino")
 
 
 def assert_says_how_to_supply_weights(error: MachineError) -> None:
