@@ -44,7 +44,7 @@ Progress = Callable[..., None]
 @app.command()
 def featurize(
     backbone: Annotated[str | None, typer.Option(help="A name of `vla backbones`.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder that gets the store OUT/NAME.")] = Path("stores"),
+    out: Annotated[str, typer.Option(help="Folder or s3:// URL that gets the store OUT/NAME.")] = "stores",
     source: Source = None,
     weights: Annotated[str | None, typer.Option(help="Folder, hub id, or random.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the store. Left out: the backbone's.")] = None,
@@ -73,7 +73,7 @@ def featurize(
         skip_bad=skip_bad or None,
     )
     job = prepare(settings)
-    root = out / (name or settings.backbone)
+    root = f"{out.rstrip('/')}/{name or settings.backbone}" if "://" in out else Path(out, name or settings.backbone)
     plan = job.plan.to_json() | {"out": str(root)}
     log = _log()
     if dry_run:
@@ -96,7 +96,7 @@ def featurize(
 
 
 @app.command()
-def inspect(store: Annotated[Path, typer.Argument(help="A store.")], as_json: Json = False) -> None:
+def inspect(store: Annotated[str, typer.Argument(help="A store: folder or URL.")], as_json: Json = False) -> None:
     """Say what a store holds and where it came from."""
     from vla.stores.inspect import describe
 
@@ -108,7 +108,7 @@ def inspect(store: Annotated[Path, typer.Argument(help="A store.")], as_json: Js
 
 
 @app.command()
-def verify(store: Annotated[Path, typer.Argument(help="A store.")], as_json: Json = False) -> None:
+def verify(store: Annotated[str, typer.Argument(help="A store: folder or URL.")], as_json: Json = False) -> None:
     """Read a store back and compare every byte with what was committed."""
     from vla.stores.verify import verify_store
 
@@ -169,6 +169,7 @@ def train_head(
     out: Annotated[Path | None, typer.Option(help="Run folder. Left out: runs/HEAD-STORE.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     features: Annotated[str | None, typer.Option(help="Comma-separated names. Left out: all of the store's.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Folder that caches what comes from s3:// stores.")] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     config: Config = None,
@@ -184,6 +185,7 @@ def train_head(
     head_class(head)
     overrides = [f"train.steps={steps}"] if steps is not None else []
     overrides += [f"data.stores={json.dumps(store)}"] if store else []
+    overrides += [f"data.remote.cache={json.dumps(cache)}"] if cache else []
     overrides += [f"data.features={json.dumps(features.split(','))}"] if features else []
     settings = HeadTrainConfig.from_sources(config, [*overrides, *(set_ or ())], head=head)
     run_dir = out or Path("runs") / "-".join([head, *(Path(path).name for path in settings.data.stores)])

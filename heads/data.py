@@ -16,6 +16,7 @@ from vla.stores.batches import WindowBatch, WindowBatches
 from vla.stores.errors import DataError, UsageError
 from vla.stores.join import JoinedStores, join_stores
 from vla.stores.reader import Verify
+from vla.stores.remote.options import RemoteOptions
 from vla.stores.settings import Settings
 from vla.stores.store import open_store
 from vla.stores.windows import WindowIndex, WindowSpec, split_episodes
@@ -28,6 +29,7 @@ class DataConfig(Settings):
     them). `state`: step columns that are proprioception; () for none. A column whose role is `privileged` (simulator
     truth) has to be named here to be used at all. `validation`: share of episodes held out, whole episodes at a time.
     `verify`: when rows are compared with their checksums. `random_weights`: allow features of random weights.
+    `remote`: how stores on object stores are reached and cached.
     """
 
     stores: tuple[str, ...]
@@ -38,6 +40,7 @@ class DataConfig(Settings):
     verify: Verify = "first"
     allow_partial: bool = False
     random_weights: bool = False
+    remote: RemoteOptions = RemoteOptions()
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,9 @@ def open_data(config: DataConfig) -> HeadData:
     """
     if not config.stores:
         raise UsageError("no store given", fix="--store stores/NAME")
-    stores = join_stores([open_store(path, allow_partial=config.allow_partial) for path in config.stores])
+    stores = join_stores(
+        [open_store(path, allow_partial=config.allow_partial, remote=config.remote) for path in config.stores]
+    )
     for store in stores.stores:
         if store.manifest.random_weights and not config.random_weights:
             raise DataError(

@@ -10,8 +10,10 @@ from __future__ import annotations
 import itertools
 import os
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import google_crc32c
 import numpy as np
@@ -30,6 +32,19 @@ MAX_RUN = 512
 """Rows a single `preadv`: two buffers a row, and the kernel takes at most 1024 (IOV_MAX)."""
 
 
+class Blocks(Protocol):
+    """Where the local files hold parts of a remote store only: what a reader asks for before it reads them."""
+
+    def reading(self, read: Callable[[], None]) -> None:
+        """Call `read`, and once more with fresh bytes where it finds damage."""
+
+    def holding(self, wanted: Mapping[str, tuple[NDArray[np.int64], int]]) -> AbstractContextManager[None]:
+        """Have `{file: (offsets, bytes from each on)}` on disk while the context lasts."""
+
+    def close(self) -> None:
+        """Let go of threads and files."""
+
+
 class FeatureReader:
     """Rows of one feature. One reader a thread; it does not survive `fork` (checked) and is not pickled.
 
@@ -37,8 +52,16 @@ class FeatureReader:
     or not at all (`never`).
     """
 
-    def __init__(self, root: Path, manifest: Manifest, commits: dict[int, Commit], name: str, verify: Verify) -> None:
-        self.root, self.name, self.info = root, name, manifest.features[name]
+    def __init__(
+        self,
+        root: Path,
+        manifest: Manifest,
+        commits: dict[int, Commit],
+        name: str,
+        verify: Verify,
+        blocks: Blocks | None = None,
+    ) -> None:
+        self.root, self.name, self.info, self._blocks = root, name, manifest.features[name], blocks
         self._manifest, self._commits, self._verify = manifest, commits, verify
         self._row_bytes = self.info.row_bytes
         # Zeros, which the kernel hands out untouched: opening a store of 10^8 rows costs no memory until they are read.
@@ -61,7 +84,10 @@ class FeatureReader:
         if len(rows) == 0:
             return
         with explaining(self.root):
-            self._read(rows, out)
+            if self._blocks is None:
+                self._read(rows, out)
+            else:
+                self._blocks.reading(lambda: self._read(rows, out))
 
     def _read(self, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
         units = rows // self._manifest.unit_rows
@@ -71,9 +97,10 @@ class FeatureReader:
         starts = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(rows)]
         target = out.reshape(-1).view(np.uint8).data
         positions, which = offsets.tolist(), units.tolist()
-        for first, last in itertools.pairwise(starts):
-            for at in range(first, last, MAX_RUN):
-                self._read_run(which[at], positions[at], target, at, min(at + MAX_RUN, last))
+        with self._held(units, offsets, self._row_bytes):
+            for first, last in itertools.pairwise(starts):
+                for at in range(first, last, MAX_RUN):
+                    self._read_run(which[at], positions[at], target, at, min(at + MAX_RUN, last))
         if self._verify != "never":
             self._check(rows, out.reshape(len(rows), -1).view(np.uint8))
 
@@ -81,6 +108,15 @@ class FeatureReader:
         """Close all files."""
         while self._files:
             os.close(self._files.popitem()[1])
+        if self._blocks is not None:
+            self._blocks.close()
+
+    def _held(self, units: NDArray[np.int64], offsets: NDArray[np.int64], size: int) -> AbstractContextManager[None]:
+        """Have `size` bytes at each of the offsets [n] of units [n] in the local files while the context lasts."""
+        if self._blocks is None:
+            return nullcontext()
+        files = {unit: feature_file(self.name, unit, len(self.info.shape)) for unit in np.unique(units).tolist()}
+        return self._blocks.holding({file: (offsets[units == unit], size) for unit, file in files.items()})
 
     def _locate(self, rows: NDArray[np.int64], units: NDArray[np.int64]) -> NDArray[np.int64]:
         if int(rows.min()) < 0 or int(rows.max()) >= self._manifest.rows:
@@ -105,7 +141,9 @@ class FeatureReader:
         found = os.fstat(descriptor).st_size
         if found != size or size < index_bytes(slots):
             raise self._corrupt(unit, f"has {found} bytes, {size} were committed")
-        tail = os.pread(descriptor, index_bytes(slots), size - index_bytes(slots))
+        start = size - index_bytes(slots)
+        with self._held(np.array([unit]), np.array([start]), index_bytes(slots)):
+            tail = os.pread(descriptor, index_bytes(slots), start)
         self._offsets[rows.start : rows.stop] = decode_index(tail, self.info, size, str(self.root / path))[: len(rows)]
         crcs = read_committed(self.root, commit, checksum_file(self.name, unit))
         self._crcs[rows.start : rows.stop] = np.frombuffer(crcs, "<u4", slots)[: len(rows)]

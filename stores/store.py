@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from vla.stores.filesystem import explaining
 from vla.stores.layout import statistics_file, step_file
 from vla.stores.manifest import Manifest
 from vla.stores.metadata import check_arrays, read_manifest, read_tables
-from vla.stores.reader import FeatureReader, Verify, read_committed
+from vla.stores.reader import Blocks, FeatureReader, Verify, read_committed
+from vla.stores.remote.options import RemoteOptions, is_url
 from vla.stores.settings import nearest
 from vla.stores.shard import CRC_BYTES
 from vla.stores.statistics import MOMENTS, ChannelStatistics
@@ -26,7 +28,8 @@ from vla.stores.tables import EpisodeTable
 class Store:
     """A committed view of a store on disk. Immutable: units committed after opening are not seen.
 
-    `usable` (bool [E]) marks the episodes all of whose rows are committed and that were not left out.
+    `usable` (bool [E]) marks the episodes all of whose rows are committed and that were not left out. Of a remote
+    store, `root` is its folder in the cache, and `remote` makes what fetches blocks for one reader.
     """
 
     root: Path
@@ -35,6 +38,7 @@ class Store:
     commits: dict[int, Commit]
     usable: NDArray[np.bool_]
     skipped: dict[str, str]
+    remote: Callable[[], Blocks] | None = None
 
     @property
     def complete(self) -> bool:
@@ -71,7 +75,11 @@ class Store:
     def reader(self, feature: str, verify: Verify = "first") -> FeatureReader:
         """Return a reader of one feature; one a thread."""
         self.feature_info(feature)
-        return FeatureReader(self.root, self.manifest, self.commits, feature, verify)
+        if self.remote is None:
+            return FeatureReader(self.root, self.manifest, self.commits, feature, verify)
+        # A block may be dropped and fetched again: rows that were right once are compared again.
+        always: Verify = "always" if verify == "first" else verify
+        return FeatureReader(self.root, self.manifest, self.commits, feature, always, self.remote())
 
     def read(self, feature: str, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Return rows of a feature [n, *shape] in new memory, verified. For loops, use `reader`."""
@@ -94,12 +102,21 @@ class Store:
         return info
 
 
-def open_store(root: Path | str, *, allow_partial: bool = False) -> Store:
-    """Open the store at `root`.
+def open_store(
+    root: Path | str,
+    *,
+    allow_partial: bool = False,
+    remote: RemoteOptions = RemoteOptions(),  # noqa: B008 - frozen
+) -> Store:
+    """Open the store at `root`: a folder, or a URL such as `s3://bucket/prefix`, read as `remote` says.
 
     Raises `StoreError` where there is none, or where units are missing and `allow_partial` is not set (features that
     were never computed must not go unnoticed), `CorruptionError` where metadata or records do not match.
     """
+    if is_url(root):
+        from vla.stores.remote.mirror import open_remote
+
+        return open_remote(str(root), remote, allow_partial=allow_partial)
     root = Path(root)
     with explaining(root):
         return _open(root, allow_partial)

@@ -15,6 +15,7 @@ from vla.stores.errors import MachineError, VlaError
 from vla.stores.filesystem import PARTIAL, digest_file, explaining
 from vla.stores.layout import unit_files
 from vla.stores.reader import FeatureReader
+from vla.stores.remote.options import RemoteOptions, is_url
 from vla.stores.store import Store, open_store
 
 
@@ -34,12 +35,17 @@ class VerifyReport:
         return {**self.__dict__, "ok": not self.findings}
 
 
-def verify_store(root: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> VerifyReport:
-    """Compare every committed file with its record, and every row with its checksum.
+def verify_store(root: Path | str, progress: Callable[[int, int], None] = lambda done, total: None) -> VerifyReport:
+    """Compare every committed file with its record, and every row with its checksum. `root` may be a URL.
 
     Damage is reported, not raised; only a `root` that is no store at all raises (`StoreError`). `progress` is called
     with units done and units in all.
     """
+    if is_url(root):
+        from vla.stores.remote.verify import verify_remote
+
+        return verify_remote(str(root), RemoteOptions(), progress)
+    root = Path(root)
     report = VerifyReport(str(root))
     try:
         store = open_store(root, allow_partial=True)
@@ -51,7 +57,7 @@ def verify_store(root: Path, progress: Callable[[int, int], None] = lambda done,
     report.units, report.committed = store.manifest.units, len(store.commits)
     if not store.complete:
         missing = [unit for unit in range(report.units) if unit not in store.commits]
-        report.findings.append(f"units {_ranges(missing)} of {root} are not committed (vla featurize … --resume)")
+        report.findings.append(f"units {name_ranges(missing)} of {root} are not committed (vla featurize … --resume)")
     left_out = _rows_left_out(store)
     readers = {name: store.reader(name, "always") for name in store.manifest.features}
     try:
@@ -127,7 +133,7 @@ def _check_debris(store: Store, report: VerifyReport) -> None:
         report.findings.append(f"{file} belongs to no committed unit (harmless; --resume removes it)")
 
 
-def _ranges(numbers: list[int]) -> str:
+def name_ranges(numbers: list[int]) -> str:
     """Write [0, 1, 2, 5] as "0-2, 5"."""
     parts: list[list[int]] = []
     for number in numbers:
