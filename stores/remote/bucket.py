@@ -131,18 +131,24 @@ class Bucket:
                 raise TakenError(f"{self.url}/{path} exists") from None
             return self.put(path, data)
 
+    def replace(self, path: str, data: bytes, etag: str) -> str:
+        """Write a small object in the place of the one with this tag; return the new tag. Raises `ReplacedError`."""
+        try:
+            return self.put(path, data, {"e_tag": etag})
+        except _UnsupportedError:
+            if self.head(path).etag != etag:
+                raise ReplacedError(f"{self.url}/{path} was replaced by another object") from None
+            return self.put(path, data)
+
     def head(self, path: str) -> ObjectInfo:
         """Return size and tag of one object. Raises `ReplacedError` where there is none."""
         found = self._trying(path, lambda: self._obstore.head(self._store, path))
         return ObjectInfo(found["size"], found["e_tag"] or "")
 
     def delete(self, paths: list[str]) -> None:
-        """Delete objects; those that are not there are left out."""
-        for path in paths:
-            try:
-                self._trying(path, lambda path=path: self._obstore.delete(self._store, path))  # type: ignore[misc]
-            except ReplacedError:
-                continue
+        """Delete objects that are there."""
+        if paths:
+            self._trying("", lambda: self._obstore.delete(self._store, paths))
 
     def _trying(self, path: str, action: Callable[[], T]) -> T:
         where, errors = f"{self.url}/{path}".rstrip("/"), self._errors

@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Lease:
                     f"{where}, whose claim ends in {left:.0f} s unless renewed", expected="one writer a store"
                 ) from None
             try:
-                self._tag = self._bucket.put(LEASE, self._text(until), {"e_tag": tag})
+                self._tag = self._bucket.replace(LEASE, self._text(until), tag)
             except ReplacedError:
                 what = f"{self._bucket.url} was claimed by another writer just now"
                 raise StoreError(what, expected="one writer a store") from None
@@ -80,7 +80,7 @@ class Lease:
         while not self._stop.wait(self._seconds / RENEWALS):
             until = time.time() + self._seconds
             try:
-                self._tag = self._bucket.put(LEASE, self._text(until), {"e_tag": self._tag})
+                self._tag = self._bucket.replace(LEASE, self._text(until), self._tag)
             except ReplacedError:
                 self._check_replaced(until)
             except VlaError:  # out of reach: the next renewal may get through; `require` sees where none did
@@ -112,8 +112,11 @@ def writer_lease(bucket: Bucket) -> Iterator[Lease]:
     lease.acquire()
     try:
         yield lease
-    finally:
-        lease.release()
+    except BaseException:
+        with suppress(VlaError):  # the first error is the one to tell; the claim ends by itself
+            lease.release()
+        raise
+    lease.release()
 
 
 def _process(pid: int) -> dict[str, Any]:

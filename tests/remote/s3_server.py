@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape, unescape
 
 PAGE = 50
 """Keys in one page of a listing: few, so that every listing of a store takes several."""
@@ -118,6 +119,12 @@ class Handler(BaseHTTPRequestHandler):
             bucket.objects[key] = body
             answer = f"<CompleteMultipartUploadResult><ETag>{escape(etag(body))}</ETag></CompleteMultipartUploadResult>"
             return 200, {}, answer.encode()
+        if method == "POST" and "delete" in query:
+            names = re.findall(r"<Key>(.*?)</Key>", body.decode())
+            for name in names:
+                bucket.objects.pop(unescape(name), None)
+            deleted = "".join(f"<Deleted><Key>{name}</Key></Deleted>" for name in names)
+            return 200, {}, f"<DeleteResult>{deleted}</DeleteResult>".encode()
         if method == "DELETE":
             bucket.uploads.pop(query.get("uploadId", ""), None)
             if "uploadId" not in query:

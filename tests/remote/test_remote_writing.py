@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -185,43 +184,6 @@ def test_a_server_without_conditional_puts_is_looked_at_first(
     monkeypatch.setenv("AWS_CONDITIONAL_PUT", "disabled")
     write_remote(local, options)
     assert content(bucket) == expected(local, files_of)
-
-
-def test_a_writer_killed_while_uploading_resumes_to_the_same_bytes(
-    bucket: Any, local: Any, options: RemoteOptions, write_remote: Any, content: Any, files_of: Any
-) -> None:
-    """SIGKILL at the k-th write request, for k over the whole run."""
-    slow = options.model_copy(update={"threads": 2})
-    wanted = expected(local, files_of)
-    seen = set()
-    for stop in (1, 9, 25, 30, 36, 42, 47):
-        bucket.objects.clear()
-        child = os.fork()
-        if child == 0:
-            try:
-                write_remote(local, slow)
-            finally:
-                os._exit(0)
-        writes = 0
-
-        def fault(request: Any, child: int = child, stop: int = stop) -> str | None:
-            nonlocal writes
-            writes += request.method == "PUT"
-            if writes == stop:
-                os.kill(child, signal.SIGKILL)
-            return "reset" if writes >= stop else None
-
-        bucket.fault = fault
-        killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        bucket.fault = lambda request: None
-        assert killed == -signal.SIGKILL, stop
-        commits = [path for path in content(bucket) if path.startswith("commits/unit")]
-        seen.add(len(commits))
-        for path in commits:  # what is committed is whole
-            assert content(bucket)[path] == wanted[path]
-        write_remote(local, options, resume=True)
-        assert content(bucket) == wanted, stop
-    assert len(seen) > 2
 
 
 @pytest.mark.parametrize("fault", ["500", "reset", "stall"])
