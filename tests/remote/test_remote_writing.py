@@ -96,8 +96,14 @@ def test_resuming_with_other_settings_is_refused_and_names_the_url(
 
 
 def test_overwriting_replaces_the_store(
-    bucket: Any, remote: str, make_store: Any, memory_path: Path, options: RemoteOptions, write_remote: Any,
-    content: Any, files_of: Any,
+    bucket: Any,
+    remote: str,
+    make_store: Any,
+    memory_path: Path,
+    options: RemoteOptions,
+    write_remote: Any,
+    content: Any,
+    files_of: Any,
 ) -> None:
     other = make_store(memory_path / "other", lengths=(5,), source="source-b")
     write_remote(other, options, overwrite=True)
@@ -178,7 +184,12 @@ def test_a_record_of_another_writer_is_never_replaced(
 
 
 def test_a_server_without_conditional_puts_is_looked_at_first(
-    bucket: Any, local: Any, options: RemoteOptions, write_remote: Any, content: Any, files_of: Any,
+    bucket: Any,
+    local: Any,
+    options: RemoteOptions,
+    write_remote: Any,
+    content: Any,
+    files_of: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("AWS_CONDITIONAL_PUT", "disabled")
@@ -214,9 +225,7 @@ def test_missing_credentials_say_what_to_set(
         open_store(URL, remote=options.model_copy(update={"attempts": 1}))
 
 
-def test_a_missing_client_library_names_the_extra(
-    options: RemoteOptions, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_client_library_names_the_extra(options: RemoteOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "obstore", None)
     with pytest.raises(MachineError, match=r"vla-feature-cache\[remote\]"):
         open_store(URL, remote=options)
