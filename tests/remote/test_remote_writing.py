@@ -49,10 +49,10 @@ def test_an_answer_that_got_lost_after_a_record_was_made_is_no_second_writer(
     lost: set[str] = set()
 
     def fault(request: Any) -> str | None:
-        if request.method == "PUT" and request.key.endswith(".json") and "commits/" in request.key:
-            if request.key not in lost:
-                lost.add(request.key)
-                return "truncate-answer"
+        record = request.method == "PUT" and request.key.endswith(".json") and "commits/" in request.key
+        if record and request.key not in lost:
+            lost.add(request.key)
+            return "truncate-answer"
         return None
 
     bucket.fault = fault
