@@ -17,6 +17,7 @@ from vla.stores.errors import CorruptionError, MachineError
 from vla.stores.filesystem import PARTIAL, explaining, writer_lock
 from vla.stores.formats.registry import unit_files
 from vla.stores.manifest import Manifest
+from vla.stores.remote.options import require_folder
 from vla.stores.store import open_damaged
 from vla.stores.verify import VerifyReport, verify_opened
 
@@ -39,7 +40,7 @@ class RepairReport:
         return {**self.__dict__, "found": self.found.to_json()}
 
 
-def repair_store(root: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> RepairReport:
+def repair_store(root: Path | str, progress: Callable[[int, int], None] = lambda done, total: None) -> RepairReport:
     """Verify a store and drop every damaged unit and all debris. A sound store is left as it is.
 
     Afterwards `featurize` with `resume` computes the `pending` units, and the store equals one that never was damaged.
@@ -48,7 +49,7 @@ def repair_store(root: Path, progress: Callable[[int, int], None] = lambda done,
     nothing is dropped), `MachineError` where a unit could not be read for want of a permission and the like (it may
     be sound), `StoreError` where there is no store or another process writes to it.
     """
-    root = root.resolve()
+    root = require_folder(root).resolve()
     _require_whole_metadata(root)  # before the lock: what is no store gets no lock file
     with writer_lock(root), explaining(root):
         store, lying = open_damaged(root)
