@@ -183,4 +183,6 @@ class Bucket:
 
 def _one_line(error: Exception) -> str:
     """Return the cause in a client's error, whose text goes on with a debug dump in further lines."""
-    return " ".join(str(error).split("\n\nDebug source:")[0].split())[:300]
+    text = " ".join(str(error).split("\n\nDebug source:")[0].split())
+    code = re.search(r"<Code>(\w+)</Code>", text)  # S3 answers with an XML document
+    return (f"{text.partition('<')[0].rstrip(' :')} ({code[1]})" if code else text)[:300]

@@ -40,8 +40,8 @@ def verify_remote(url: str, options: RemoteOptions, progress: Callable[[int, int
             return report
     require_supported(store.manifest, bucket.url)
     report.units, report.committed = store.manifest.units, len(store.commits)
-    for path, lie in lying.items():
-        report.add(record_unit(path), str(lie).replace(str(files), bucket.url))
+    for file, lie in lying.items():
+        report.add(record_unit(file), str(lie).replace(str(files), bucket.url))
     report.missing = [unit for unit in range(report.units) if unit not in {*store.commits, *report.damaged}]
     if report.missing:
         line = f"units {ranges(report.missing)} of {bucket.url} are not committed (vla featurize … --resume)"
@@ -50,10 +50,10 @@ def verify_remote(url: str, options: RemoteOptions, progress: Callable[[int, int
         for done, (unit, commit) in enumerate(sorted(store.commits.items())):
             records = sorted(commit.files.items())
             problems = threads.map(lambda item: _compare(bucket, item[0], item[1], objects.get(item[0])), records)
-            for (path, record), (problem, error) in zip(records, problems, strict=True):
+            for (path, record), (problem, cause) in zip(records, problems, strict=True):
                 if problem:
                     array = "/".join(path.split("/")[:2])
-                    report.add(unit, f"array {array}, unit {unit}: {bucket.url}/{path} {problem}", error)
+                    report.add(unit, f"array {array}, unit {unit}: {bucket.url}/{path} {problem}", cause)
                 else:
                     report.files += 1
                     report.bytes += record.size
@@ -68,9 +68,7 @@ def verify_remote(url: str, options: RemoteOptions, progress: Callable[[int, int
     return report
 
 
-def _compare(
-    bucket: Bucket, path: str, record: FileRecord, info: ObjectInfo | None
-) -> tuple[str, VlaError | None]:
+def _compare(bucket: Bucket, path: str, record: FileRecord, info: ObjectInfo | None) -> tuple[str, VlaError | None]:
     """Say what is wrong with an object, and the error if reading failed; nothing where it is as committed."""
     if info is None:
         return "is missing", None

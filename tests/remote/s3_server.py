@@ -78,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
         with bucket.lock:
             request = Request(self.command, key, url.query, next(bucket.numbers))
             bucket.requests.append(request)
-            fault = bucket.fault(request)
+        fault = bucket.fault(request)
         if fault in ("400", "500", "503"):
             self._answer(int(fault), _error("InternalError"))
         elif fault == "reset":
