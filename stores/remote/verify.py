@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from vla.stores.commits import FileRecord, record_unit
-from vla.stores.errors import VlaError
+from vla.stores.errors import CorruptionError, VlaError
 from vla.stores.formats.registry import format_of, unit_files
 from vla.stores.remote.blocks import LONGEST_GET
 from vla.stores.remote.bucket import Bucket, ObjectInfo
 from vla.stores.remote.mirror import INDEX, mirror_metadata, require_store, require_supported
 from vla.stores.remote.naming import named
 from vla.stores.remote.options import RemoteOptions
-from vla.stores.store import open_damaged
+from vla.stores.store import Store, open_damaged
 from vla.stores.verify import VerifyReport, ranges
 
 
@@ -26,27 +26,44 @@ def verify_remote(url: str, options: RemoteOptions, progress: Callable[[int, int
     Nothing is kept on disk but the metadata, for as long as this takes. The digests cover every byte of every row.
     """
     bucket = Bucket(url, options)
-    report = VerifyReport(bucket.url)
     objects = bucket.objects()
     require_store(bucket, objects)
+    try:
+        store, lying = open_listed(bucket, objects)
+    except CorruptionError as error:
+        return VerifyReport(bucket.url, findings=[str(error)])
+    return verify_listed(bucket, objects, store, lying, progress)
+
+
+def open_listed(bucket: Bucket, objects: Mapping[str, ObjectInfo]) -> tuple[Store, dict[Path, CorruptionError]]:
+    """Like `open_damaged`, of what `Bucket.objects` returned; the store's folder is gone again: only metadata count."""
     with tempfile.TemporaryDirectory(prefix="vla-verify-") as folder:
         files = Path(folder) / "store"
-        try:
-            with named(bucket.url, files):
-                mirror_metadata(bucket, objects, files, Path(folder) / INDEX)
-                store, lying = open_damaged(files)
-        except VlaError as error:
-            report.findings.append(str(error))
-            return report
-    require_supported(store.manifest, bucket.url)
+        with named(bucket.url, files):
+            mirror_metadata(bucket, objects, files, Path(folder) / INDEX)
+            store, lying = open_damaged(files)
+            require_supported(store.manifest, bucket.url)
+            lies = {path: CorruptionError(str(lie).replace(str(files), bucket.url)) for path, lie in lying.items()}
+    return store, lies
+
+
+def verify_listed(
+    bucket: Bucket,
+    objects: Mapping[str, ObjectInfo],
+    store: Store,
+    lying: Mapping[Path, CorruptionError],
+    progress: Callable[[int, int], None],
+) -> VerifyReport:
+    """Like `verify_remote`, of what `open_listed` returned."""
+    report = VerifyReport(bucket.url)
     report.units, report.committed = store.manifest.units, len(store.commits)
     for file, lie in lying.items():
-        report.add(record_unit(file), str(lie).replace(str(files), bucket.url))
+        report.add(record_unit(file), str(lie))
     report.missing = [unit for unit in range(report.units) if unit not in {*store.commits, *report.damaged}]
     if report.missing:
         line = f"units {ranges(report.missing)} of {bucket.url} are not committed (vla featurize … --resume)"
         report.findings.append(line)
-    with ThreadPoolExecutor(options.threads, thread_name_prefix="vla-fetch") as threads:
+    with ThreadPoolExecutor(bucket.options.threads, thread_name_prefix="vla-fetch") as threads:
         for done, (unit, commit) in enumerate(sorted(store.commits.items())):
             records = sorted(commit.files.items())
             problems = threads.map(lambda item: _compare(bucket, item[0], item[1], objects.get(item[0])), records)
@@ -64,7 +81,9 @@ def verify_remote(url: str, options: RemoteOptions, progress: Callable[[int, int
     for path in sorted(path for path in objects if path.startswith(folders) and path not in known):
         if not path.endswith("zarr.json"):
             report.debris.append(path)
-            report.findings.append(f"{bucket.url}/{path} belongs to no committed unit (harmless)")
+            report.findings.append(
+                f"{bucket.url}/{path} belongs to no committed unit (harmless; vla verify --repair removes it)"
+            )
     return report
 
 
