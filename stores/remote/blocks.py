@@ -26,7 +26,8 @@ from vla.stores.remote.cache import HEADER, CacheFolder, emptied
 
 LONGEST_GET = 16 << 20
 """Bytes of one GET: long enough for a connection's full speed, short enough to be tried again whole."""
-MAX_OPEN = 256
+MAX_OPEN = 64
+"""Shards a reader keeps open, two files each: several readers have to fit into the usual limit of 1024."""
 ROUNDS = 20
 """How often blocks may be dropped by other processes between fetching and reading before that is an error."""
 

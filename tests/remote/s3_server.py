@@ -22,7 +22,7 @@ from xml.sax.saxutils import escape, unescape
 PAGE = 50
 """Keys in one page of a listing: few, so that every listing of a store takes several."""
 
-FAULTS = ("400", "500", "503", "reset", "truncate", "corrupt", "stall", "truncate-answer")
+FAULTS = ("400", "500", "503", "reset", "truncate", "corrupt", "stall", "slow", "truncate-answer")
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,10 @@ class Handler(BaseHTTPRequestHandler):
             data = data[: len(data) // 2]
             self.close_connection = True
         if self.command != "HEAD":
+            if fault == "slow":
+                self.wfile.write(data[: len(data) // 2])
+                data = data[len(data) // 2 :]
+                time.sleep(self.server.bucket.stall_s)
             self.wfile.write(data)
 
 

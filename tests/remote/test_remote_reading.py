@@ -78,7 +78,7 @@ def test_a_batch_fetches_the_blocks_it_needs_and_no_others(bucket: Any, remote: 
     cache.close()
 
 
-@pytest.mark.parametrize("fault", ["500", "reset", "truncate", "stall", "corrupt"])
+@pytest.mark.parametrize("fault", ["500", "reset", "truncate", "stall", "slow", "corrupt"])
 def test_passing_faults_never_change_what_is_read(
     bucket: Any, remote: str, local: Any, options: RemoteOptions, fault: str
 ) -> None:
@@ -87,7 +87,7 @@ def test_passing_faults_never_change_what_is_read(
 
     def once_each(request: Any) -> str | None:
         """Strike the first request for every object."""
-        if request.method != "GET" or not request.key or (fault == "stall" and len(struck) >= 3):
+        if request.method != "GET" or not request.key or (fault in ("stall", "slow") and len(struck) >= 3):
             return None
         new = request.key not in struck
         struck.add(request.key)
