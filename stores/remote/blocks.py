@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ class Shard:
     sha256: str
     block: int
 
-    @property
+    @cached_property
     def header(self) -> bytes:
         """What stands at the start of the file of marks: marks of another object or block size are not believed."""
         identity = {"etag": self.info.etag, "size": self.info.size, "sha256": self.sha256, "block": self.block}
@@ -117,16 +118,14 @@ class BlockCache:
         for path, blocks in numbers.items():
             self._touched[path] = np.union1d(self._touched.get(path, blocks), blocks)
         for _ in range(ROUNDS):
-            missing = self._missing(numbers)
-            if missing:
-                self._fetch(numbers, missing)
             with self._cache.shared():
-                if self._missing(numbers):  # another process made room in between
-                    continue
-                for path in numbers:
-                    os.utime(self._descriptors(path)[0])
-                yield
-                return
+                missing = self._missing(numbers)
+                if not missing:
+                    for path in numbers:
+                        os.utime(self._descriptors(path)[0])
+                    yield
+                    return
+            self._fetch(numbers, missing)  # and look again: another process may make room in between
         raise MachineError(
             f"blocks of {self._bucket.url} are dropped as fast as they are fetched",
             fix="a larger --set data.remote.limit_gb",
