@@ -92,12 +92,8 @@ class Bucket:
             wanted: dict[str, Any] = {"if_match": etag} if etag else {}
             if span is not None:
                 wanted["range"] = span
-            result = self._obstore.get(self._store, path, options=wanted)
-            start, end = result.range
-            data = bytes(result.bytes())
-            if len(data) != end - start or (span is not None and (start, end) != span):
-                raise ConnectionError(f"{len(data)} bytes came, {end - start} were announced")
-            return data
+            # The client raises where less comes than was announced, or another range than was asked for.
+            return bytes(self._obstore.get(self._store, path, options=wanted).bytes())
 
         return self._trying(path, got)
 

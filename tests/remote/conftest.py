@@ -60,7 +60,7 @@ def bucket(_server: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def options(memory_path: Path) -> RemoteOptions:
     """A cache of its own, blocks of 1 KiB."""
-    return RemoteOptions(cache=str(memory_path / "cache"), block_mb=1 / 1024, timeout_s=1.0)
+    return RemoteOptions(cache=str(memory_path / "cache"), block_mb=1 / 1024, timeout_s=30.0)
 
 
 @pytest.fixture

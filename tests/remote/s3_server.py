@@ -22,7 +22,7 @@ from xml.sax.saxutils import escape, unescape
 PAGE = 50
 """Keys in one page of a listing: few, so that every listing of a store takes several."""
 
-FAULTS = ("400", "500", "503", "reset", "truncate", "corrupt", "stall", "slow", "truncate-answer")
+FAULTS = ("400", "500", "503", "reset", "truncate", "corrupt", "stall", "slow", "whole", "truncate-answer")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Handler(BaseHTTPRequestHandler):
                 time.sleep(bucket.stall_s)
             query = {name: values[0] for name, values in parse_qs(url.query, keep_blank_values=True).items()}
             with bucket.lock:
-                status, headers, data = self._respond(bucket, key, query, body)
+                status, headers, data = self._respond(bucket, key, query, body, ranges=fault != "whole")
             if fault == "truncate-answer":  # done, and nobody hears of it
                 self.close_connection = True
                 self.connection.close()
@@ -99,7 +99,7 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _serve  # noqa: N815 - http.server looks for these
 
     def _respond(
-        self, bucket: Bucket, key: str, query: dict[str, str], body: bytes
+        self, bucket: Bucket, key: str, query: dict[str, str], body: bytes, *, ranges: bool
     ) -> tuple[int, dict[str, str], bytes]:
         method, found = self.command, bucket.objects.get(key)
         if method == "GET" and "list-type" in query:
@@ -145,7 +145,7 @@ class Handler(BaseHTTPRequestHandler):
             return 412, {}, _error("PreconditionFailed")
         headers = {"ETag": etag(found), "Last-Modified": "Wed, 01 Jan 2025 00:00:00 GMT"}
         span = self.headers.get("Range")
-        if span is None:
+        if span is None or not ranges:
             return 200, headers, found
         first, _, last = span.removeprefix("bytes=").partition("-")
         end = min(int(last), len(found) - 1)

@@ -81,49 +81,44 @@ def url(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return f"s3://{BUCKET}/{uuid.uuid4().hex}/s"
 
 
-@pytest.fixture
-def patient(options: RemoteOptions) -> RemoteOptions:
-    return options.model_copy(update={"timeout_s": 30.0})
-
-
 def test_write_resume_verify_and_read_back(
-    url: str, local: Any, patient: RemoteOptions, write_remote: Callable[..., None], files_of: Any
+    url: str, local: Any, options: RemoteOptions, write_remote: Callable[..., None], files_of: Any
 ) -> None:
-    write_remote(local, patient, url=url, units=1)
+    write_remote(local, options, url=url, units=1)
     with pytest.raises(UsageError, match="--resume"):
-        write_remote(local, patient, url=url)
-    write_remote(local, patient, url=url, resume=True)
-    bucket = Bucket(url, patient)
+        write_remote(local, options, url=url)
+    write_remote(local, options, url=url, resume=True)
+    bucket = Bucket(url, options)
     stored = {path: bucket.get(path) for path in bucket.objects()}
     here = {path: data for path, data in files_of(local.root).items() if not path.endswith("writer.lock")}
     assert stored == here
-    assert verify_remote(url, patient, lambda done, total: None).findings == []
+    assert verify_remote(url, options, lambda done, total: None).findings == []
     rows = np.random.default_rng(0).permutation(24)
-    there = open_store(url, remote=patient)
+    there = open_store(url, remote=options)
     for name in local.features:
         assert there.read(name, rows).tobytes() == local.features[name][rows].tobytes()
     shard = "frames/grid/c.1.0.0.0"
     bucket.put(shard, stored[shard][:-1] + bytes([stored[shard][-1] ^ 1]))
-    (finding,) = verify_remote(url, patient, lambda done, total: None).findings
+    (finding,) = verify_remote(url, options, lambda done, total: None).findings
     assert "grid, unit 1" in finding
-    fresh = patient.model_copy(update={"cache": patient.cache + "-2"})  # type: ignore[operator]
+    fresh = options.model_copy(update={"cache": options.cache + "-2"})  # type: ignore[operator]
     with pytest.raises(CorruptionError):
         open_store(url, remote=fresh).read("grid", np.arange(8, 16))
 
 
 def test_large_objects_go_up_in_parts_and_come_in_ranges(
-    url: str, make_store: Any, memory_path: Path, patient: RemoteOptions, write_remote: Callable[..., None]
+    url: str, make_store: Any, memory_path: Path, options: RemoteOptions, write_remote: Callable[..., None]
 ) -> None:
     big = make_store(memory_path / "big", lengths=(4,), unit_rows=4, features={"map": ((1, 900_000), "float16")})
-    write_remote(big, patient, url=url)
-    there = open_store(url, remote=patient.model_copy(update={"block_mb": 1.0}))
+    write_remote(big, options, url=url)
+    there = open_store(url, remote=options.model_copy(update={"block_mb": 1.0}))
     assert there.read("map", np.array([3, 1])).tobytes() == big.features["map"][[3, 1]].tobytes()
 
 
 def test_conditional_requests_hold(
-    url: str, local: Any, patient: RemoteOptions, write_remote: Callable[..., None], tmp_path: Path
+    url: str, local: Any, options: RemoteOptions, write_remote: Callable[..., None], tmp_path: Path
 ) -> None:
-    bucket = Bucket(url, patient)
+    bucket = Bucket(url, options)
     tag = bucket.create("one", b"1")
     with pytest.raises(TakenError):
         bucket.create("one", b"2")
@@ -134,16 +129,16 @@ def test_conditional_requests_hold(
         bucket.get("one", etag=tag)
     assert bucket.get("one") == b"3"
     bucket.delete(["one"])
-    elsewhere = patient.model_copy(update={"cache": str(tmp_path / "elsewhere")})
+    elsewhere = options.model_copy(update={"cache": str(tmp_path / "elsewhere")})
 
     def second(unit: int) -> None:
         with pytest.raises(StoreError, match="is being written by"):
             write_remote(local, elsewhere, url=url, resume=True)
 
-    write_remote(local, patient, url=url, pace=second)
+    write_remote(local, options, url=url, pace=second)
 
 
-def test_a_bucket_that_is_not_there_is_said_in_one_line(url: str, patient: RemoteOptions) -> None:
+def test_a_bucket_that_is_not_there_is_said_in_one_line(url: str, options: RemoteOptions) -> None:
     with pytest.raises(MachineError, match=r"s3://vla-nothing/s: .*404 Not Found \(NoSuchBucket\)") as raised:
-        open_store("s3://vla-nothing/s", remote=patient)
+        open_store("s3://vla-nothing/s", remote=options)
     assert "\n" not in str(raised.value)

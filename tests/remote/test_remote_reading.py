@@ -78,7 +78,7 @@ def test_a_batch_fetches_the_blocks_it_needs_and_no_others(bucket: Any, remote: 
     cache.close()
 
 
-@pytest.mark.parametrize("fault", ["500", "reset", "truncate", "stall", "slow", "corrupt"])
+@pytest.mark.parametrize("fault", ["500", "reset", "truncate", "stall", "slow", "whole", "corrupt"])
 def test_passing_faults_never_change_what_is_read(
     bucket: Any, remote: str, local: Any, options: RemoteOptions, fault: str
 ) -> None:
