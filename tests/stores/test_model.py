@@ -1,6 +1,6 @@
 """A store is a dict of arrays: a random history of writing, dying, damage, repair and conversion against that model.
 
-300 histories of 6 steps; 500 of 100 in the long run. Every form and dtype; after each step the store on disk is opened
+300 histories of 5 steps; 500 of 100 in the long run. Every form and dtype; after each step the store on disk is opened
 and compared with the model in full. What is too slow or too rare for this is in tests/faults.
 """
 
@@ -65,7 +65,7 @@ class Plan:
     """What a history starts from. `bad` are the episodes that cannot be decoded."""
 
     form: str
-    dtypes: tuple[str, str]
+    dtypes: tuple[str, ...]
     layout: tuple[tuple[int, ...], int]
     bad: frozenset[int]
     seed: int
@@ -79,7 +79,7 @@ class Plan:
     def manifest(self) -> Manifest:
         features = {
             name: FeatureInfo(shape=shape, dims=tuple(f"{name}_{axis}" for axis in range(len(shape))), dtype=dtype)
-            for (name, shape), dtype in zip(SHAPES.items(), self.dtypes, strict=True)
+            for (name, shape), dtype in zip(SHAPES.items(), self.dtypes, strict=False)
         }
         steps = {
             "action": StepInfo(shape=(2,), dtype="float32", role="action"),
@@ -91,7 +91,7 @@ class Plan:
             cameras=("front",),
             features=features,
             steps=steps,
-            fingerprint={"source": {"digest": "s"}, "seed": self.seed},
+            fingerprint={"source": {"digest": "s"}},
             tables={},
             provenance={},
             **FORMS[self.form],
@@ -167,7 +167,7 @@ class Model:
 plans = st.builds(
     Plan,
     form=st.sampled_from(sorted(FORMS)),
-    dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
+    dtypes=st.sampled_from([*((dtype,) for dtype in DTYPES), ("int8", "float16"), ("bfloat16", "int8")]),
     layout=st.sampled_from(LAYOUTS),
     bad=st.frozensets(st.just(0), max_size=1),
     seed=st.integers(0, 3),
@@ -184,13 +184,14 @@ class StoreMachine(RuleBasedStateMachine):
         self.folder.mkdir()
         self.root = self.folder / "s"
         self.whole: dict[str, dict[str, bytes]] = {}
-        self.converted = 0
+        self.converted, self.looks_at_plain = 0, True
 
     @initialize(plan=plans)
     def create(self, plan: Plan) -> None:
         """Begin a store. The second history with the same plan begins with a copy of the first one's empty store."""
         self.plan, self.model = plan, Model(plan)
-        template = self.templates / f"{abs(hash(plan))}"
+        self.looks_at_plain = plan.seed == 0
+        template = self.templates / f"{plan.form}{plan.dtypes}{plan.layout}"
         if not template.exists():
             with self.writer(root=template):
                 pass
@@ -200,7 +201,7 @@ class StoreMachine(RuleBasedStateMachine):
         return open_writer(root or self.root, self.plan.manifest, self.plan.episodes, **options)
 
     def fill(self, writer: StoreWriter, unit: int, *, stop: int | None = None, piece: int = 2) -> Any:
-        """Put the rows of a unit, those before `stop`, a few at a time; of a bad episode some, and then leave it out."""
+        """Put the rows of a unit, those before `stop`, a few at a time; then leave the bad episodes out."""
         model, buffer = self.model, writer.begin(unit)
         rows = model.of_unit(unit)
         for start in range(rows.start, rows.stop if stop is None else min(stop, rows.stop), piece):
@@ -224,7 +225,7 @@ class StoreMachine(RuleBasedStateMachine):
         """Go on with the store for some units, in any order. Nobody else can meanwhile, nor with other settings."""
         other = self.plan.manifest.model_copy(update={"fingerprint": {"source": {"digest": "t"}}})
         with (
-            pytest.raises(FingerprintError, match=r"source\.digest|seed"),
+            pytest.raises(FingerprintError, match=r"source\.digest"),
             open_writer(self.root, other, self.plan.episodes, resume=True),
         ):
             pass
@@ -313,10 +314,11 @@ class StoreMachine(RuleBasedStateMachine):
         shutil.rmtree(self.root)
         self.root, self.plan = out, Plan(**{**self.plan.__dict__, "form": form})
 
-    @precondition(lambda self: not self.model.pending() and not (self.folder / "plain").exists())
+    @precondition(lambda self: self.looks_at_plain and not self.model.pending())
     @rule(compression=st.sampled_from(["none", "zstd"]))
     def convert_to_plain_zarr(self, compression: str) -> None:
-        """What plain zarr-python reads from the plain form is what was written."""
+        """What plain zarr-python reads from the plain form is what was written. Once a history: it is slow."""
+        self.looks_at_plain = False
         out = self.folder / "plain"
         options = ConvertOptions.build({"format": "plain-zarr", "compression": compression})
         convert_store(self.root, out, options)
@@ -327,12 +329,12 @@ class StoreMachine(RuleBasedStateMachine):
             filled = read[~there].astype(np.float64)
             np.testing.assert_array_equal(filled, np.full_like(filled, FILL[dtype]))  # type: ignore[index]
 
+    @precondition(lambda self: self.model.committed)
     @rule(seed=st.integers(0, 3))
     def overwrite(self, seed: int) -> None:
         """Replace the store by an empty one of the same plan with other values."""
         self.plan = Plan(**{**self.plan.__dict__, "seed": seed})
         self.model, self.whole = Model(self.plan), {}
-        shutil.rmtree(self.folder / "plain", ignore_errors=True)
         with self.writer(overwrite=True) as writer:
             assert writer.pending() == self.model.pending()
 
@@ -452,7 +454,7 @@ def dying(at: int, after: bool) -> Iterator[list[str]]:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
-    ("examples", "steps"), [pytest.param(300, 6, id=""), pytest.param(500, 100, marks=pytest.mark.long, id="long")]
+    ("examples", "steps"), [pytest.param(300, 5, id=""), pytest.param(500, 100, marks=pytest.mark.long, id="long")]
 )
 def test_a_store_is_a_dict_of_arrays_whatever_happens_to_it(memory_path: Path, examples: int, steps: int) -> None:
     checks = [HealthCheck.too_slow, HealthCheck.filter_too_much]
