@@ -8,6 +8,7 @@ object: how often a writer was refused, how many commits the readers met, and `f
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -86,8 +87,8 @@ def main(folder: Path, rounds: int, seed: int) -> dict[str, Any]:
         if number % 2:  # every other round begins with a store without units: they do not meet while it is made
             victim.run(root, only_create=True)
         pauses = [rng.uniform(0.0, 0.02) for _ in range(WRITERS)]
-        readers = [fork(lambda: read(root, reference)) for _ in range(READERS)]
-        writers = [fork(lambda pause=pause: write(root, pause)) for pause in pauses]
+        readers = [fork(functools.partial(read, root, reference)) for _ in range(READERS)]
+        writers = [fork(functools.partial(write, root, pause)) for pause in pauses]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in writers]
         wrote, refused = wrote + codes.count(WROTE), refused + codes.count(REFUSED)
         if set(codes) - {WROTE, REFUSED} or WROTE not in codes:
