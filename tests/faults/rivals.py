@@ -37,8 +37,9 @@ def write(root: Path, pause: float) -> int:
                 time.sleep(pause)
                 victim.make_up(writer, unit)
     except StoreError as error:
-        sys.stderr.write(f"{error}\n")
-        return REFUSED if "another process" in str(error) and "\n" not in str(error) else WRONG
+        if "another process" in str(error) and "\n" not in str(error):
+            return REFUSED
+        raise
     return WROTE
 
 
