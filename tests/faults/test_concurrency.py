@@ -18,9 +18,11 @@ SEED = os.environ.get("VLA_FAULT_SEED", "0")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
-@pytest.mark.parametrize("rounds", [pytest.param(5, id=""), pytest.param(100, marks=pytest.mark.long, id="long")])
+@pytest.mark.parametrize(
+    "rounds",
+    [pytest.param(5, id=""), pytest.param(100, marks=[pytest.mark.long, pytest.mark.timeout(1800)], id="long")],
+)
 def test_of_many_writers_one_writes_and_readers_see_only_commits(memory_path: Path, form: str, rounds: int) -> None:
     environment = {**os.environ, "VLA_FAULT_FORM": form}
     command = [sys.executable, "-W", "error", str(RIVALS), str(memory_path), str(rounds), SEED]

@@ -20,7 +20,7 @@ SEED = int(os.environ.get("VLA_FAULT_SEED", "0"))
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(1800),  # seconds of work, minutes on a machine that does something else
+    pytest.mark.timeout(300),  # seconds of work, minutes on a machine that does something else
     pytest.mark.skipif(sys.platform != "linux", reason="forks with threads"),
 ]
 
@@ -37,7 +37,7 @@ def report_of(*command: object, form: str = "zarr", toy: bool = False) -> dict[s
 LEAST = {"zarr": {"create": 60, "overwrite": 100, "commit": 50}, "h5": {"create": 15, "overwrite": 30, "commit": 15}}
 
 
-LONG = pytest.mark.long
+LONG = [pytest.mark.long, pytest.mark.timeout(3600)]
 PHASES = ("create", "overwrite", "commit")
 CRASHES = [
     *(pytest.param("zarr", phase, "short") for phase in PHASES),
@@ -57,7 +57,7 @@ def test_a_crash_at_any_change_of_the_disk_loses_no_committed_unit(
     assert report["deaths"] == report["moments"] > report["operations"]
 
 
-@pytest.mark.parametrize("stride", [pytest.param(12, id=""), pytest.param(1, marks=pytest.mark.long, id="long")])
+@pytest.mark.parametrize("stride", [pytest.param(12, id=""), pytest.param(1, marks=LONG, id="long")])
 @pytest.mark.parametrize("phase", ["create", "overwrite", "commit"])
 def test_an_error_of_any_file_operation_is_one_line_and_breaks_nothing(
     memory_path: Path, form: str, phase: str, stride: int
@@ -68,7 +68,7 @@ def test_an_error_of_any_file_operation_is_one_line_and_breaks_nothing(
     assert report["raised"] >= 0.7 * report["operations"] / stride  # a few are looked over: the thing is not needed
 
 
-@pytest.mark.parametrize("kills", [pytest.param(25, id=""), pytest.param(200, marks=pytest.mark.long, id="long")])
+@pytest.mark.parametrize("kills", [pytest.param(25, id=""), pytest.param(200, marks=LONG, id="long")])
 def test_a_run_killed_at_random_moments_resumes_to_the_same_bytes(memory_path: Path, form: str, kills: int) -> None:
     report = report_of(sys.executable, VICTIM, "kill", memory_path, kills, SEED, form=form)
     assert report["failures"] == []
@@ -76,7 +76,7 @@ def test_a_run_killed_at_random_moments_resumes_to_the_same_bytes(memory_path: P
     assert len(report["commits_seen"]) > 1  # the moments were spread over the run
 
 
-@pytest.mark.parametrize("stride", [pytest.param(4, id=""), pytest.param(1, marks=pytest.mark.long, id="long")])
+@pytest.mark.parametrize("stride", [pytest.param(4, id=""), pytest.param(1, marks=LONG, id="long")])
 def test_a_disk_that_fills_up_is_one_line_and_breaks_nothing(tmp_path: Path, form: str, stride: int) -> None:
     unshare = shutil.which("unshare")
     if unshare is None:

@@ -453,9 +453,12 @@ def dying(at: int, after: bool) -> Iterator[list[str]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
-    ("examples", "steps"), [pytest.param(300, 5, id=""), pytest.param(500, 100, marks=pytest.mark.long, id="long")]
+    ("examples", "steps"),
+    [
+        pytest.param(300, 5, id="", marks=pytest.mark.timeout(300)),
+        pytest.param(500, 100, id="long", marks=[pytest.mark.long, pytest.mark.timeout(7200)]),
+    ],
 )
 def test_a_store_is_a_dict_of_arrays_whatever_happens_to_it(memory_path: Path, examples: int, steps: int) -> None:
     checks = [HealthCheck.too_slow, HealthCheck.filter_too_much]

@@ -121,8 +121,10 @@ def test_a_second_interrupt_stops_at_once(trainee: ModuleType, memory_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kills", [pytest.param(10, id=""), pytest.param(100, marks=pytest.mark.long, id="long")])
+@pytest.mark.parametrize(
+    "kills",
+    [pytest.param(10, id=""), pytest.param(100, marks=[pytest.mark.long, pytest.mark.timeout(1800)], id="long")],
+)
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(memory_path: Path, kills: int) -> None:
     script = Path(__file__).with_name("trainee.py")
     command = [sys.executable, "-W", "error", str(script), "kill", str(memory_path), str(kills), "1"]
