@@ -65,7 +65,7 @@ def test_an_error_of_any_file_operation_is_one_line_and_breaks_nothing(
     command = [sys.executable, "-W", "error", VICTIM, "error", memory_path, phase, stride]
     report = report_of(*command, form=form, toy=stride == 1)
     assert report["failures"] == []
-    assert report["raised"] >= 0.7 * report["operations"] / stride  # a few are looked over: the thing is not needed
+    assert report["raised"] >= 0.6 * report["operations"] / stride  # a few are looked over: the thing is not needed
 
 
 @pytest.mark.parametrize("kills", [pytest.param(25, id=""), pytest.param(200, marks=LONG, id="long")])

@@ -322,6 +322,9 @@ def kill(folder: Path, count: int, seed: int) -> dict[str, Any]:
     reference = files_of(folder / "whole")
     failures: list[str] = []
     kills, commits_seen = 0, set()
+    began = time.monotonic()
+    in_child(lambda: run(folder / "timed", delay_ms=5.0))
+    longest = 1.2 * (time.monotonic() - began)  # on a busy machine a run takes longer, and the kills come later
     while kills < count:
         work = folder / "work"
         shutil.rmtree(work, ignore_errors=True)
@@ -333,7 +336,7 @@ def kill(folder: Path, count: int, seed: int) -> dict[str, Any]:
                     run(work / "s", delay_ms=5.0)
                 finally:
                     os._exit(0)
-            time.sleep(rng.uniform(0.0, 0.20))
+            time.sleep(rng.uniform(0.0, longest))
             os.kill(child, signal.SIGKILL)
             killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
             kills += killed
