@@ -1,7 +1,8 @@
 # Two commands: `make demo` shows the whole path, `make test` runs what CI runs. Both set up `.venv` first.
 PYTHON ?= python3
 BIN := .venv/bin
-THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
+S3 := .venv/s3
+THREADS := PATH="$$PATH:$(CURDIR)/$(S3)/bin" OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 
 .PHONY: demo test test-long lint clean
 
@@ -21,11 +22,14 @@ lint: .venv/.ready
 	MYPYPATH=.venv/typing $(BIN)/mypy -p vla.stores -p vla.training -p vla.featurize -p vla.heads -p vla.rollout -m vla.cli
 	$(BIN)/lint-imports
 
+# An S3 server that is not ours, in an environment of its own: its pins are not those of the project.
 # torch first and alone: pip then keeps that build instead of choosing one with gigabytes of CUDA.
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt) --constraint constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[sim,dev,dist]'
+	$(PYTHON) -m venv $(S3)
+	$(S3)/bin/pip install --quiet 'moto[server]==5.2.5'
 	@sh examples/install_osmesa.sh
 	@touch $@
 

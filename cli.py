@@ -44,7 +44,7 @@ Progress = Callable[..., None]
 @app.command()
 def featurize(
     backbone: Annotated[str | None, typer.Option(help="A name of `vla backbones`.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder that gets the store OUT/NAME.")] = Path("stores"),
+    out: Annotated[str, typer.Option(help="Folder or s3:// URL that gets the store OUT/NAME.")] = "stores",
     source: Source = None,
     weights: Annotated[str | None, typer.Option(help="Folder, hub id, or random.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the store. Left out: the backbone's.")] = None,
@@ -78,7 +78,7 @@ def featurize(
         skip_bad=skip_bad or None,
     )
     job = prepare(settings)
-    root = out / (name or settings.backbone)
+    root = f"{out.rstrip('/')}/{name or settings.backbone}" if "://" in out else Path(out, name or settings.backbone)
     plan = job.plan.to_json() | {"out": str(root)}
     log = _log()
     if dry_run:
@@ -143,7 +143,7 @@ def import_(
 
 
 @app.command()
-def inspect(store: Annotated[Path, typer.Argument(help="A store.")], as_json: Json = False) -> None:
+def inspect(store: Annotated[str, typer.Argument(help="A store: folder or URL.")], as_json: Json = False) -> None:
     """Say what a store holds and where it came from."""
     from vla.stores.inspect import describe
 
@@ -156,7 +156,7 @@ def inspect(store: Annotated[Path, typer.Argument(help="A store.")], as_json: Js
 
 @app.command()
 def verify(
-    store: Annotated[Path, typer.Argument(help="A store.")],
+    store: Annotated[str, typer.Argument(help="A store: folder or URL.")],
     repair: Annotated[bool, typer.Option("--repair", help="Drop what is damaged, for --resume to compute.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -181,7 +181,7 @@ def verify(
         raise typer.Exit(1)
 
 
-def _repair(store: Path, as_json: bool) -> None:
+def _repair(store: str, as_json: bool) -> None:
     from vla.stores.repair import repair_store
     from vla.stores.verify import ranges
 
@@ -201,7 +201,7 @@ def _repair(store: Path, as_json: bool) -> None:
 
 @app.command()
 def convert(
-    store: Annotated[Path, typer.Argument(help="A complete store.")],
+    store: Annotated[str, typer.Argument(help="A complete store: folder or URL.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
     format_: Annotated[str, typer.Option("--format", help="zarr, h5, or plain-zarr: arrays alone, without commits.")],
     compression: Annotated[str, typer.Option(help="none or zstd.")] = "none",
@@ -263,6 +263,7 @@ def train_head(
     out: Annotated[Path | None, typer.Option(help="Run folder. Left out: runs/HEAD-STORE.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     features: Annotated[str | None, typer.Option(help="Comma-separated names. Left out: all of the store's.")] = None,
+    cache: Annotated[str | None, typer.Option(help="Folder that caches what comes from s3:// stores.")] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     config: Config = None,
@@ -279,6 +280,7 @@ def train_head(
     overrides = [f"train.steps={steps}"] if steps is not None else []
     overrides += [f"data.stores={json.dumps(store)}"] if store else []
     overrides += [f"data.features={json.dumps(features.split(','))}"] if features else []
+    overrides += [f"data.remote.cache={json.dumps(cache)}"] if cache else []
     settings = HeadTrainConfig.from_sources(config, [*overrides, *(set_ or ())], head=head)
     run_dir = out or Path("runs") / "-".join([head, *(Path(path).name for path in settings.data.stores)])
     keep_freed_memory()

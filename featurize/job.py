@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from vla.featurize.sources.registry import open_source
 from vla.featurize.views import with_inputs
 from vla.stores.errors import UsageError
 from vla.stores.fingerprint import require_equal
+from vla.stores.remote.options import RemoteOptions, is_url
+from vla.stores.remote.publish import open_remote_writer
 from vla.stores.settings import Settings
-from vla.stores.writer import open_writer
+from vla.stores.writer import StoreWriter, open_writer
 
 
 class FeaturizeConfig(Settings):
@@ -30,7 +33,8 @@ class FeaturizeConfig(Settings):
 
     `source` is a folder or `synthetic:…`; `map` {our name: their column}; `backbone` a name of `vla backbones`;
     `weights` a folder, a hub id or "random" (None: the backbone's own); `options` and `source_options` go to the
-    backbone and the source. `batch_size` counts time steps; `threads` 0 leaves torch's own choice.
+    backbone and the source. `batch_size` counts time steps; `threads` 0 leaves torch's own choice. `remote`: how a
+    store on an object store is reached.
     """
 
     source: str
@@ -44,6 +48,7 @@ class FeaturizeConfig(Settings):
     batch_size: int = Field(16, ge=1)
     device: str = "auto"
     threads: int = Field(0, ge=0)
+    remote: RemoteOptions = RemoteOptions()
 
 
 @dataclass(frozen=True)
@@ -72,19 +77,30 @@ def prepare(config: FeaturizeConfig) -> Job:
 
 def run(
     job: Job,
-    root: Path,
+    root: Path | str,
     *,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> RunReport:
-    """Make the store at `root`. Raises `MachineError` where the disk is too small, and what `featurize` raises."""
-    refuse_shadowing(root)
-    check_space(job.plan, root)
+    """Make the store at `root`, a folder or a URL.
+
+    Raises `MachineError` where the disk is too small, and what `featurize` raises.
+    """
+    if not is_url(root):
+        root = Path(root)
+        refuse_shadowing(root)
+        check_space(job.plan, root)
     if job.config.threads:
         torch.set_num_threads(job.config.threads)
     job.backbone.to(choose_device(job.config.device))
-    with open_writer(root, job.plan.manifest, job.plan.episodes, resume=resume, overwrite=overwrite) as writer:
+    plan = (job.plan.manifest, job.plan.episodes)
+    opened: AbstractContextManager[StoreWriter]
+    if isinstance(root, str):
+        opened = open_remote_writer(root, *plan, job.config.remote, resume=resume, overwrite=overwrite)
+    else:
+        opened = open_writer(root, *plan, resume=resume, overwrite=overwrite)
+    with opened as writer:
         return featurize(
             job.source,
             job.backbone,

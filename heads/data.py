@@ -19,6 +19,7 @@ from vla.stores.errors import DataError, UsageError
 from vla.stores.join import JoinedStores, join_stores
 from vla.stores.memory import memory_limit
 from vla.stores.reader import Verify
+from vla.stores.remote.options import RemoteOptions
 from vla.stores.settings import Settings
 from vla.stores.store import open_store
 from vla.stores.windows import WindowIndex, WindowSpec, split_episodes
@@ -36,6 +37,7 @@ class DataConfig(Settings):
     `verify`: when rows are compared with their checksums. `random_weights`: allow features of random weights.
     `shuffle`: "global" draws batches from all of the store, "blocks" from random places of it, which reads a store that
     exceeds memory far faster (vla.stores.shuffle); "auto" decides by the memory, and checkpoints keep its decision.
+    `remote`: how stores on object stores are reached and cached.
     """
 
     stores: tuple[str, ...]
@@ -47,6 +49,7 @@ class DataConfig(Settings):
     shuffle: Literal["auto", "global", "blocks"] = "auto"
     allow_partial: bool = False
     random_weights: bool = False
+    remote: RemoteOptions = RemoteOptions()
 
 
 @dataclass(frozen=True)
@@ -133,11 +136,13 @@ def open_data(config: DataConfig) -> HeadData:
     """
     if not config.stores:
         raise UsageError("no store given", fix="--store stores/NAME")
-    stores = join_stores([open_store(path, allow_partial=config.allow_partial) for path in config.stores])
+    stores = join_stores(
+        [open_store(path, allow_partial=config.allow_partial, remote=config.remote) for path in config.stores]
+    )
     for store in stores.stores:
         if store.manifest.random_weights and not config.random_weights:
             raise DataError(
-                f"{store.root} was made with random weights",
+                f"{store.place} was made with random weights",
                 expected="features of trained weights",
                 fix="--set data.random_weights=true, if this is a test of the pipeline",
             )
@@ -170,7 +175,7 @@ def open_data(config: DataConfig) -> HeadData:
         config = config.model_copy(update={"shuffle": _shuffle_for(stores, features)})
     data = HeadData(config, stores, io, features, state, training, validation)
     if not np.isfinite(data.actions(np.flatnonzero(stores.usable))).all():
-        raise DataError(f"{first.root} holds actions that are not finite", fix=f"vla verify {first.root}")
+        raise DataError(f"{first.place} holds actions that are not finite", fix=f"vla verify {first.place}")
     return data
 
 

@@ -111,7 +111,7 @@ def evaluate_head(head: TrainedHead, stores: tuple[str, ...] | None = None, *, s
         if stores is not None:  # other demonstrations through the same backbone are what this is for
             ours.pop("source", None), theirs.pop("source", None)
         fix = "a store made with the settings that the head was trained with"
-        require_equal(ours, theirs, what=str(store.root), fix=fix)
+        require_equal(ours, theirs, what=store.place, fix=fix)
     episodes = data.validation if stores is None else data.training
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return action_error(head.model.to(device), data, episodes, device=device, seed=seed)

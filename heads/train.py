@@ -108,7 +108,7 @@ def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData) -> Ar
     """Collect what the checkpoint keeps beside the weights."""
     records = [
         StoreRecord(
-            path=str(store.root),
+            path=store.place,
             sha256=digest(store.manifest.fingerprint),
             fingerprint=store.manifest.fingerprint,
             recipe=store.manifest.provenance["backbone"],

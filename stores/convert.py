@@ -16,6 +16,7 @@ from vla.stores.errors import CorruptionError, UsageError
 from vla.stores.formats.registry import format_of
 from vla.stores.manifest import Compression, FormatName
 from vla.stores.plain_zarr import write_plain
+from vla.stores.remote.options import require_folder
 from vla.stores.settings import Settings
 from vla.stores.statistics import ChannelStatistics
 from vla.stores.store import Store, open_store
@@ -50,7 +51,7 @@ class ConvertReport:
 
 
 def convert_store(
-    root: Path,
+    root: Path | str,
     out: Path,
     options: ConvertOptions,
     *,
@@ -58,14 +59,15 @@ def convert_store(
     overwrite: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> ConvertReport:
-    """Write the complete store at `root` in another form at `out`.
+    """Write the complete store at `root`, a folder or a URL, in another form at `out`.
 
     Raises `UsageError` where `out` exists and neither flag is given, or lies in the store; `StoreError` where units
     are missing; `CorruptionError` where a row differs from its commit: what is damaged is not carried on.
     """
-    if out.resolve() == root.resolve() or root.resolve() in out.resolve().parents:
-        raise UsageError(f"{out} lies in the store {root}", expected="another folder")
+    out = require_folder(out)
     store = open_store(root)
+    if out.resolve() == store.root.resolve() or store.root.resolve() in out.resolve().parents:
+        raise UsageError(f"{out} lies in the store {root}", expected="another folder")
     how: Any = {"resume": resume, "overwrite": overwrite, "progress": progress}
     if options.format == "plain-zarr":
         units = write_plain(store, out, options.compression, **how)

@@ -27,6 +27,7 @@ _CAUSES = {
     errno.EACCES: ("permission is denied", "choose another --out, or change the folder's permissions"),
     errno.EROFS: ("the file system is read-only", "choose another --out"),
     errno.EMFILE: ("too many files are open", "raise the limit with `ulimit -n 4096`"),
+    errno.EFBIG: ("the file is larger than this process or file system is allowed", "`ulimit -f unlimited`"),
     errno.EIO: ("the disk reports an input/output error", "check the disk, then run with --resume"),
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 from vla.stores.store import open_store
 
 
-def describe(root: Path) -> dict[str, Any]:
+def describe(root: Path | str) -> dict[str, Any]:
     """Return JSON-able facts of the store at `root`, complete or not. Raises `StoreError` where there is none."""
     store = open_store(root, allow_partial=True)
     manifest = store.manifest

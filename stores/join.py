@@ -100,8 +100,8 @@ def join_stores(stores: Sequence[Store]) -> JoinedStores:
             _require_same_source(first, store)
         for feature in store.manifest.features:
             if feature in owner:
-                other = stores[owner[feature]].root
-                raise UsageError(f"{other} and {store.root} both hold {feature!r}", expected="different features")
+                other = stores[owner[feature]].place
+                raise UsageError(f"{other} and {store.place} both hold {feature!r}", expected="different features")
             owner[feature] = position
         row_map, serves = _map_rows(first, store)
         maps.append(row_map)
@@ -115,7 +115,7 @@ def _require_same_source(first: Store, other: Store) -> None:
     mine, theirs = (store.manifest.fingerprint.get("source", {}).get("digest") for store in (first, other))
     if mine is None or mine != theirs:
         raise FingerprintError(
-            f"{other.root} was made from another source than {first.root} (source.digest differs)",
+            f"{other.place} was made from another source than {first.place} (source.digest differs)",
             expected="stores of one data set",
             fix="featurize both from the same --source",
         )
@@ -132,7 +132,7 @@ def _map_rows(first: Store, other: Store) -> tuple[NDArray[np.int64], NDArray[np
         length = int(first.episodes.length[index])
         if int(other.episodes.length[there]) != length:
             raise DataError(
-                f"episode {name!r}: {length} frames in {first.root}, {other.episodes.length[there]} in {other.root}"
+                f"episode {name!r}: {length} frames in {first.place}, {other.episodes.length[there]} in {other.place}"
             )
         start, start_there = int(first.episodes.row_start[index]), int(other.episodes.row_start[there])
         row_map[start : start + length] = np.arange(start_there, start_there + length)

@@ -17,6 +17,7 @@ from vla.stores.errors import CorruptionError, MachineError
 from vla.stores.filesystem import PARTIAL, explaining, writer_lock
 from vla.stores.formats.registry import unit_files
 from vla.stores.manifest import Manifest
+from vla.stores.remote.options import RemoteOptions, is_url, require_folder
 from vla.stores.store import open_damaged
 from vla.stores.verify import VerifyReport, verify_opened
 
@@ -39,8 +40,8 @@ class RepairReport:
         return {**self.__dict__, "found": self.found.to_json()}
 
 
-def repair_store(root: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> RepairReport:
-    """Verify a store and drop every damaged unit and all debris. A sound store is left as it is.
+def repair_store(root: Path | str, progress: Callable[[int, int], None] = lambda done, total: None) -> RepairReport:
+    """Verify a store (`root` may be a URL) and drop every damaged unit and all debris. A sound one is left as it is.
 
     Afterwards `featurize` with `resume` computes the `pending` units, and the store equals one that never was damaged.
 
@@ -48,14 +49,17 @@ def repair_store(root: Path, progress: Callable[[int, int], None] = lambda done,
     nothing is dropped), `MachineError` where a unit could not be read for want of a permission and the like (it may
     be sound), `StoreError` where there is no store or another process writes to it.
     """
-    root = root.resolve()
+    if is_url(root):
+        from vla.stores.remote.repair import repair_remote
+
+        return repair_remote(str(root), RemoteOptions(), progress)
+    root = require_folder(root).resolve()
     _require_whole_metadata(root)  # before the lock: what is no store gets no lock file
     with writer_lock(root), explaining(root):
         store, lying = open_damaged(root)
         report = verify_opened(store, lying, progress)
         if report.unreadable:
-            fix = f"make it readable, then vla verify --repair {root}"
-            raise MachineError(f"{report.unreadable[0]}; nothing was dropped", fix=fix)
+            raise unreadable(report)
         removed = _drop(root, store.manifest, report)
     pending = sorted({*report.missing, *(unit for unit in report.damaged if unit < report.units)})
     return RepairReport(str(root), sorted(report.damaged), removed, pending, report)
@@ -65,11 +69,22 @@ def _require_whole_metadata(root: Path) -> None:
     try:
         open_damaged(root)
     except CorruptionError as error:
-        raise CorruptionError(
-            f"{error.found}; nothing was dropped: only units can be computed again",
-            expected=error.expected,
-            fix="a copy of that file, or the same `vla featurize` with --overwrite",
-        ) from None
+        raise nothing_dropped(error) from None
+
+
+def nothing_dropped(error: CorruptionError) -> CorruptionError:
+    """Return what to raise where metadata are damaged."""
+    return CorruptionError(
+        f"{error.found}; nothing was dropped: only units can be computed again",
+        expected=error.expected,
+        fix="a copy of that file, or the same `vla featurize` with --overwrite",
+    )
+
+
+def unreadable(report: VerifyReport) -> MachineError:
+    """Return what to raise where the machine kept a unit from being read."""
+    fix = f"make it readable, then vla verify --repair {report.root}"
+    return MachineError(f"{report.unreadable[0]}; nothing was dropped", fix=fix)
 
 
 def _drop(root: Path, manifest: Manifest, report: VerifyReport) -> list[str]:

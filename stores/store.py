@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from vla.stores.formats.registry import format_of
 from vla.stores.manifest import FeatureInfo, Manifest
 from vla.stores.metadata import check_arrays, read_manifest, read_tables
 from vla.stores.reader import FeatureReader, Verify
+from vla.stores.remote.options import RemoteOptions, is_url, require_folder
 from vla.stores.settings import nearest
 from vla.stores.statistics import ChannelStatistics
 from vla.stores.tables import EpisodeTable
@@ -28,7 +29,8 @@ from vla.stores.tables import EpisodeTable
 class Store:
     """A committed view of a store on disk. Immutable: units committed after opening are not seen.
 
-    `usable` (bool [E]) marks the episodes all of whose rows are committed and that were not left out.
+    `usable` (bool [E]) marks the episodes all of whose rows are committed and that were not left out. Of a
+    remote store, `root` is its folder in the cache, `url` where it is, and `remote_reader` makes its readers.
     """
 
     root: Path
@@ -37,6 +39,13 @@ class Store:
     commits: dict[int, Commit]
     usable: NDArray[np.bool_]
     skipped: dict[str, str]
+    url: str = ""
+    remote_reader: Callable[[Store, str, Verify], FeatureReader] | None = None
+
+    @property
+    def place(self) -> str:
+        """Where the store is: its folder or its URL."""
+        return self.url or str(self.root)
 
     @property
     def complete(self) -> bool:
@@ -65,7 +74,7 @@ class Store:
         if info is None:
             known = ", ".join(self.manifest.steps)
             hint = nearest(name, self.manifest.steps)
-            raise UsageError(f"{self.root} has no steps {name!r}{hint}", expected=f"one of {known}")
+            raise UsageError(f"{self.place} has no steps {name!r}{hint}", expected=f"one of {known}")
         dtype = np.dtype(info.dtype)
         fill = np.nan if np.issubdtype(dtype, np.floating) else 0
         values = np.full((self.manifest.rows, *info.shape), fill, dtype)
@@ -98,6 +107,8 @@ class Store:
     def reader(self, feature: str, verify: Verify = "first") -> FeatureReader:
         """Return a reader of one feature; one a thread."""
         self.feature_info(feature)
+        if self.remote_reader is not None:
+            return self.remote_reader(self, feature, verify)
         kind = FeatureReader if self.manifest.compression == "none" else CompressedReader
         return kind(self.root, self.manifest, self.commits, feature, verify)
 
@@ -118,17 +129,26 @@ class Store:
         if info is None:
             known = ", ".join(self.manifest.features)
             hint = nearest(feature, self.manifest.features)
-            raise UsageError(f"{self.root} has no feature {feature!r}{hint}", expected=f"one of {known}")
+            raise UsageError(f"{self.place} has no feature {feature!r}{hint}", expected=f"one of {known}")
         return info
 
 
-def open_store(root: Path | str, *, allow_partial: bool = False) -> Store:
-    """Open the store at `root`.
+def open_store(
+    root: Path | str,
+    *,
+    allow_partial: bool = False,
+    remote: RemoteOptions = RemoteOptions(),  # noqa: B008 - frozen
+) -> Store:
+    """Open the store at `root`: a folder, or a URL such as `s3://bucket/prefix`, read as `remote` says.
 
     Raises `StoreError` where there is none, or where units are missing and `allow_partial` is not set (features that
     were never computed must not go unnoticed), `CorruptionError` where metadata or records do not match.
     """
-    root = Path(root)
+    if is_url(root):
+        from vla.stores.remote.mirror import open_remote
+
+        return open_remote(str(root), remote, allow_partial=allow_partial)
+    root = require_folder(root)
     with explaining(root):
         return _open(root, allow_partial)
 

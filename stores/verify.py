@@ -18,6 +18,7 @@ from vla.stores.filesystem import PARTIAL, digest_file, explaining
 from vla.stores.formats.registry import format_of, unit_files
 from vla.stores.manifest import FeatureInfo
 from vla.stores.reader import FeatureReader
+from vla.stores.remote.options import RemoteOptions, is_url, require_folder
 from vla.stores.store import Store, open_damaged
 
 
@@ -54,12 +55,17 @@ class VerifyReport:
             self.damaged.append(unit)
 
 
-def verify_store(root: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> VerifyReport:
-    """Compare every committed file with its record, and every row with its checksum.
+def verify_store(root: Path | str, progress: Callable[[int, int], None] = lambda done, total: None) -> VerifyReport:
+    """Compare every committed file with its record, and every row with its checksum. `root` may be a URL.
 
     Damage is reported, not raised; only a `root` that is no store at all raises (`StoreError`). `progress` is called
     with units done and units in all.
     """
+    if is_url(root):
+        from vla.stores.remote.verify import verify_remote
+
+        return verify_remote(str(root), RemoteOptions(), progress)
+    root = require_folder(root)
     try:
         store, lying = open_damaged(root)
     except VlaError as error:

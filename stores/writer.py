@@ -33,6 +33,7 @@ from vla.stores.formats.registry import format_of
 from vla.stores.layout import COMMITS, commit_file, write_metadata
 from vla.stores.manifest import Manifest
 from vla.stores.metadata import check_arrays, read_manifest, read_tables, table_digests
+from vla.stores.remote.options import require_folder
 from vla.stores.tables import EpisodeTable
 from vla.stores.unit_buffer import FeatureBuffer, UnitBuffer
 
@@ -111,7 +112,7 @@ def open_writer(
     `manifest.tables` is filled in here. Raises `UsageError` where `root` exists and neither flag is given,
     `FingerprintError` where a resumed store was made with other settings, `StoreError` where another writer holds it.
     """
-    with explaining(root):
+    with explaining(require_folder(root)):
         root = root.resolve()  # behind a link, the store is made and replaced where it lies
         manifest = manifest.model_copy(update={"tables": table_digests(episodes.to_arrays())})
         _begin(root, manifest, episodes, resume=resume, overwrite=overwrite)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable
@@ -202,6 +203,71 @@ def test_two_commit_records_swapped_are_noticed(
     with pytest.raises(CorruptionError, match=r"unit-00000\d\.json is the record of unit"):
         read_everything(root)
     assert any("is the record of unit" in line for line in verify_store(root).findings)
+
+
+def swap(one: Path, two: Path) -> None:
+    one.rename(one.parent / "aside")
+    two.rename(one)
+    (one.parent / "aside").rename(two)
+
+
+@pytest.fixture
+def many(memory_path: Path, make_store: Callable[..., Any], form: str) -> Path:
+    """A store of seven full units of equal size."""
+    root: Path = make_store(memory_path / "many", lengths=(9, 12), unit_rows=3, form={"format": form}).root
+    return root
+
+
+def test_any_two_units_swapped_are_noticed(
+    many: Path, form: str, read_everything: Callable[[Path], dict[str, bytes]]
+) -> None:
+    """All 21 pairs of the files that hold the rows."""
+    before = read_everything(many)
+    path = {"zarr": "frames/grid/c.1.0.0.0", "h5": "units/unit-000001.h5"}[form]
+    for one, two in itertools.combinations(range(7), 2):
+        swap(many / unit_twin(path, one), many / unit_twin(path, two))
+        with pytest.raises(CorruptionError):
+            read_everything(many)
+        report = verify_store(many)
+        assert report.damaged == [one, two]
+        assert all(any(unit_twin(path, unit) in line for line in report.findings) for unit in (one, two))
+        swap(many / unit_twin(path, one), many / unit_twin(path, two))
+    assert read_everything(many) == before
+
+
+def test_any_two_records_swapped_are_noticed(many: Path, read_everything: Callable[[Path], dict[str, bytes]]) -> None:
+    for one, two in itertools.combinations(range(7), 2):
+        swap(many / unit_twin(COMMIT, one), many / unit_twin(COMMIT, two))
+        with pytest.raises(CorruptionError, match=r"is the record of unit"):
+            read_everything(many)
+        assert verify_store(many).damaged == [one, two]
+        swap(many / unit_twin(COMMIT, one), many / unit_twin(COMMIT, two))
+    assert verify_store(many).findings == []
+
+
+@pytest.mark.parametrize("runs", [pytest.param(20, id=""), pytest.param(200, marks=pytest.mark.long, id="long")])
+def test_files_and_records_of_older_runs_are_noticed(
+    root: Path,
+    form: str,
+    runs: int,
+    make_older: Callable[..., Any],
+    memory_path: Path,
+    read_everything: Callable[[Path], dict[str, bytes]],
+) -> None:
+    """The same manifest and sizes, valid in themselves: a file without its record, and a record without its file."""
+    rows = {"zarr": "frames/grid/c.1.0.0.0", "h5": "units/unit-000001.h5"}[form]
+    for seed in range(1, runs + 1):
+        older = make_older(memory_path / "older", seed=seed, units=[1], overwrite=seed > 1).root
+        for path in (rows, COMMIT):
+            good = (root / path).read_bytes()
+            shutil.copy(older / path, root / path)
+            with pytest.raises(CorruptionError, match=Path(rows).name if path == rows else "unit 1"):
+                read_everything(root)
+            report = verify_store(root)
+            assert report.damaged == [1]
+            assert any("unit 1" in line for line in report.findings)
+            (root / path).write_bytes(good)
+    assert verify_store(root).findings == []
 
 
 @pytest.mark.parametrize(

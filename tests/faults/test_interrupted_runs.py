@@ -25,8 +25,8 @@ pytestmark = [
 ]
 
 
-def report_of(*command: object, form: str = "zarr") -> dict[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "VLA_FAULT_FORM": form}
+def report_of(*command: object, form: str = "zarr", toy: bool = False) -> dict[str, Any]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "VLA_FAULT_FORM": form, "VLA_FAULT_TOY": str(int(toy))}
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads(done.stdout)
@@ -37,36 +37,38 @@ def report_of(*command: object, form: str = "zarr") -> dict[str, Any]:
 LEAST = {"zarr": {"create": 60, "overwrite": 100, "commit": 50}, "h5": {"create": 15, "overwrite": 30, "commit": 15}}
 
 
-@pytest.mark.parametrize(
-    ("form", "phase"),
-    [
-        ("zarr", "create"),
-        ("zarr", "overwrite"),
-        ("zarr", "commit"),
-        ("h5", "commit"),
-        pytest.param("h5", "create", marks=pytest.mark.long),  # the tables alone, and those are zarr's in both forms
-        pytest.param("h5", "overwrite", marks=pytest.mark.long),
-    ],
-    indirect=["form"],
-)
-def test_a_crash_at_any_change_of_the_disk_loses_no_committed_unit(memory_path: Path, form: str, phase: str) -> None:
-    report = report_of(sys.executable, VICTIM, "crash", memory_path, phase, form=form)
+LONG = [pytest.mark.long, pytest.mark.timeout(3600)]
+PHASES = ("create", "overwrite", "commit")
+CRASHES = [
+    *(pytest.param("zarr", phase, "short") for phase in PHASES),
+    pytest.param("h5", "commit", "short"),  # the rest are the tables alone, and those are zarr's in both forms
+    *(pytest.param(form, phase, "long", marks=LONG) for form in ("zarr", "h5", "zstd") for phase in PHASES),
+]
+
+
+@pytest.mark.parametrize(("form", "phase", "when"), CRASHES, indirect=["form"])
+def test_a_crash_at_any_change_of_the_disk_loses_no_committed_unit(
+    memory_path: Path, form: str, phase: str, when: str
+) -> None:
+    """Before each operation, halfway through each write, and after the last; in the long run after each, with torch."""
+    report = report_of(sys.executable, VICTIM, "crash", memory_path, phase, when, form=form, toy=when == "long")
     assert report["failures"] == []
-    assert report["operations"] >= LEAST[form][phase]
-    assert report["deaths"] >= report["operations"]  # before each operation, and halfway through each write
+    assert report["operations"] >= LEAST.get(form, LEAST["zarr"])[phase]
+    assert report["deaths"] == report["moments"] > report["operations"]
 
 
-@pytest.mark.parametrize("stride", [pytest.param(12, id=""), pytest.param(1, marks=pytest.mark.long, id="long")])
+@pytest.mark.parametrize("stride", [pytest.param(12, id=""), pytest.param(1, marks=LONG, id="long")])
 @pytest.mark.parametrize("phase", ["create", "overwrite", "commit"])
 def test_an_error_of_any_file_operation_is_one_line_and_breaks_nothing(
     memory_path: Path, form: str, phase: str, stride: int
 ) -> None:
-    report = report_of(sys.executable, "-W", "error", VICTIM, "error", memory_path, phase, stride, form=form)
+    command = [sys.executable, "-W", "error", VICTIM, "error", memory_path, phase, stride]
+    report = report_of(*command, form=form, toy=stride == 1)
     assert report["failures"] == []
-    assert report["raised"] >= 0.7 * report["operations"] / stride  # a few are looked over: the thing is not needed
+    assert report["raised"] >= 0.6 * report["operations"] / stride  # a few are looked over: the thing is not needed
 
 
-@pytest.mark.parametrize("kills", [pytest.param(25, id=""), pytest.param(200, marks=pytest.mark.long, id="long")])
+@pytest.mark.parametrize("kills", [pytest.param(25, id=""), pytest.param(200, marks=LONG, id="long")])
 def test_a_run_killed_at_random_moments_resumes_to_the_same_bytes(memory_path: Path, form: str, kills: int) -> None:
     report = report_of(sys.executable, VICTIM, "kill", memory_path, kills, SEED, form=form)
     assert report["failures"] == []
@@ -74,8 +76,8 @@ def test_a_run_killed_at_random_moments_resumes_to_the_same_bytes(memory_path: P
     assert len(report["commits_seen"]) > 1  # the moments were spread over the run
 
 
-@pytest.mark.parametrize("form", ["zarr"], indirect=True)
-def test_a_disk_that_fills_up_is_one_line_and_breaks_nothing(tmp_path: Path, form: str) -> None:
+@pytest.mark.parametrize("stride", [pytest.param(4, id=""), pytest.param(1, marks=LONG, id="long")])
+def test_a_disk_that_fills_up_is_one_line_and_breaks_nothing(tmp_path: Path, form: str, stride: int) -> None:
     unshare = shutil.which("unshare")
     if unshare is None:
         pytest.skip("no unshare: a file system of one megabyte cannot be made")
@@ -83,7 +85,7 @@ def test_a_disk_that_fills_up_is_one_line_and_breaks_nothing(tmp_path: Path, for
     mount = f"mount -t tmpfs -o size=1m tmpfs {tmp_path}"
     if subprocess.run([*private, mount], capture_output=True, check=False).returncode:
         pytest.skip("mounting is not permitted: a file system of one megabyte cannot be made")
-    report = report_of(*private, f"{mount} && exec {sys.executable} {VICTIM} full {tmp_path}", form=form)
+    report = report_of(*private, f"{mount} && exec {sys.executable} {VICTIM} full {tmp_path} {stride}", form=form)
     assert report["failures"] == []
     assert report["through"]
-    assert report["refused"] >= 30
+    assert report["refused"] >= 16 / stride

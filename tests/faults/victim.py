@@ -1,18 +1,21 @@
 """A small `featurize` that is made to fail: run by the tests of this folder, in a process of its own.
 
-    victim.py crash FOLDER PHASE          the process ends at each file-system operation that changes something
+    victim.py crash FOLDER PHASE WHEN     the process ends at each file-system operation that changes something
     victim.py error FOLDER PHASE STRIDE   every STRIDE-th operation, reading ones too, fails with an errno
     victim.py kill  FOLDER COUNT SEED     SIGKILL at random moments of a slow run
-    victim.py full  FOLDER                a disk that fills up at every possible place; FOLDER is a small file system
+    victim.py full  FOLDER STRIDE         a disk that fills up at every possible place; FOLDER is a small file system
 
 A phase is `create` (a store without units), `overwrite` (one in the place of another) or `commit` (its units).
-VLA_FAULT_FORM is the form of the store, zarr or h5. Everything is imported once and each victim is forked, which makes
-a hundred deaths a matter of seconds. Prints one JSON object: what was counted, and `failures`, one line each.
+VLA_FAULT_FORM is the form of the store: zarr, h5 or zstd. Everything is imported once and each victim is forked, which
+makes a hundred deaths a matter of seconds. VLA_FAULT_TOY=1 has the units computed by `featurize` with the toy backbone,
+as `kill` always has; otherwise they are made up, which spares each process an import of torch.
+Prints one JSON object: what was counted, and `failures`, one line each.
 """
 
 from __future__ import annotations
 
 import errno
+import functools
 import gc
 import io
 import json
@@ -29,14 +32,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vla.featurize.sources.registry import open_source
 from vla.stores.errors import MachineError, VlaError
 from vla.stores.manifest import FeatureInfo, Manifest, StepInfo
 from vla.stores.store import open_store
 from vla.stores.tables import EpisodeTable
 from vla.stores.verify import verify_store
-from vla.stores.writer import open_writer
+from vla.stores.writer import StoreWriter, open_writer
 
+FORM, TOY = os.environ.get("VLA_FAULT_FORM", "zarr"), os.environ.get("VLA_FAULT_TOY") == "1"
 SOURCE = open_source("synthetic", episodes=3, length=(5, 9), image_size=8, seed=2)
 INDEX = SOURCE.index()
 EPISODES = EpisodeTable.plan(*zip(*((e.id, e.length, e.task) for e in INDEX.episodes), strict=True))
@@ -53,38 +59,63 @@ MANIFEST = Manifest(
     fingerprint={"source": {"digest": SOURCE.digest()}},
     tables={},
     provenance={},
-    format="h5" if os.environ.get("VLA_FAULT_FORM") == "h5" else "zarr",
+    format="h5" if FORM == "h5" else "zarr",
+    compression="zstd" if FORM == "zstd" else "none",
 )
 
 
-def run(root: Path, *, only_create: bool = False, overwrite: bool = False, delay_ms: float = 0.0) -> None:
-    """Begin the store at `root`, or go on with it, or make it anew."""
+def run(root: Path, *, only_create: bool = False, overwrite: bool = False, delay_ms: float | None = None) -> None:
+    """Begin the store at `root`, or go on with it, or make it anew. A delay, even of 0, is the toy backbone's."""
     with open_writer(root, MANIFEST, EPISODES, resume=not overwrite, overwrite=overwrite) as writer:
-        if not only_create:  # torch is not imported where it is not needed: a small process forks fast
-            from vla.featurize.backbones.registry import make_backbone
-            from vla.featurize.run import featurize
+        if only_create:
+            return
+        if delay_ms is None and not TOY:
+            for unit in writer.pending():
+                make_up(writer, unit)
+            return
+        from vla.featurize.backbones.registry import make_backbone
+        from vla.featurize.run import featurize
 
-            backbone = make_backbone("toy", grid=2, channels=4, delay_ms=delay_ms)
-            featurize(SOURCE, backbone, writer, EPISODES, batch_size=3)
+        backbone = make_backbone("toy", grid=2, channels=4, delay_ms=delay_ms or 0.0)
+        featurize(SOURCE, backbone, writer, EPISODES, batch_size=3)
+
+
+def make_up(writer: StoreWriter, unit: int) -> None:
+    """Commit a unit of numbers that depend on it alone."""
+    buffer = writer.begin(unit)
+    rng = np.random.default_rng(unit)
+    buffer.put(buffer.rows.start, {"grid": rng.normal(size=(len(buffer.rows), 2, 2, 2, 4)).astype(np.float32)})
+    for values in buffer.steps.values():
+        values[...] = rng.integers(0, 100, values.shape)
+    writer.commit(buffer)
 
 
 # ---- what goes wrong ----
 
 
 class Faults:
-    """Counts file-system operations, and calls `strike` at the k-th. `reading` counts those too that change nothing."""
+    """Counts file-system operations, and calls `strike` at the k-th. `reading` counts those too that change nothing.
 
-    def __init__(self, at: int, strike: Callable[[str, Callable[[], Any]], Any], *, reading: bool) -> None:
-        self.at, self.strike, self.reading = at, strike, reading
+    `after`: when the operation has been done, not before.
+    """
+
+    def __init__(
+        self, at: int, strike: Callable[[str, Callable[[], Any]], Any], *, reading: bool, after: bool = False
+    ) -> None:
+        self.at, self.strike, self.reading, self.after = at, strike, reading, after
         self.names: list[str] = []
         self._lock = threading.Lock()
 
-    def step(self, name: str, half: Callable[[], Any] = lambda: None) -> None:
+    def step(self, name: str, work: Callable[[], Any], half: Callable[[], Any] = lambda: None) -> Any:
         with self._lock:
             self.names.append(name)
             now = len(self.names) == self.at
-        if now:
+        if now and not self.after:
             self.strike(name, half)
+        done = work()
+        if now and self.after:
+            self.strike(name, half)
+        return done
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -105,15 +136,14 @@ class Faults:
 
     def _counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*arguments: Any, **options: Any) -> Any:
-            self.step(name)
-            return function(*arguments, **options)
+            return self.step(name, lambda: function(*arguments, **options))
 
         return counted
 
     def _os_open(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(path: Any, flags: int, *rest: Any, **options: Any) -> Any:
             if self.reading or flags & os.O_CREAT:
-                self.step("open")
+                return self.step("open", lambda: function(path, flags, *rest, **options))
             return function(path, flags, *rest, **options)
 
         return counted
@@ -121,9 +151,8 @@ class Faults:
     def _io_open(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(file: Any, mode: str = "r", *rest: Any, **options: Any) -> Any:
             writing = bool(set(mode) & set("wax+"))
-            if self.reading or writing:
-                self.step("open")
-            opened = function(file, mode, *rest, **options)
+            really = functools.partial(function, file, mode, *rest, **options)
+            opened = self.step("open", really) if self.reading or writing else really()
             if writing and not isinstance(file, int):
                 write = opened.write
 
@@ -132,8 +161,7 @@ class Faults:
                         write(memoryview(data)[: len(memoryview(data)) // 2])
                         opened.flush()
 
-                    self.step("write", half)
-                    return write(data)
+                    return self.step("write", lambda: write(data), half)
 
                 opened.write = counted_write
             return opened
@@ -223,22 +251,27 @@ class Stage:
             return f"{type(caught).__name__}: {caught}"
 
 
-def crash(folder: Path, phase: str) -> dict[str, Any]:
-    """End the process before each changing operation, and in the middle of each write."""
+WHENS = {"short": ("before", "halfway", "last"), "long": ("before", "halfway", "after")}
+
+
+def crash(folder: Path, phase: str, when: str) -> dict[str, Any]:
+    """End the process before each changing operation, in the middle of each write, and after the last or after each."""
     stage = Stage(folder, phase)
     names = stage.operations(reading=False)
-    failures, deaths = [], 0
-    moments = [(at, False) for at in range(1, len(names) + 1)]
-    moments += [(at, True) for at, name in enumerate(names, 1) if name == "write"]
-    for at, halfway in moments:
+    failures, deaths, moments = [], 0, []
+    for kind in WHENS[when]:
+        every = range(1, len(names) + 1)
+        chosen = {"halfway": [at for at in every if names[at - 1] == "write"], "last": [len(names)]}.get(kind, every)
+        moments += [(at, kind) for at in chosen]
+    for at, kind in moments:
 
-        def strike(name: str, half: Callable[[], Any], halfway: bool = halfway) -> None:
-            if halfway:
+        def strike(name: str, half: Callable[[], Any], kind: str = kind) -> None:
+            if kind == "halfway":
                 half()
             os._exit(7)
 
-        def work(at: int = at, strike: Callable[..., Any] = strike) -> None:
-            with Faults(at, strike, reading=False).installed():
+        def work(at: int = at, strike: Callable[..., Any] = strike, kind: str = kind) -> None:
+            with Faults(at, strike, reading=False, after=kind in ("after", "last")).installed():
                 stage.run()
 
         stage.prepare()
@@ -246,11 +279,11 @@ def crash(folder: Path, phase: str) -> dict[str, Any]:
         deaths += code == 7
         problem = stage.finish() if code in (0, 7) else f"exit code {code}"
         if problem:
-            failures.append(f"{names[at - 1]} {at} of {len(names)}{', halfway' if halfway else ''}: {problem}")
-    return {"operations": len(names), "deaths": deaths, "failures": failures}
+            failures.append(f"{names[at - 1]} {at} of {len(names)}, {kind}: {problem}")
+    return {"operations": len(names), "moments": len(moments), "deaths": deaths, "failures": failures}
 
 
-ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EMFILE)
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EMFILE, errno.EINTR, errno.EROFS, errno.EDQUOT)
 
 
 def error(folder: Path, phase: str, stride: int) -> dict[str, Any]:
@@ -262,7 +295,7 @@ def error(folder: Path, phase: str, stride: int) -> dict[str, Any]:
         code = ERRORS[at // stride % len(ERRORS)]
 
         def strike(name: str, half: Callable[[], Any], code: int = code) -> None:
-            if code == errno.ENOSPC and name == "write":
+            if code in (errno.ENOSPC, errno.EDQUOT) and name == "write":
                 half()  # a full disk takes what fits
             raise OSError(code, os.strerror(code))
 
@@ -289,6 +322,9 @@ def kill(folder: Path, count: int, seed: int) -> dict[str, Any]:
     reference = files_of(folder / "whole")
     failures: list[str] = []
     kills, commits_seen = 0, set()
+    began = time.monotonic()
+    in_child(lambda: run(folder / "timed", delay_ms=5.0))
+    longest = 1.2 * (time.monotonic() - began)  # on a busy machine a run takes longer, and the kills come later
     while kills < count:
         work = folder / "work"
         shutil.rmtree(work, ignore_errors=True)
@@ -297,10 +333,10 @@ def kill(folder: Path, count: int, seed: int) -> dict[str, Any]:
             child = os.fork()
             if child == 0:
                 try:
-                    run(work / "s", delay_ms=10.0)
+                    run(work / "s", delay_ms=5.0)
                 finally:
                     os._exit(0)
-            time.sleep(rng.uniform(0.0, 0.30))
+            time.sleep(rng.uniform(0.0, longest))
             os.kill(child, signal.SIGKILL)
             killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
             kills += killed
@@ -322,13 +358,13 @@ def kill(folder: Path, count: int, seed: int) -> dict[str, Any]:
     return {"kills": kills, "commits_seen": sorted(commits_seen), "failures": failures}
 
 
-def full(folder: Path) -> dict[str, Any]:
-    """Leave 0, 4, 8, ... KiB free before each run, until one comes through."""
+def full(folder: Path, stride: int) -> dict[str, Any]:
+    """Leave 0, 4, 8, ... KiB free before each run (or every `stride`-th of these), until one comes through."""
     run(folder / "whole")
     reference = files_of(folder / "whole")
     shutil.rmtree(folder / "whole")
     failures, refused, page = [], 0, 4096
-    for pages in range(200):
+    for pages in range(0, 400, stride):
         work = folder / "work"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
@@ -355,11 +391,12 @@ if __name__ == "__main__":
     command, where, *rest = sys.argv[1:]
     target = Path(where)
     if command == "crash":
-        result = crash(target, rest[0])
+        result = crash(target, rest[0], rest[1])
     elif command == "error":
         result = error(target, rest[0], int(rest[1]))
     elif command == "full":
-        result = full(target)
+        result = full(target, int(rest[0]))
     else:
+        TOY = True
         result = kill(target, int(rest[0]), int(rest[1]))
     sys.stdout.write(json.dumps(result) + "\n")

@@ -60,6 +60,7 @@ CONFIG: dict[str, Row] = {
     "store": Row("features", ('store={"dtype": "float32"}',), "features.grid.dtype"),
     "batch_size": Row("neutral", ("batch_size=3",)),
     "device": Row("neutral", ("device=cpu",)),
+    "remote": Row("neutral", ("remote.threads=2",)),
     "threads": Row("neutral", ("threads=1",)),
 }
 STORE: dict[str, Row] = {

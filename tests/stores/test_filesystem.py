@@ -126,6 +126,7 @@ def test_a_failed_write_leaves_the_old_content_under_the_name(
         (errno.EACCES, "permission is denied"),
         (errno.EROFS, "read-only"),
         (errno.EMFILE, "too many files"),
+        (errno.EFBIG, "larger than .* is allowed"),
         (errno.EIO, "input/output error"),
         (errno.ENAMETOOLONG, "File name too long"),
     ],

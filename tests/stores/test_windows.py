@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vla.stores.errors import DataError, UsageError
@@ -18,7 +18,7 @@ def brute_force(
     obs = [row - spec.n_obs + 1 + i for i in range(spec.n_obs)]
     action = [row + spec.action_offset + i for i in range(spec.horizon)]
     inside = range(start, start + length)
-    near = lambda wanted: min(inside, key=lambda candidate: abs(candidate - wanted))  # noqa: E731
+    near = lambda wanted: min(max(wanted, inside[0]), inside[-1])  # noqa: E731
     return [near(r) for r in obs], [r in inside for r in obs], [near(r) for r in action], [r in inside for r in action]
 
 
@@ -32,7 +32,20 @@ specs = st.builds(WindowSpec, n_obs=st.integers(1, 6), horizon=st.integers(1, 32
 
 
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=6), spec=specs, data=st.data())
+@settings(max_examples=1_000)
 def test_windows_equal_a_brute_force(lengths: list[int], spec: WindowSpec, data: st.DataObject) -> None:
+    compare_with_brute_force(lengths, spec, data)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=6), spec=specs, data=st.data())
+@settings(max_examples=10_000, derandomize=False)
+def test_windows_equal_a_brute_force_many_times(lengths: list[int], spec: WindowSpec, data: st.DataObject) -> None:
+    compare_with_brute_force(lengths, spec, data)
+
+
+def compare_with_brute_force(lengths: list[int], spec: WindowSpec, data: st.DataObject) -> None:
     table = table_of(lengths)
     chosen = data.draw(st.lists(st.sampled_from(range(len(lengths))), min_size=1, unique=True))
     index = WindowIndex(table, np.array(chosen), spec)
