@@ -22,10 +22,12 @@ lint: .venv/.ready
 	$(BIN)/lint-imports
 
 # torch first and alone: pip then keeps that build instead of choosing one with gigabytes of CUDA.
+# depth-anything-3 last and without its dependencies: it asks for numpy 1 and twenty packages that its network never uses.
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt) --constraint constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[sim,dev,dist]'
+	$(BIN)/pip install --quiet --no-deps $$(grep '^depth-anything-3==' constraints.txt)
 	@sh examples/install_osmesa.sh
 	@touch $@
 

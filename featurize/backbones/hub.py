@@ -77,13 +77,13 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         return []
-    files = [folder / file for file in sorted(set(_read_json(index).get("weight_map", {}).values()))]
+    files = [folder / file for file in sorted(set(read_json(index).get("weight_map", {}).values()))]
     return files if all(file.is_file() for file in files) else []
 
 
 def read_model_config(folder: Path) -> tuple[str, str]:
     """Return (model type, SHA-256 of what `config.json` says of the vision model)."""
-    values = _read_json(folder / "config.json")
+    values = read_json(folder / "config.json")
     vision = values.get("vision_config", values)
     return str(values.get("model_type")), digest({k: v for k, v in vision.items() if k not in INCIDENTAL})
 
@@ -110,7 +110,8 @@ def load_model(model_class: Any, folder: Path, *, unused: tuple[str, ...] = ()) 
     return freeze(model)
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
+def read_json(path: Path) -> Mapping[str, Any]:
+    """Read a JSON table. Raises `DataError` where it does not parse, holds NaN, or is no table."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except (OSError, ValueError) as error:
