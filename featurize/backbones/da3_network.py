@@ -116,10 +116,12 @@ def _small_vit(arch: Architecture, start: Mapping[str, int]) -> nn.Module:
     from depth_anything_3.model.dinov2.vision_transformer import DinoVisionTransformer
 
     width, depth, heads = arch.vit
-    vit: Any = DinoV2("vits", out_layers=list(arch.layers), cat_token=True, **start)
     sizes = {"img_size": 518, "patch_size": 14, "embed_dim": width, "depth": depth, "num_heads": heads}
+    vit: nn.Module = DinoV2.__new__(DinoV2)  # its constructor knows four sizes only, and would build one of them
+    nn.Module.__init__(vit)
+    vit.out_layers = list(arch.layers)
     vit.pretrained = DinoVisionTransformer(**sizes, ffn_layer="mlp", cat_token=True, **start)
-    return vit  # type: ignore[no-any-return]
+    return vit
 
 
 def load_network(where: str, wanted: str | None, fix: str) -> tuple[str, Any, str]:

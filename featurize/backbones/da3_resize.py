@@ -64,19 +64,24 @@ def _nearest_multiple(side: int) -> int:
 
 
 def _resize(image: Image, target: tuple[int, int], *, cubic: bool) -> Image:
+    if image.shape[:2] == target:
+        return image
     values = image.astype(np.float32)
-    for axis, count in enumerate(target):
-        if count != image.shape[axis]:
-            values = _combine(values, (_cubic_taps if cubic else _area_taps)(image.shape[axis], count), axis)
+    for count in target:  # rows first; each pass swaps the axes, so that it always reads whole rows
+        if count != len(values):
+            values = _combine(values, (_cubic_taps if cubic else _area_taps)(len(values), count))
+        values = np.ascontiguousarray(values.swapaxes(0, 1))
     return np.rint(values).clip(0, 255).astype(np.uint8)
 
 
-def _combine(values: NDArray[np.float32], taps: Taps, axis: int) -> NDArray[np.float32]:
-    """Weighted sums along axis 0 or 1 of [H, W, 3]."""
-    shape = (-1, 1, 1) if axis == 0 else (1, -1, 1)
-    total: NDArray[np.float32] = np.float32(0) * np.take(values, taps[0][:, 0], axis)
+def _combine(values: NDArray[np.float32], taps: Taps) -> NDArray[np.float32]:
+    """Weighted sums of the rows of [rows, ...]."""
+    total = np.zeros((len(taps[0]), *values.shape[1:]), np.float32)
+    part = np.empty_like(total)
     for cells, weights in zip(taps[0].T, taps[1].T, strict=True):
-        total += np.take(values, cells, axis) * weights.reshape(shape)
+        np.take(values, cells, axis=0, out=part, mode="clip")  # any mode but "raise" writes without a copy
+        part *= weights[:, None, None]
+        total += part
     return total
 
 
