@@ -1,8 +1,8 @@
 """Depth Anything 3 (arXiv:2511.10647): a ray per pixel and view, seen without knowing the camera.
 
-A ray is a direction and an origin, 6 numbers, in the frame of the scene's reference view. What is cached by default is the
-ray map as a geometry adapter reads it: resized bilinearly to 14x14 cells per view. That step has no parameters, so the
-cached cells equal, bit for bit before storage, those that the adapter makes of the full map.
+A ray is a direction and an origin, 6 numbers, in the frame of the scene's reference view. What is cached by default is
+the ray map as a geometry adapter reads it: resized bilinearly to 14x14 cells per view. That step has no parameters, so
+the cached cells equal, bit for bit before storage, those that the adapter makes of the full map.
 
 A scene is what the network sees at once: the views of one time step (`views` of them), or, as usual, each view on its
 own. The views of a scene attend to each other; time steps never do. The head runs in float32, as upstream runs it.
@@ -172,7 +172,9 @@ class DepthAnything3:
         B, V = images.shape[:2]
         views = self.settings.views
         if views not in (1, V):
-            raise UsageError(f"{V} views in a time step, and views={views}", fix=f"views={V}, or views=1 for each alone")
+            raise UsageError(
+                f"{V} views in a time step, and views={views}", fix=f"views={V}, or views=1 for each alone"
+            )
         scenes = images.to(self.device).reshape(B * V // views, views, *images.shape[2:])
         count = max(1, PIXELS.get(self.device.type, PIXELS["cuda"]) // scenes[0, :, 0].numel())
         with frozen_inference(self.device), quiet():
@@ -200,9 +202,7 @@ class DepthAnything3:
                 scenes, layers, cam_token=None, ref_view_strategy=self.settings.ref_view_strategy
             )
         taken = {layer: (tokens.float(), camera.float()) for layer, (tokens, camera) in zip(layers, pairs, strict=True)}
-        made = {
-            name: taken[layer][0].reshape(S, N, h // PATCH, w // PATCH, -1) for name, layer in self._tokens.items()
-        }
+        made = {name: taken[layer][0].reshape(S, N, h // PATCH, w // PATCH, -1) for name, layer in self._tokens.items()}
         if len(made) == len(self._features):
             return made
         out = self._network.head([taken[layer] for layer in self._arch.layers], h, w, patch_start_idx=0)

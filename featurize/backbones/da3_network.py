@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,15 +35,16 @@ APACHE, NON_COMMERCIAL = "Apache-2.0", "CC BY-NC 4.0 (non-commercial)"
 
 @dataclass(frozen=True)
 class Architecture:
-    """One network. `vit` is its size by upstream's name, or (width, depth, heads); `layers` feed the ray head.
+    """One network. `vit` is upstream's name of a transformer of this size, if it has one; `layers` feed the ray head.
 
     From `alt_start` on, every second layer attends across the views of a scene. `features` and `channels` are the
     widths of the head. `licence` is that of the published weights.
     """
 
-    vit: str | tuple[int, int, int]
+    vit: str | None
     width: int
     depth: int
+    heads: int
     layers: tuple[int, int, int, int]
     alt_start: int
     features: int
@@ -53,11 +53,11 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    "da3-small": Architecture("vits", 384, 12, (5, 7, 9, 11), 4, 64, (48, 96, 192, 384), APACHE),
-    "da3-base": Architecture("vitb", 768, 12, (5, 7, 9, 11), 4, 128, (96, 192, 384, 768), APACHE),
-    "da3-large": Architecture("vitl", 1024, 24, (11, 15, 19, 23), 8, 256, (256, 512, 1024, 1024), NON_COMMERCIAL),
-    "da3-giant": Architecture("vitg", 1536, 40, (19, 27, 33, 39), 13, 256, (256, 512, 1024, 1024), NON_COMMERCIAL),
-    "da3-tiny": Architecture((64, 6, 2), 64, 6, (2, 3, 4, 5), 2, 32, (16, 24, 32, 32), "none"),
+    "da3-small": Architecture("vits", 384, 12, 6, (5, 7, 9, 11), 4, 64, (48, 96, 192, 384), APACHE),
+    "da3-base": Architecture("vitb", 768, 12, 12, (5, 7, 9, 11), 4, 128, (96, 192, 384, 768), APACHE),
+    "da3-large": Architecture("vitl", 1024, 24, 16, (11, 15, 19, 23), 8, 256, (256, 512, 1024, 1024), NON_COMMERCIAL),
+    "da3-giant": Architecture("vitg", 1536, 40, 24, (19, 27, 33, 39), 13, 256, (256, 512, 1024, 1024), NON_COMMERCIAL),
+    "da3-tiny": Architecture(None, 64, 6, 2, (2, 3, 4, 5), 2, 32, (16, 24, 32, 32), "none"),
 }
 """By the `model_name` of a hub folder's config.json; all but the tiny one as in the package's configs/*.yaml."""
 
@@ -102,7 +102,7 @@ def build_network(name: str, seed: int = 0) -> Any:
     start = {"alt_start": arch.alt_start, "qknorm_start": arch.alt_start, "rope_start": arch.alt_start}
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if isinstance(arch.vit, str):
+        if arch.vit is not None:
             vit = DinoV2(arch.vit, out_layers=list(arch.layers), cat_token=True, **start)
         else:
             vit = _small_vit(arch, start)
@@ -110,17 +110,16 @@ def build_network(name: str, seed: int = 0) -> Any:
         return freeze(DepthAnything3Net(vit, head))
 
 
-def _small_vit(arch: Architecture, start: Mapping[str, int]) -> nn.Module:
+def _small_vit(arch: Architecture, start: Mapping[str, int]) -> Any:
     """Build the same transformer at a size for which upstream has no name."""
     from depth_anything_3.model.dinov2.dinov2 import DinoV2
     from depth_anything_3.model.dinov2.vision_transformer import DinoVisionTransformer
 
-    width, depth, heads = arch.vit
-    sizes = {"img_size": 518, "patch_size": 14, "embed_dim": width, "depth": depth, "num_heads": heads}
-    vit: nn.Module = DinoV2.__new__(DinoV2)  # its constructor knows four sizes only, and would build one of them
+    sizes = {"patch_size": 14, "embed_dim": arch.width, "depth": arch.depth, "num_heads": arch.heads}
+    vit: Any = DinoV2.__new__(DinoV2)  # its constructor knows four sizes only, and would build one of them
     nn.Module.__init__(vit)
     vit.out_layers = list(arch.layers)
-    vit.pretrained = DinoVisionTransformer(**sizes, ffn_layer="mlp", cat_token=True, **start)
+    vit.pretrained = DinoVisionTransformer(518, **sizes, ffn_layer="mlp", cat_token=True, **start)
     return vit
 
 
