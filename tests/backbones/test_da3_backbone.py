@@ -184,6 +184,28 @@ def test_how_many_pictures_pass_at_once_changes_nothing(
         assert_close(values, together[name])
 
 
+def test_tokens_are_the_last_local_layers_output_beside_the_normalised_output_of_their_own(
+    pictures: Pictures,
+) -> None:
+    """Layer 2 attends within a view, layer 3 across views; layer 1 comes before the first that does."""
+    backbone = build(features=["tokens_1", "tokens_3"], views=2)
+    vit, seen = backbone._network.backbone.pretrained, {}
+    for layer in (1, 2, 3):
+        vit.blocks[layer].register_forward_hook(lambda _, __, out, layer=layer: seen.update({layer: out.clone()}))
+    made = backbone.encode(batch(backbone, pictures[:2], 2))
+    outputs = {layer: out.reshape(1, 2, 1 + 3 * 4, 64) for layer, out in seen.items()}
+    for name, local, own in (("tokens_1", 1, 1), ("tokens_3", 2, 3)):
+        tokens = made[name].flatten(2, 3)
+        assert_close(tokens[..., :64], outputs[local][:, :, 1:])
+        assert_close(tokens[..., 64:], vit.norm(outputs[own][:, :, 1:]))
+
+
+def test_asking_for_tokens_does_not_change_the_rays(pictures: Pictures) -> None:
+    plain, more = build(), build(features=["tokens_0", "ray", "tokens_4"])
+    images = batch(plain, pictures[:2], 1)
+    assert torch.equal(more.encode(images)["ray"], plain.encode(images)["ray"])
+
+
 def test_the_head_is_not_run_where_only_tokens_are_wanted(pictures: Pictures, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = build(features=["tokens_0", "tokens_5"])
     monkeypatch.setattr(backbone._network.head, "forward", lambda *args, **kwargs: pytest.fail("ran the head"))

@@ -14,6 +14,11 @@ from numpy.typing import NDArray
 from safetensors.torch import save_model
 
 pytest.importorskip("depth_anything_3", reason="depth-anything-3 is not installed (pip install --no-deps)")
+with warnings.catch_warnings():  # it calls deprecated functions of torch and omegaconf as it is imported
+    warnings.simplefilter("ignore")
+    from depth_anything_3.cfg import create_object, load_config
+    from depth_anything_3.model.dinov2 import vision_transformer
+    from depth_anything_3.registry import MODEL_REGISTRY
 
 from vla.featurize.backbones.da3 import MEAN, STD, DepthAnything3
 from vla.featurize.backbones.da3_network import ARCHITECTURES, build_network, quiet
@@ -64,16 +69,16 @@ def test_tokens_of_the_heads_layers_are_the_backbones_own(views: int) -> None:
 
 
 def upstream_config(name: str) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from depth_anything_3.cfg import load_config
-        from depth_anything_3.registry import MODEL_REGISTRY
     return load_config(MODEL_REGISTRY[name])
 
 
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "da3-tiny"])
-def test_architectures_equal_the_packages_configurations(name: str) -> None:
+def test_architectures_equal_the_packages_configurations(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = ARCHITECTURES[name], upstream_config(name)
+    monkeypatch.setattr(vision_transformer, "DinoVisionTransformer", dict)  # the arguments only
+    makers = {"vits": "vit_small", "vitb": "vit_base", "vitl": "vit_large", "vitg": "vit_giant2"}
+    built = getattr(vision_transformer, makers[theirs.net.name])()
+    assert (built["embed_dim"], built["depth"], built["num_heads"]) == (ours.width, ours.depth, ours.heads)
     assert theirs.net.name == ours.vit
     assert tuple(theirs.net.out_layers) == ours.layers
     assert {theirs.net.alt_start, theirs.net.qknorm_start, theirs.net.rope_start} == {ours.alt_start}
@@ -88,8 +93,6 @@ def test_da3_small_as_the_package_builds_and_saves_it_loads_to_the_same_rays(tmp
     config = upstream_config("da3-small")
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        from depth_anything_3.cfg import create_object
-
         theirs = create_object(config).eval()
     save_model(torch.nn.ModuleDict({"model": theirs}), str(tmp_path / "model.safetensors"))
     (tmp_path / "config.json").write_text(json.dumps({"model_name": "da3-small"}))
