@@ -141,7 +141,7 @@ def load_network(where: str, wanted: str | None, fix: str) -> tuple[str, Any, st
     if foreign := sorted(key for key in tensors if not key.startswith(PREFIX)):
         found = f"{folder} does not fit: {len(foreign)} names without {PREFIX!r}, first {foreign[0]}"
         raise DataError(found, expected="weights as the hub holds them")
-    bare = {key.removeprefix(PREFIX): value.float() for key, value in tensors.items()}
+    bare = {key.removeprefix(PREFIX): value for key, value in tensors.items()}
     load_strictly(network, _with_tied_names(network, bare), folder)
     return name, network, digest_files(files)
 

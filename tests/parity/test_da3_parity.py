@@ -20,7 +20,7 @@ with warnings.catch_warnings():  # it calls deprecated functions of torch and om
     from depth_anything_3.model.dinov2 import vision_transformer
     from depth_anything_3.registry import MODEL_REGISTRY
 
-from vla.featurize.backbones.da3 import MEAN, STD, DepthAnything3
+from vla.featurize.backbones.da3 import DepthAnything3
 from vla.featurize.backbones.da3_network import ARCHITECTURES, build_network, quiet
 from vla.featurize.backbones.da3_resize import resize_upper_bound
 
@@ -122,7 +122,6 @@ def test_pictures_equal_those_of_the_packages_processor_within_one_grey_level(
     assert np.abs(ours - theirs).max() <= 1
     assert (ours != theirs).mean() < 0.01
     made = build(size=size, picture=None, features=["ray"], target_hw=[8, 8]).preprocess(picture(height, width))
-    normalised = (torch.tensor(ours).permute(2, 0, 1) / 255 - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[
-        :, None, None
-    ]
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # of its NORMALIZE
+    normalised = ((torch.tensor(ours) / 255 - mean) / std).permute(2, 0, 1)
     assert torch.allclose(made, normalised, atol=1e-6)
