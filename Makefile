@@ -27,8 +27,8 @@ lint: .venv/.ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt) --constraint constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[sim,dev,dist]'
-	$(BIN)/pip install --quiet --no-deps $$(grep '^depth-anything-3==' constraints.txt)
 	@sh examples/install_osmesa.sh
+	$(BIN)/pip install --quiet --no-deps $$(grep '^depth-anything-3==' constraints.txt)
 	@touch $@
 
 clean:

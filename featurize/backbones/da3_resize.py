@@ -13,7 +13,6 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from vla.featurize.backbones.resize import require_rgb
 from vla.featurize.image import Image
 from vla.stores.errors import DataError
 
@@ -44,7 +43,8 @@ def resize_upper_bound(image: Image, size: int) -> Image:
 
     Raises `DataError` for anything but an RGB uint8 picture, or one that is too narrow.
     """
-    require_rgb(image)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
+        raise DataError(f"a picture of shape {image.shape}, {image.dtype}", expected="[H, W, 3] uint8, RGB")
     height, width = image.shape[:2]
     target = upper_bound_shape(height, width, size)
     bounded = _bounded(height, width, size)

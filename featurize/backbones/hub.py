@@ -111,7 +111,7 @@ def load_model(model_class: Any, folder: Path, *, unused: tuple[str, ...] = ()) 
 
 
 def read_json(path: Path) -> Mapping[str, Any]:
-    """Read a JSON table. Raises `DataError` where it does not parse, holds NaN, or is no table."""
+    """Read a file such as `config.json`. Raises `DataError` where it holds no table."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except (OSError, ValueError) as error:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:  # base imports torch, and listing the names must not
 
 BACKBONES: dict[str, str] = {
     "efficientnet": "vla.featurize.backbones.efficientnet:EfficientNetLite0",
-    "dino-siglip": "vla.featurize.backbones.dino_siglip:DinoSiglip",
     "da3": "vla.featurize.backbones.da3:DepthAnything3",
+    "dino-siglip": "vla.featurize.backbones.dino_siglip:DinoSiglip",
     "pixels": "vla.featurize.backbones.pixels:Pixels",
     "toy": "vla.featurize.backbones.toy:Toy",
 }
@@ -22,8 +22,8 @@ BACKBONES: dict[str, str] = {
 
 SUMMARIES = {
     "efficientnet": "EfficientNet-Lite0, ImageNet weights from the package index; grids of any block",
-    "dino-siglip": "DINOv3 or DINOv2 beside SigLIP; 64 fine and 4 coarse tokens a view",
     "da3": "Depth Anything 3; rays pooled to 14x14x6 a view, and by choice full rays, depth, tokens of a layer",
+    "dino-siglip": "DINOv3 or DINOv2 beside SigLIP; 64 fine and 4 coarse tokens a view",
     "pixels": "32 x 32 RGB: the baseline that every learned backbone has to beat",
     "toy": "no weights, microseconds: for tests and dry runs",
 }

@@ -23,8 +23,8 @@ Models = dict[str, tuple[Path, Any]]
 
 SMALL: dict[str, dict[str, Any]] = {
     "efficientnet": {"size": 64},
-    "dino-siglip": {"weights": "random", "size": 112, "grid": 7, "fine": 4},
     "da3": {"weights": "random", "model": "tiny", "size": 56},
+    "dino-siglip": {"weights": "random", "size": 112, "grid": 7, "fine": 4},
 }
 """Options that make a backbone quick; any that is not named runs with its defaults."""
 
@@ -39,16 +39,6 @@ CHANGES: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
         "weights": ({}, RANDOM),
         "seed": (RANDOM, {**RANDOM, "seed": 1}),
     },
-    "dino-siglip": {
-        "weights": ({}, {"weights": None, **FOLDERS}),
-        "dino": ({"weights": None, **FOLDERS}, {"weights": None, **FOLDERS, "dino": "<dinov2>"}),
-        "siglip": ({"weights": None, **FOLDERS}, {"weights": None, **FOLDERS, "siglip": "<siglip_vision_model>"}),
-        "size": ({}, {"size": 224}),
-        "grid": ({}, {"grid": 6}),
-        "fine": ({}, {"fine": 3}),
-        "coarse": ({}, {"coarse": 3}),
-        "seed": ({}, {"seed": 1}),
-    },
     "da3": {
         "weights": ({}, {"weights": "<da3>", "model": None}),
         "model": ({}, {"model": "DA3-SMALL"}),
@@ -57,6 +47,16 @@ CHANGES: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
         "size": ({}, {"size": 84}),
         "views": ({}, {"views": 3}),
         "ref_view_strategy": ({"views": 3}, {"views": 3, "ref_view_strategy": "middle"}),
+        "seed": ({}, {"seed": 1}),
+    },
+    "dino-siglip": {
+        "weights": ({}, {"weights": None, **FOLDERS}),
+        "dino": ({"weights": None, **FOLDERS}, {"weights": None, **FOLDERS, "dino": "<dinov2>"}),
+        "siglip": ({"weights": None, **FOLDERS}, {"weights": None, **FOLDERS, "siglip": "<siglip_vision_model>"}),
+        "size": ({}, {"size": 224}),
+        "grid": ({}, {"grid": 6}),
+        "fine": ({}, {"fine": 3}),
+        "coarse": ({}, {"coarse": 3}),
         "seed": ({}, {"seed": 1}),
     },
     "pixels": {"size": ({}, {"size": 16})},

@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from vla.featurize.backbones import da3, hub
 from vla.featurize.backbones.da3 import DepthAnything3
 from vla.featurize.backbones.da3_network import ARCHITECTURES, INSTALL, MODELS, build_network
-from vla.featurize.backbones.da3_resize import resize_upper_bound, upper_bound_shape
 from vla.featurize.backbones.weights import digest_files
 from vla.featurize.job import FeaturizeConfig, prepare, rebuild_backbone, run
 from vla.stores.errors import DataError, FingerprintError, MachineError, UsageError
@@ -484,45 +483,6 @@ def test_without_a_declared_picture_the_pooled_ray_takes_any_shape(pictures: Pic
     backbone = build(picture=None)
     for picture in (pictures[0], pictures[0][:, :60], np.swapaxes(pictures[0], 0, 1)):
         assert backbone.encode(batch(backbone, [picture], 1))["ray"].shape == (1, 1, 14, 14, 6)
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "size", "shape"),
-    [
-        (480, 640, 504, (378, 504)),
-        (1080, 1920, 504, (280, 504)),
-        (100, 100, 504, (504, 504)),
-        (97, 53, 84, (84, 42)),
-        (30, 40, 84, (70, 84)),  # 63 rows lie half way between 56 and 70: up
-        (500, 10, 504, (504, 14)),
-    ],
-)
-def test_sides_become_the_nearest_multiples_of_the_patch(
-    height: int, width: int, size: int, shape: tuple[int, int]
-) -> None:
-    assert upper_bound_shape(height, width, size) == shape
-    flat = resize_upper_bound(np.full((height, width, 3), 77, np.uint8), size)
-    assert flat.shape == (*shape, 3)
-    assert (flat == 77).all(), "weights that sum to one keep a flat picture flat"
-
-
-def test_shrinking_averages_the_area_and_a_picture_of_the_right_size_stays_as_it_is() -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (126, 168, 3), dtype=np.uint8)
-    thirds = picture.reshape(42, 3, 56, 3, 3).mean((1, 3))
-    assert np.abs(resize_upper_bound(picture, 56) - thirds).max() <= 0.501
-    assert np.array_equal(resize_upper_bound(picture, 168), picture)
-    # 3 columns become 2, so that one of them counts half to each: a ramp stays a ramp.
-    ramp = np.repeat(np.arange(0, 210, dtype=np.uint8)[None, :, None], 210, 0).repeat(3, 2)
-    shrunk = resize_upper_bound(ramp, 140)
-    centres = (np.arange(140) + 0.5) * 1.5 - 0.5
-    assert np.abs(shrunk[70, :, 0] - centres).max() <= 0.501
-
-
-def test_growing_follows_a_ramp_between_its_ends() -> None:
-    ramp = np.repeat(np.arange(0, 210, 5, dtype=np.uint8)[None, :, None], 42, 0).repeat(3, 2)
-    grown = resize_upper_bound(ramp, 84)
-    wanted = ((np.arange(84) + 0.5) / 2 - 0.5) * 5
-    assert np.abs(grown[10, 4:-4, 0] - wanted[4:-4]).max() <= 0.76  # the cubic with a = -0.75 bends a ramp a little
 
 
 def test_a_relative_folder_that_is_not_there_names_what_was_looked_for(
