@@ -24,6 +24,7 @@ lint: .venv/.ready
 
 # An S3 server that is not ours, in an environment of its own: its pins are not those of the project.
 # torch first and alone: pip then keeps that build instead of choosing one with gigabytes of CUDA.
+# depth-anything-3 last and without its dependencies: it asks for numpy 1 and twenty packages that its network never uses.
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt) --constraint constraints.txt
@@ -31,6 +32,7 @@ lint: .venv/.ready
 	$(PYTHON) -m venv $(S3)
 	$(S3)/bin/pip install --quiet 'moto[server]==5.2.5'
 	@sh examples/install_osmesa.sh
+	$(BIN)/pip install --quiet --no-deps $$(grep '^depth-anything-3==' constraints.txt)
 	@touch $@
 
 clean:

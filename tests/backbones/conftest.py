@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ import pytest
 import torch
 import transformers
 from numpy.typing import NDArray
+from safetensors.torch import save_model
+
+from vla.featurize.backbones.da3_network import build_network
 
 TINY_VIT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
 TINY_SIGLIP = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -47,6 +52,13 @@ def pictures() -> list[NDArray[np.uint8]]:
     return made
 
 
+def save_da3(network: Any, folder: Path, model_name: str) -> None:
+    """Write a folder as the hub holds it: the published wrapper keeps the network as `model`, and saves its name."""
+    folder.mkdir(parents=True)
+    save_model(torch.nn.ModuleDict({"model": network}), str(folder / "model.safetensors"))
+    (folder / "config.json").write_text(json.dumps({"model_name": model_name}))
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Path, Any]]]:
     """`{kind: (folder, the model in memory)}`; the folder was written by `save_pretrained`."""
@@ -79,5 +91,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple
     root = tmp_path_factory.mktemp("models")
     for kind, model in made.items():
         model.eval().save_pretrained(root / kind)
+    if find_spec("depth_anything_3") is not None:
+        made["da3"] = build_network("da3-tiny", seed=7)
+        save_da3(made["da3"], root / "da3", "da3-tiny")
     yield {kind: (root / kind, model) for kind, model in made.items()}
     transformers.utils.logging.enable_progress_bar()

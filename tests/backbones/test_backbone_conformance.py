@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ Models = dict[str, tuple[Path, Any]]
 RANDOM = {"weights": "random"}
 SMALL: dict[str, dict[str, Any]] = {
     "efficientnet": {"size": 64},
+    "da3": {"weights": "random", "model": "tiny", "size": 56},
     "dino-siglip": {"weights": "random", "size": 112, "grid": 7, "fine": 4},
     "siglip-prefix": RANDOM,
 }
@@ -39,6 +41,16 @@ CHANGES: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
         "pool": ({}, {"pool": 2}),
         "weights": ({}, RANDOM),
         "seed": (RANDOM, {**RANDOM, "seed": 1}),
+    },
+    "da3": {
+        "weights": ({}, {"weights": "<da3>", "model": None}),
+        "model": ({}, {"model": "DA3-SMALL"}),
+        "features": ({}, {"features": ["depth"], "picture": [60, 80]}),
+        "target_hw": ({}, {"target_hw": [7, 7]}),
+        "size": ({}, {"size": 84}),
+        "views": ({}, {"views": 3}),
+        "ref_view_strategy": ({"views": 3}, {"views": 3, "ref_view_strategy": "middle"}),
+        "seed": ({}, {"seed": 1}),
     },
     "dino-siglip": {
         "weights": ({}, {"weights": None, **FOLDERS}),
@@ -56,7 +68,22 @@ CHANGES: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
     "toy": {"grid": ({}, {"grid": 5}), "channels": ({}, {"channels": 9}), "seed": ({}, {"seed": 1})},
 }
 """Backbone -> option -> (options, options of which that one differs): pairs that must differ in identity."""
-NEUTRAL = {"toy": {"delay_ms": 0.5}}
+NEUTRAL: dict[str, dict[str, Any]] = {"toy": {"delay_ms": 0.5}, "da3": {"picture": [60, 80]}}
+VIEWS = {("da3", "views"): 3, ("da3", "ref_view_strategy"): 3}
+"""Options that only several views of a time step can show."""
+PACKAGES = {"da3": "depth_anything_3"}
+"""What a backbone needs that pip cannot install with the rest."""
+
+
+def is_missing(name: str) -> bool:
+    return name in PACKAGES and find_spec(PACKAGES[name]) is None
+
+
+@pytest.fixture(autouse=True)
+def _skip_without_its_package(request: pytest.FixtureRequest) -> None:
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if is_missing(name := parameters.get("name", "")):
+        pytest.skip(f"{PACKAGES[name]} is not installed")
 
 
 def small(name: str, **options: Any) -> Backbone:
@@ -65,7 +92,7 @@ def small(name: str, **options: Any) -> Backbone:
 
 @pytest.fixture(scope="module")
 def built() -> dict[str, Backbone]:
-    return {name: small(name) for name in PICTURES}
+    return {name: small(name) for name in PICTURES if not is_missing(name)}
 
 
 def batch(backbone: Backbone, pictures: Pictures, views: int = 1) -> torch.Tensor:
@@ -184,7 +211,8 @@ def test_each_option_that_changes_features_changes_the_identity(
         for options in CHANGES[name][option]
     )
     assert canonical(base.spec().identity) != canonical(changed.spec().identity)
-    before, after = (backbone.encode(batch(backbone, pictures[:1])) for backbone in (base, changed))
+    views = VIEWS.get((name, option), 1)
+    before, after = (backbone.encode(batch(backbone, pictures[:views], views)) for backbone in (base, changed))
     assert before.keys() != after.keys() or any(
         before[feature].shape != after[feature].shape or not torch.equal(before[feature], after[feature])
         for feature in before
@@ -279,7 +307,7 @@ def test_weights_for_a_backbone_without_weights_are_refused(name: str) -> None:
         make_backbone(name, weights="random")
 
 
-@pytest.mark.parametrize("name", ["efficientnet", "dino-siglip", "siglip-prefix"])
+@pytest.mark.parametrize("name", ["efficientnet", "dino-siglip", "siglip-prefix", "da3"])
 def test_random_weights_are_marked_and_never_the_default(name: str) -> None:
     assert small(name, weights="random").spec().random_weights
     assert load_backbone_class(name).settings_type.model_fields["weights"].default is None

@@ -18,6 +18,7 @@ BUILT: dict[str, dict[str, str]] = {
     "efficientnet": {},
     "pixels": {},
     "toy": {},
+    "da3": {**RANDOM, "model": "tiny"},
     "dino-siglip": RANDOM,
     "siglip-prefix": RANDOM,
     "text": RANDOM,
