@@ -45,11 +45,12 @@ def digest_files(root: Path, files: Iterable[str]) -> str:
     return total.hexdigest()
 
 
-def listing(root: Path, folder: Path) -> list[Path]:
+def listing(root: Path, folder: Path, *, check_files: bool = True) -> list[Path]:
     """Return what a folder below `root` holds, hidden files left out, in natural order.
 
     `root` is absolute. Raises `SourceError` where the folder cannot be read, where it or a link in it leads out of
-    `root`, and for a name that is no line of UTF-8.
+    `root`, and for a name that is no line of UTF-8. Without `check_files` only folders are checked: the caller looks
+    at each file it takes, and can leave out the one episode that a bad link belongs to.
     """
     found = []
     inside(root, folder.relative_to(root).as_posix())
@@ -58,7 +59,7 @@ def listing(root: Path, folder: Path) -> list[Path]:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.is_symlink():
+                if entry.is_symlink() and (check_files or entry.is_dir()):
                     inside(root, Path(entry.path).relative_to(root).as_posix())
                 found.append(Path(entry.path))
     except OSError as error:

@@ -23,6 +23,7 @@ from vla.featurize.sources.base import StepSpec
 from vla.featurize.sources.camera_files import CameraFiles, PictureFolder, WholeVideo, picture_names
 from vla.featurize.sources.episode_checks import SKIP, require_finite
 from vla.featurize.sources.files import listing, natural, read_json
+from vla.featurize.sources.lerobot_info import inside
 from vla.featurize.sources.recordings import Found, RecordedSource, Recording, require_lengths
 from vla.featurize.sources.trackvla_samples import read_samples
 from vla.featurize.sources.waypoints import integrate_waypoints
@@ -103,6 +104,7 @@ class TrackVLASource(RecordedSource):
         view = PictureFolder.open(self.root, self.root / "frames" / name, f"camera {self._camera}, {name}")
         _require_numbered(view)
         file = self.root / "jsonl" / f"{name}.jsonl"
+        inside(self.root, file.relative_to(self.root).as_posix())
         stems = [Path(picture).stem for picture in view.names]
         task, steps = self._prepared_steps(file, name, stems)
         files = (file.relative_to(self.root).as_posix(),)
@@ -120,7 +122,10 @@ class TrackVLASource(RecordedSource):
 
     def _look_raw(self, info: Path) -> Recording | str:
         episode = info.parent if info.name == INFO else info.with_name(info.name.removesuffix(SUFFIX))
-        status = self._status(episode.with_name(f"{episode.name}.json"))
+        status_file = episode.with_name(f"{episode.name}.json")
+        for path in (info, status_file):
+            inside(self.root, path.relative_to(self.root).as_posix())
+        status = self._status(status_file)
         if self._only_success and not _succeeded(status, episode):
             return f"{episode.name}.json says success = {status['success']} (source_options.only_success)"
         task = status.get("instruction") or self._task
@@ -130,7 +135,6 @@ class TrackVLASource(RecordedSource):
         view = self._view(episode)
 
         steps = partial(self._raw_steps, info, view)
-        status_file = episode.with_name(f"{episode.name}.json")
         names = tuple(path.relative_to(self.root).as_posix() for path in (info, status_file) if path.is_file())
         texts = {key: _said(status[key]) for key in STATUS if isinstance(status.get(key), str | int | float | bool)}
         length = len(steps()["action"])
@@ -183,7 +187,7 @@ class TrackVLASource(RecordedSource):
 
     def _below(self, folder: Path, ending: str, depth: int) -> Iterator[Path]:
         """Yield the files below a folder whose names end so."""
-        for path in listing(self.root, folder):
+        for path in listing(self.root, folder, check_files=False):
             if path.is_dir():
                 if depth:
                     yield from self._below(path, ending, depth - 1)
