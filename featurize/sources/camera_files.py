@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from av.error import FFmpegError
 
 from vla.featurize.image import Image
 from vla.featurize.sources.episode_checks import SKIP
-from vla.featurize.sources.files import listing
+from vla.featurize.sources.files import listing, size_of
 from vla.featurize.sources.lerobot_info import inside
 from vla.featurize.sources.pictures import MAX_PIXELS, decode_picture
 from vla.featurize.sources.video import LOCAL, Clip, read_clip
@@ -115,6 +116,7 @@ class WholeVideo:
     def open(cls, root: Path, path: Path, label: str) -> WholeVideo:
         """Read the header and count the frames, without decoding any. Raises `SourceError` where it is no video."""
         path = inside(root, path.relative_to(root).as_posix())
+        size_of(path, sys.maxsize, f"the MP4 of {label}")
         try:
             with av.open(str(path), format="mp4", options=LOCAL, metadata_errors="replace") as container:
                 stream = container.streams.video[0] if container.streams.video else None
@@ -146,9 +148,8 @@ def picture_names(root: Path, folder: Path) -> tuple[str, ...]:
 
 
 def _bytes(path: Path) -> bytes:
+    size_of(path, MAX_PICTURE_BYTES, "a picture")
     try:
-        if path.stat().st_size > MAX_PICTURE_BYTES:
-            raise SourceError(f"{path} has {path.stat().st_size} bytes", expected=f"at most {MAX_PICTURE_BYTES}")
         return path.read_bytes()
     except OSError as error:
         raise SourceError(f"cannot read {path}: {error.strerror or error}", expected="a picture", fix=SKIP) from None

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.featurize.sources.episode_checks import SKIP, require_finite
+from vla.featurize.sources.files import size_of
 from vla.stores.errors import SourceError
 
 MAX_BYTES = 256 << 20
@@ -27,9 +28,8 @@ def read_data_txt(file: Path) -> dict[str, NDArray[np.float32]]:
 
     Raises `SourceError` naming file and line where a frame is missing, doubled, without action, or of another width.
     """
+    size_of(file, MAX_BYTES, "lines Frame_n: …")
     try:
-        if file.stat().st_size > MAX_BYTES:
-            raise SourceError(f"{file} has {file.stat().st_size} bytes", expected=f"at most {MAX_BYTES}")
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"cannot read {file}: {error}", expected="lines Frame_n: …", fix=SKIP) from None

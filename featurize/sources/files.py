@@ -7,6 +7,8 @@ import json
 import math
 import os
 import re
+import stat
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -75,11 +77,26 @@ def folders(root: Path, folder: Path) -> list[Path]:
     return [path for path in listing(root, folder) if path.is_dir()]
 
 
+def size_of(file: Path, limit: int, what: str, fix: str = SKIP) -> int:
+    """Return the bytes of a regular file. Raises `SourceError` where it is missing, above `limit`, a pipe or a device.
+
+    Opening a pipe would wait for ever, and a device has no end.
+    """
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise SourceError(f"cannot read {file}: {error.strerror or error}", expected=what, fix=fix) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise SourceError(f"{file} is no regular file", expected=what, fix=fix)
+    if status.st_size > limit:
+        raise SourceError(f"{file} has {status.st_size} bytes", expected=f"at most {limit}", fix=fix)
+    return status.st_size
+
+
 def read_text(file: Path) -> str:
     """Return a short text without the spaces around it. Raises `SourceError` where it is empty, long, or no UTF-8."""
+    size_of(file, MAX_TEXT_BYTES, "an instruction")
     try:
-        if file.stat().st_size > MAX_TEXT_BYTES:
-            raise SourceError(f"{file} has {file.stat().st_size} bytes", expected=f"at most {MAX_TEXT_BYTES}")
         text = file.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(f"cannot read {file}: {error}", expected="a text in UTF-8", fix=SKIP) from None
@@ -90,15 +107,11 @@ def read_text(file: Path) -> str:
 
 def read_json(file: Path, what: str, fix: str = SKIP) -> Any:
     """Return the value of a JSON file of bounded size. Raises `SourceError` naming `what` it should have been."""
+    size_of(file, MAX_JSON_BYTES, what, fix)
     try:
-        size = file.stat().st_size
-        text = file.read_bytes() if size <= MAX_JSON_BYTES else b""
+        return json.loads(file.read_bytes())
     except OSError as error:
         raise SourceError(f"cannot read {file}: {error.strerror or error}", expected=what, fix=fix) from None
-    if size > MAX_JSON_BYTES:
-        raise SourceError(f"{file} has {size} bytes", expected=f"at most {MAX_JSON_BYTES}", fix=fix)
-    try:
-        return json.loads(text)
     except (ValueError, RecursionError):
         raise SourceError(f"{file} is not JSON", expected=what, fix=fix) from None
 
@@ -109,6 +122,7 @@ def read_numbers(file: Path) -> NDArray[np.float32]:
     Raises `SourceError` naming the file for pickled objects, other shapes, and a file that is longer or shorter than
     its header says (which is read first: a header may declare more than the memory holds).
     """
+    found = size_of(file, sys.maxsize, "a .npy array")
     try:
         shape, dtype, begin = _npy_header(file)
     except OSError as error:
@@ -121,8 +135,8 @@ def read_numbers(file: Path) -> NDArray[np.float32]:
     if len(shape) not in (1, 2) or 0 in shape:
         raise SourceError(f"{file} has shape {shape}", expected="[T, D], at least one frame", fix=SKIP)
     size = begin + math.prod(shape) * dtype.itemsize
-    if size != file.stat().st_size:
-        raise SourceError(f"{file} has {file.stat().st_size} bytes", expected=f"{size} as its header says", fix=SKIP)
+    if size != found:
+        raise SourceError(f"{file} has {found} bytes", expected=f"{size} as its header says", fix=SKIP)
     values = np.load(file, allow_pickle=False)
     with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which is refused
         numbers: NDArray[np.float32] = values.reshape(len(values), -1).astype(np.float32)

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.featurize.sources.episode_checks import SKIP
+from vla.featurize.sources.files import size_of
 from vla.featurize.sources.lerobot_info import parse_object
 from vla.stores.errors import SourceError
 
@@ -74,9 +75,8 @@ def read_samples(file: Path, episode: str, stems: Sequence[str], horizon: int, d
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
+    size_of(file, MAX_BYTES, "samples")
     try:
-        if file.stat().st_size > MAX_BYTES:
-            raise SourceError(f"{file} has {file.stat().st_size} bytes", expected=f"at most {MAX_BYTES}", fix=SKIP)
         with file.open("rb") as lines:
             found = [parse_object(line, f"{file}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     except OSError as error:

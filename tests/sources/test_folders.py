@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -149,6 +150,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "objects": (save_objects, r"actions\.npy holds values of dtype object; expected numbers, never pickled"),
     "no npy": (lambda f: (f / "actions.npy").write_bytes(b"\x80\x04."), r"actions\.npy is no \.npy array"),
     "empty npy": (lambda f: (f / "actions.npy").write_bytes(b""), r"actions\.npy is no \.npy array"),
+    "a pipe": (
+        lambda f: [(f / "actions.npy").unlink(), os.mkfifo(f / "actions.npy")],
+        r"actions\.npy is no regular file",
+    ),
     "no frames": (mutate("actions.npy", lambda a: a[:0]), r"actions\.npy has shape \(0, 3\); expected \[T, D\]"),
     "three axes": (mutate("actions.npy", lambda a: a[None]), r"actions\.npy has shape \(1, 12, 3\)"),
     "other width": (mutate("actions.npy", lambda a: a[:, :2]), r"has action \[2\].*expected action \[3\]"),
