@@ -278,17 +278,22 @@ def edit_info(change: Callable[[list[Any]], Any]) -> Callable[[Path], None]:
     return edit
 
 
-def link_video_out(folder: Path) -> None:
-    outside = folder.parents[3].parent / "outside.mp4"
-    (folder / "0.mp4").rename(outside)
-    (folder / "0.mp4").symlink_to(outside)
+def link_out(name: str) -> Callable[[Path], None]:
+    def move(folder: Path) -> None:
+        outside = folder.parents[3].parent / f"outside {name}"
+        (folder / name).rename(outside)
+        (folder / name).symlink_to(outside)
+
+    return move
 
 
 BAD_RAW: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no video": (lambda f: (f / "0.mp4").unlink(), r"0\.mp4 is missing; expected it, or pictures"),
     "no mp4": (lambda f: (f / "0.mp4").write_bytes(b"GIF89a" * 99), r"0\.mp4 is no video"),
     "cut": (lambda f: (f / "0.mp4").write_bytes((f / "0.mp4").read_bytes()[:600]), r"0\.mp4 is no video"),
-    "link out": (link_video_out, r"0\.mp4' in .* leads out of it"),
+    "video out": (link_out("0.mp4"), r"0\.mp4' in .* leads out of it"),
+    "info out": (link_out("0_info.json"), r"0_info\.json' in .* leads out of it"),
+    "status out": (link_out("0.json"), r"0\.json' in .* leads out of it"),
     "not json": (lambda f: (f / "0_info.json").write_text("[{"), r"0_info\.json is not JSON; expected a list of steps"),
     "no list": (edit_info(lambda s: {"steps": s}), r"0_info\.json holds no list of steps"),
     "zero steps": (edit_info(lambda s: []), r"0_info\.json holds no list of steps"),
@@ -397,6 +402,14 @@ def test_a_bad_prepared_episode_is_refused_naming_the_file_and_skip_bad_leaves_i
     index = TrackVLASource(prepared, skip_bad=True).index()
     assert [episode.id for episode in index.episodes] == [EPISODES[0]]
     assert index.skipped == {EPISODES[2]: str(refused.value)}
+
+
+@pytest.mark.parametrize("folder", ["frames", "jsonl"])
+def test_a_folder_that_leads_out_of_the_data_set_is_refused(folder: str, prepared: Path) -> None:
+    (prepared / folder).rename(prepared.parent / "outside")
+    (prepared / folder).symlink_to(prepared.parent / "outside")
+    with pytest.raises(SourceError, match=rf"{folder}' in .* leads out of it"):
+        TrackVLASource(prepared).index()
 
 
 @pytest.mark.parametrize(
