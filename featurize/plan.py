@@ -97,6 +97,7 @@ def make_plan(
         [episode.id for episode in index.episodes],
         [episode.length for episode in index.episodes],
         [episode.task for episode in index.episodes],
+        [episode.texts for episode in index.episodes],
     )
     row_bytes = sum(info.row_bytes for info in features.values())
     # What a unit takes in memory: int8 rows wait as float32 until their scales are known.

@@ -1,7 +1,7 @@
 """Where each thing of a store lies, and the zarr v3 metadata that lets any zarr reader open it.
 
     zarr.json                      root group; the manifest in its attributes
-    episodes/*, tasks/*            see tables.py
+    episodes/*, tasks/*, labels/*  see tables.py
     commits/unit-NNNNNN.json       see commits.py
     commits/writer.lock            empty; locked by the one writer
 
@@ -31,7 +31,7 @@ def table_metadata(tables: dict[str, NDArray[np.generic]]) -> dict[str, dict[str
     """Return `array_options` of the episode and task tables, by path."""
     arrays = {}
     for path, table in tables.items():
-        dims = ("episode" if path.startswith("episodes/") else "task", "byte")[: table.ndim]
+        dims = (path.partition("/")[0].removesuffix("s"), "byte")[: table.ndim]
         arrays[path] = array_options(table.shape, str(table.dtype), table.shape, dims)
     return arrays
 

@@ -18,7 +18,7 @@ from vla.stores.formats.registry import format_of
 from vla.stores.layout import table_metadata
 from vla.stores.manifest import Manifest
 from vla.stores.shard import CRC_BYTES
-from vla.stores.tables import TABLES, EpisodeTable
+from vla.stores.tables import LABELS, TABLES, TEXTS, EpisodeTable
 
 MAX_METADATA_BYTES = 16 << 20
 """A `zarr.json` above 16 MiB is no metadata of ours: 100,000 episodes live in arrays, not in attributes. Parsed, JSON
@@ -47,7 +47,8 @@ def read_manifest(root: Path) -> Manifest:
 
 def read_tables(root: Path, manifest: Manifest) -> EpisodeTable:
     """Return the episode table. Raises `CorruptionError` where it differs from the manifest's digests."""
-    arrays = {path: _read_single_chunk(root, path) for path in TABLES}
+    labels = LABELS if any(path in manifest.tables for path in LABELS) else ()
+    arrays = {path: _read_single_chunk(root, path) for path in (*TABLES, *labels)}
     for path, sha256 in table_digests(arrays).items():
         if manifest.tables.get(path) != sha256:
             raise CorruptionError(f"{root / path} does not match the manifest", fix=f"vla verify {root}")
@@ -56,6 +57,8 @@ def read_tables(root: Path, manifest: Manifest) -> EpisodeTable:
         return EpisodeTable.from_arrays(arrays)
     except UnicodeDecodeError as error:
         raise CorruptionError(f"{root}: a name in the episode table is no UTF-8 ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise CorruptionError(f"{root}: a label in the episode table is no object of texts ({error})") from None
 
 
 def table_digests(arrays: dict[str, NDArray[np.generic]]) -> dict[str, str]:
@@ -154,7 +157,7 @@ def _read_single_chunk(root: Path, path: str) -> NDArray[np.generic]:
     metadata_file = root / path / "zarr.json"
     metadata = read_json(metadata_file)
     shape, dtype = metadata.get("shape"), metadata.get("data_type")
-    ndim, kind = (2, "uint8") if path in ("episodes/id", "tasks/text") else (1, "int64")
+    ndim, kind = (2, "uint8") if path in TEXTS else (1, "int64")
     whole = isinstance(shape, list) and len(shape) == ndim and all(type(n) is int and n > 0 for n in shape)
     if dtype != kind or not isinstance(shape, list) or not whole:
         raise CorruptionError(f"{metadata_file} declares {dtype} {shape}", expected=f"{kind}, {ndim} axes")

@@ -195,5 +195,12 @@ def _check_tables(root: Path, manifest: Manifest, episodes: EpisodeTable) -> Non
         or int(ends.max()) != manifest.rows
         or len(set(episodes.ids)) < len(episodes.ids)
     )
-    if bad or (episodes.task < 0).any() or (episodes.task >= len(episodes.tasks)).any():
+    bad = bad or not _in_range(episodes.task, len(episodes.tasks))
+    if episodes.labels:
+        bad = bad or len(episodes.label) != len(episodes) or not _in_range(episodes.label, len(episodes.labels))
+    if bad:
         raise CorruptionError(f"{root}: the episode table does not fit the manifest", fix=f"vla verify {root}")
+
+
+def _in_range(index: NDArray[np.int64], count: int) -> bool:
+    return bool(((index >= 0) & (index < count)).all())

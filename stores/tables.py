@@ -2,12 +2,15 @@
 
 Arrays of one chunk each: `episodes/row_start`, `episodes/length`, `episodes/task` int64 [E]; `episodes/id` and
 `tasks/text` as UTF-8 bytes, uint8 [E, L] and [K, L], zero-padded (zarr v3 has no settled string type yet).
+Only where a source says more of an episode than its task: `episodes/label` int64 [E], an index into `labels/json`
+uint8 [N, L], each an object of named texts in JSON. A reader that knows no labels opens such a store all the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,19 +20,30 @@ from vla.stores.errors import SourceError
 
 @dataclass(frozen=True)
 class EpisodeTable:
-    """All episodes of a store: `ids` are stable keys, `row_start` and `length` int64 [E], `task` indexes `tasks`."""
+    """All episodes of a store: `ids` are stable keys, `row_start` and `length` int64 [E], `task` indexes `tasks`.
+
+    `label` int64 [E] indexes `labels`, the named texts of an episode; without labels it is empty.
+    """
 
     ids: tuple[str, ...]
     row_start: NDArray[np.int64]
     length: NDArray[np.int64]
     task: NDArray[np.int64]
     tasks: tuple[str, ...]
+    label: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    labels: tuple[Mapping[str, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @classmethod
-    def plan(cls, ids: Sequence[str], lengths: Sequence[int], tasks: Sequence[str]) -> EpisodeTable:
+    def plan(
+        cls,
+        ids: Sequence[str],
+        lengths: Sequence[int],
+        tasks: Sequence[str],
+        texts: Sequence[Mapping[str, str]] | None = None,
+    ) -> EpisodeTable:
         """Lay episodes end to end. Raises `SourceError` on duplicate ids and on episodes without frames."""
         if not ids:
             raise SourceError("the source has no episodes", expected="at least one")
@@ -40,39 +54,72 @@ class EpisodeTable:
             if frames < 1:
                 raise SourceError(f"episode {name!r} has {frames} frames", expected="at least one", fix="--skip-bad")
         length = np.asarray(lengths, np.int64)
-        texts = tuple(dict.fromkeys(tasks))
-        number = {text: index for index, text in enumerate(texts)}
-        task = np.asarray([number[text] for text in tasks], np.int64)
-        return cls(tuple(ids), np.cumsum(length) - length, length, task, texts)
+        task, distinct = _number(tasks)
+        label, labels = _number([_encode_label(named) for named in texts] if texts and any(texts) else [])
+        starts = np.cumsum(length) - length
+        return cls(tuple(ids), starts, length, task, distinct, label, tuple(_decode_label(text) for text in labels))
 
     @property
     def rows(self) -> int:
         """Rows that the episodes span."""
         return int((self.row_start + self.length).max())
 
+    def texts(self, episode: int) -> Mapping[str, str]:
+        """Return the named texts of an episode, by position; empty where its source gave none."""
+        return self.labels[int(self.label[episode])] if self.labels else {}
+
     def to_arrays(self) -> dict[str, NDArray[np.generic]]:
         """Return `{path in the store: array}`."""
-        return {
+        arrays: dict[str, NDArray[np.generic]] = {
             "episodes/id": encode_text(self.ids),
             "episodes/row_start": self.row_start,
             "episodes/length": self.length,
             "episodes/task": self.task,
             "tasks/text": encode_text(self.tasks),
         }
+        if self.labels:
+            arrays["episodes/label"] = self.label
+            arrays["labels/json"] = encode_text([_encode_label(named) for named in self.labels])
+        return arrays
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, NDArray[np.generic]]) -> EpisodeTable:
-        """Invert `to_arrays`."""
+        """Invert `to_arrays`. Raises `ValueError` for text that is no UTF-8 and labels that are no texts by name."""
+        labels = arrays.get("labels/json")
         return cls(
             decode_text(arrays["episodes/id"]),
             arrays["episodes/row_start"].astype(np.int64),
             arrays["episodes/length"].astype(np.int64),
             arrays["episodes/task"].astype(np.int64),
             decode_text(arrays["tasks/text"]),
+            arrays.get("episodes/label", np.zeros(0)).astype(np.int64),
+            tuple(_decode_label(text) for text in decode_text(labels)) if labels is not None else (),
         )
 
 
 TABLES = ("episodes/id", "episodes/row_start", "episodes/length", "episodes/task", "tasks/text")
+LABELS = ("episodes/label", "labels/json")
+"""Both or neither; the manifest lists those that are there."""
+
+TEXTS = ("episodes/id", "tasks/text", "labels/json")
+"""The tables of encoded text, uint8 with two axes; the others are int64 with one."""
+
+
+def _number(texts: Sequence[str]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Return (index of each among the distinct ones [N], the distinct ones in order)."""
+    number: dict[str, int] = {}
+    return np.asarray([number.setdefault(text, len(number)) for text in texts], np.int64), tuple(number)
+
+
+def _encode_label(texts: Mapping[str, str]) -> str:
+    return json.dumps(dict(texts), sort_keys=True, ensure_ascii=False)
+
+
+def _decode_label(text: str) -> Mapping[str, str]:
+    named = json.loads(text)
+    if not isinstance(named, dict) or not all(isinstance(value, str) for value in named.values()):
+        raise ValueError(f"{text[:80]!r} is no object of texts")
+    return named
 
 
 def encode_text(texts: Sequence[str]) -> NDArray[np.uint8]:

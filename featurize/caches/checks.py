@@ -2,41 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vla.featurize.backbones.base import FeatureSpec
+from vla.featurize.sources.files import digest_files as digest_files
+from vla.featurize.sources.files import natural as natural
 from vla.stores.errors import SourceError, UsageError
-from vla.stores.filesystem import digest_file
 
 SKIP = "--skip-bad leaves the episode out"
 
 _STORED = {"float16": "float16", "float32": "float32", "float64": "float32", "uint8": "float16"}
 """What a store keeps of each type. uint8 fits float16 exactly; float64 is rounded to float32."""
-
-
-def natural(name: str) -> tuple[tuple[int, int, str], ...]:
-    """Sort key under which `demo_10` comes after `demo_9`."""
-    parts = re.split(r"(\d+)", name)
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts)
-
-
-def digest_files(root: Path, files: Iterable[str]) -> str:
-    """SHA-256 (hex) over sorted relative paths, sizes and contents. Raises `SourceError` where one is unreadable."""
-    total = hashlib.sha256()
-    for name in sorted(files):
-        path = root / name
-        try:
-            total.update(f"{name}\0{path.stat().st_size}\0{digest_file(path)}\n".encode(errors="surrogateescape"))
-        except OSError as error:
-            raise SourceError(f"cannot read {path}: {error.strerror or error}") from None
-    return total.hexdigest()
 
 
 def feature_spec(shape: Sequence[int], dtype: str, has_views: bool, name: str, where: str) -> FeatureSpec:

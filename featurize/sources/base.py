@@ -35,11 +35,15 @@ class StepSpec:
 
 @dataclass(frozen=True)
 class Episode:
-    """One demonstration. `id` is a stable key (never a position), `length` its frames, `task` its instruction."""
+    """One demonstration. `id` is a stable key (never a position), `length` its frames, `task` its instruction.
+
+    `texts` is what else is said of it, by name, such as the high-level task of which `task` is one part.
+    """
 
     id: str
     length: int
     task: str
+    texts: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,8 @@ class StoreSource:
             fps=first.manifest.fps,
             cameras=first.manifest.cameras,
             episodes=tuple(
-                Episode(table.ids[at], int(table.length[at]), table.tasks[int(table.task[at])]) for at in self._episodes
+                Episode(table.ids[at], int(table.length[at]), table.tasks[int(table.task[at])], table.texts(int(at)))
+                for at in self._episodes
             ),
             steps={
                 name: StepSpec(info.shape, info.dtype, info.role, info.names)

@@ -72,4 +72,5 @@ def _require_8_bit(picture: Pillow.Image, data: bytes, where: str) -> None:
 
 
 def _brief(error: BaseException) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
+    # Pillow names the buffer by its address, which no two runs share: the reason is kept in the store.
+    return " ".join(str(error).partition(" <_io.BytesIO")[0].split())[:120] or type(error).__name__

@@ -27,6 +27,24 @@ class Entry(NamedTuple):
 SOURCES: dict[str, Entry] = {
     "lerobot": Entry("vla.featurize.sources.lerobot:LeRobotSource", ("meta/info.json",), "LeRobot v3.0 or v2.1"),
     "store": Entry("vla.featurize.sources.cached:StoreSource", ("commits/writer.lock",), "a store of cached features"),
+    "trackvla": Entry(
+        "vla.featurize.sources.trackvla:TrackVLASource",
+        (
+            "jsonl/seed_*/*/*.jsonl",
+            *(
+                f"{above}seed_*/*/{name}"
+                for above in ("", "*/", "sim_data/*/")
+                for name in ("*_info.json", "*/info.json")
+            ),
+        ),
+        "OpenTrackVLA, raw or prepared",
+    ),
+    "hierarchical": Entry(
+        "vla.featurize.sources.hierarchical:HierarchicalSource",
+        ("stage*/run*/actions.npy", "*/*/run*/actions.npy", "stage*/run*/data.txt", "*/*/run*/data.txt"),
+        "runs of subtasks or stages",
+    ),
+    "folders": Entry("vla.featurize.sources.folders:FoldersSource", ("*/actions.npy",), "pictures and npy"),
     "synthetic": Entry("vla.featurize.sources.synthetic:SyntheticSource", (), "made up in memory"),
 }
 """The first kind whose marker is there takes the data set; `KIND:PATH` chooses one by name. A class takes the path
