@@ -34,13 +34,18 @@ MAX_DEPTH = 32
 ALLOWED = "numbers, texts, dict, list, tuple, set and numpy arrays of numbers"
 
 _SAFE = frozenset(
-    "PROTO FRAME STOP MARK POP POP_MARK DUP MEMOIZE PUT BINPUT LONG_BINPUT GET BINGET LONG_BINGET "
-    "NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT "
-    "STRING BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 "
-    "UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8 "
-    "EMPTY_LIST LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT DICT SETITEM SETITEMS "
-    "EMPTY_SET ADDITEMS FROZENSET GLOBAL STACK_GLOBAL REDUCE BUILD".split()
-)
+    (
+        "PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "DUP", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT",
+        "GET", "BINGET", "LONG_BINGET",
+        "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT",
+        "BINFLOAT",
+        "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
+        "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8",
+        "EMPTY_LIST", "LIST", "APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
+        "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "EMPTY_SET", "ADDITEMS", "FROZENSET",
+        "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD",
+    )
+)  # fmt: skip
 """Left out: EXT* (a registry that skips `find_class`), persistent ids, INST, OBJ, NEWOBJ*, buffers out of band."""
 
 _PUTS = frozenset(("PUT", "BINPUT", "LONG_BINPUT"))
@@ -98,18 +103,14 @@ def _refuse(what: str) -> NoReturn:
 
 def _scan(data: bytes) -> None:
     """Read the opcodes without running them."""
-    count = 0
-    for opcode, argument, _ in pickletools.genops(data):
-        count += 1
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(data), 1):
         if count > MAX_OPCODES:
             _refuse(f"has more than {MAX_OPCODES} opcodes")
         if opcode.name not in _SAFE:
             _refuse(f"uses the opcode {opcode.name}")
         # The C unpickler allocates its memo up to the highest index at once.
-        if opcode.name in _PUTS and int(argument) > count:
+        if opcode.name in _PUTS and int(argument or 0) > count:
             _refuse(f"memoizes number {argument} after {count} opcodes")
-        if opcode.name == "BYTEARRAY8" and len(argument) > len(data):
-            _refuse("claims more bytes than it has")
 
 
 class _Call:
@@ -130,22 +131,22 @@ class _Call:
 class _Dtype:
     """`dtype(code, False, True)` and then its state: byte order, and no fields, shapes or metadata."""
 
-    __slots__ = ("code", "order")
+    __slots__ = ("code", "is_big")
 
     def __init__(self, code: Any, align: Any = False, copy: Any = True) -> None:
         if not isinstance(code, str) or not _DTYPE.fullmatch(code):
             _refuse(f"has an array of dtype {str(code)[:40]!r}")
-        self.code, self.order = code, "="
+        self.code, self.is_big = code, False
 
     def __setstate__(self, state: Any) -> None:
         if not isinstance(state, tuple) or not 8 <= len(state) <= 9 or state[1] not in ("<", ">", "|", "="):
             _refuse("has a dtype with an odd state")
         if any(part is not None for part in state[2:5]):
             _refuse("has an array with fields")
-        self.order = state[1]
+        self.is_big = state[1] == ">"
 
     def made(self) -> np.dtype[Any]:
-        return np.dtype(self.code).newbyteorder(self.order)
+        return np.dtype(self.code).newbyteorder(">" if self.is_big else "<")
 
 
 class _Array:

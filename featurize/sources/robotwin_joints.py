@@ -43,7 +43,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Path_:
+class ArmPath:
     """What a path file says of one arm: its joined segments (None: no successful one), and how many failed."""
 
     arm: Arm | None
@@ -91,7 +91,7 @@ def resampled(arm: Arm, length: int) -> Arm:
     return Arm(spread(arm.joints), None if arm.gripper is None else spread(arm.gripper))
 
 
-def read_plan(path: Path) -> dict[str, Path_]:
+def read_plan(path: Path) -> dict[str, ArmPath]:
     """Read a path file: {"left": …, "right": …}. Raises `SourceError` naming file, arm and segment."""
     content = load_pickle(path)
     keys = {side: f"{side}_joint_path" for side in SIDES["fused"]}
@@ -101,11 +101,11 @@ def read_plan(path: Path) -> dict[str, Path_]:
     return {side: _path_of(content[key], f"{path}, {key}") for side, key in keys.items() if key in content}
 
 
-def require_arms(paths: Mapping[str, Path_], which: Arms, where: str) -> dict[str, Arm]:
+def require_arms(paths: Mapping[str, ArmPath], which: Arms, where: str) -> dict[str, Arm]:
     """Return the chosen arms. Raises `SourceError` for one that never moved: what it held is not in the file."""
     made = {}
     for side in SIDES[which]:
-        path = paths.get(side, Path_(None, 0, 0))
+        path = paths.get(side, ArmPath(None, 0, 0))
         if path.arm is None:
             other = [name for name, told in paths.items() if told.arm is not None]
             raise SourceError(
@@ -117,7 +117,7 @@ def require_arms(paths: Mapping[str, Path_], which: Arms, where: str) -> dict[st
     return made
 
 
-def _path_of(value: Any, where: str) -> Path_:
+def _path_of(value: Any, where: str) -> ArmPath:
     """Join the successful segments of one arm."""
     segments = value if isinstance(value, list) else [value]
     arms: list[Arm] = []
@@ -136,12 +136,16 @@ def _path_of(value: Any, where: str) -> Path_:
             )
         arms.append(arm)
     if not arms:
-        return Path_(None, len(segments), failed)
+        return ArmPath(None, len(segments), failed)
     grippers = [arm.gripper for arm in arms if arm.gripper is not None]
     joined = Arm(np.concatenate([arm.joints for arm in arms]), np.concatenate(grippers) if grippers else None)
     if len(joined) > MAX_FRAMES:
         raise SourceError(f"{where} has {len(joined)} steps", expected=f"at most {MAX_FRAMES}", fix=SKIP)
-    return Path_(joined, len(segments), failed)
+    return ArmPath(joined, len(segments), failed)
+
+
+def _width(arm: Arm) -> tuple[int, int]:
+    return arm.joints.shape[1], 0 if arm.gripper is None else arm.gripper.shape[1]
 
 
 def _segment(value: Any, where: str) -> Arm | None:
@@ -168,8 +172,8 @@ def _segment(value: Any, where: str) -> Arm | None:
 def _is_pair(value: Any) -> bool:
     """A tuple of two is (joints, gripper); so is a list of a vector and a number."""
     if isinstance(value, tuple) and len(value) == 2:
-        return not all(isinstance(part, (int, float)) for part in value)
-    return isinstance(value, list) and len(value) == 2 and np.ndim(value[1]) == 0 and not np.isscalar(value[0])
+        return not all(_is_number(part) for part in value)
+    return isinstance(value, list) and len(value) == 2 and _is_number(value[1]) and not _is_number(value[0])
 
 
 def _fingers(value: Any, length: int, where: str) -> NDArray[np.float64]:
@@ -204,8 +208,14 @@ def _array(value: Any, where: str) -> NDArray[np.float64]:
         if array.dtype.kind in "fiu":
             return array.astype(np.float64)
     kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
-    raise SourceError(f"{where} is {kind}", expected="numbers, (joints, gripper) or a segment with a position", fix=SKIP)
+    raise SourceError(
+        f"{where} is {kind}", expected="numbers, (joints, gripper) or a segment with a position", fix=SKIP
+    )
 
 
 def _is_nested(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray)) and len(value) > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))

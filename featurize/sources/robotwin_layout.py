@@ -21,6 +21,7 @@ from vla.featurize.sources.episode_checks import SKIP
 from vla.stores.errors import SourceError, UsageError
 
 DATA, PLANS = "data", "_traj_data"
+HDF5, PKL = "episode*.hdf5", "episode*.pkl"
 ONE_CAMERA = "head_camera"
 """The camera of pictures that lie in an episode's folder itself: RoboTwin's exports to folders are of this one."""
 
@@ -84,7 +85,7 @@ def episodes_of(folder: TaskFolder, images: str | None) -> list[Files]:
     `images` is the folder of the pictures, relative to the task; `{task}` and `{config}` in it stand for the two
     parts of the task's folder. None: `images` below the task, where it exists.
     """
-    data, plans = _numbered(folder.root / DATA, (".hdf5", ".h5")), _numbered(folder.root / PLANS, (".pkl",))
+    data, plans = _numbered(folder.root / DATA, (".hdf5",)), _numbered(folder.root / PLANS, (".pkl",))
     texts = _numbered(folder.root / "instructions", (".json",)) | _numbered(folder.root / "instruction", (".json",))
     pictures = _numbered(_images_root(folder, images), ())
     prefix = f"{folder.name}/" if folder.name else ""
@@ -142,8 +143,7 @@ def _json(path: Path) -> Any:
 
 
 def _is_task(folder: Path) -> bool:
-    places = ((DATA, "episode*.hdf5"), (DATA, "episode*.h5"), (PLANS, "episode*.pkl"))
-    return any(next((folder / place).glob(pattern), None) for place, pattern in places)
+    return any(next(folder.glob(f"{place}/{name}"), None) for place, name in ((DATA, HDF5), (PLANS, PKL)))
 
 
 def _folders(root: Path) -> list[Path]:
@@ -183,7 +183,7 @@ def _pictures(episode: Path) -> dict[str, tuple[Path, ...]]:
 
 
 def _in_order(folder: Path) -> tuple[Path, ...]:
-    """Return the pictures of a folder by number, as many names as there are; gaps are for `checked_order` to find."""
+    """Return the pictures of a folder by number; gaps are for `require_unbroken` to find."""
     files = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
     return tuple(sorted(files, key=lambda path: (frame_number(path), path.name)))
 

@@ -1,0 +1,294 @@
+"""One episode of RoboTwin in HDF5, of both generations.
+
+Older, `data/episode{N}.hdf5`, T frames:
+    joint_action/{left_arm [T, D], left_gripper [T], right_arm, right_gripper, vector [T, A] = [L, Lg, R, Rg]}
+    observation/CAMERA/{rgb S [T], depth [T, H, W] mm, intrinsic_cv [T, 3, 3], extrinsic_cv [T, 3, 4] world to camera,
+                        cam2world_gl [T, 4, 4]}
+Newer (XPolicyLab trajectory v1.0), `data/episode_{:07d}.hdf5`:
+    state/ and action/ {left_arm_joint_states [T, D], left_ee_joint_states [T, G], right_…}, action one step later
+    vision/CAMERA/{colors S [T], depths, intrinsic_matrix, extrinsics_matrix or extrinsic_matrix}
+    additional_info/frequency, instructions (JSON text, or texts)
+
+Both encode their RGB frames with OpenCV as if they were BGR: a JPEG decoder gives red and blue exchanged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from vla.featurize.image import Image
+from vla.featurize.sources.episode_checks import OTHER_CAMERA, SKIP
+from vla.featurize.sources.hdf5_links import find, names, need, opened
+from vla.featurize.sources.pictures import MAX_PIXELS, decode_picture, require_size
+from vla.featurize.sources.robotwin_joints import MAX_FRAMES, MAX_JOINTS, Arm
+from vla.stores.errors import SourceError
+
+Channels = Literal["bgr", "rgb"]
+MAX_PICTURE_BYTES = 1 << 26
+"""No camera's frame is encoded in 64 MiB."""
+
+_ENCODED, _RAW = "encoded", "raw"
+
+
+@dataclass(frozen=True)
+class Camera:
+    """Where a camera's data lie; `extras` maps "depth", "intrinsics" and "pose" to paths, where they are there."""
+
+    pictures: str
+    extras: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What an HDF5 file says without its pixels. `action` is None where actions are the next states.
+
+    `length` T counts the frames of every camera and the steps of `state` and `action`.
+    """
+
+    path: Path
+    newer: bool
+    length: int
+    state: Mapping[str, Arm]
+    action: Mapping[str, Arm] | None
+    cameras: Mapping[str, Camera]
+    fps: float | None
+    texts: tuple[str, ...]
+
+
+def read_demo(path: Path, sides: Sequence[str]) -> Demo:
+    """Read and check an episode's numbers: `sides` of ("left", "right"). Raises `SourceError` naming file and field."""
+    with opened(path) as file:
+        if find(file, "joint_action") is not None:
+            state = {side: _arm(file, f"joint_action/{side}_arm", f"joint_action/{side}_gripper") for side in sides}
+            _compare_vector(file, state)
+            action, root, newer = None, "observation", False
+        elif find(file, "state") is not None:
+            state, newer, root = _arms(file, "state", sides), True, "vision"
+            action = _arms(file, "action", sides) if names(file, "action") else None
+        else:
+            found = f"{path} holds {', '.join(sorted(file))[:120] or 'nothing'}"
+            raise SourceError(found, expected="joint_action/ (RoboTwin) or state/ (XPolicyLab)", fix=SKIP)
+        cameras = {name: camera for name in names(file, root) if (camera := _camera(file, f"{root}/{name}", newer))}
+        demo = Demo(path, newer, 0, state, action, cameras, _fps(file), _texts(file))
+        return _one_length(file, demo)
+
+
+def _arms(file: h5py.File, group: str, sides: Sequence[str]) -> dict[str, Arm]:
+    return {side: _arm(file, f"{group}/{side}_arm_joint_states", f"{group}/{side}_ee_joint_states") for side in sides}
+
+
+def _arm(file: h5py.File, joints: str, gripper: str) -> Arm:
+    fingers = _matrix(file, gripper) if find(file, gripper) is not None else None
+    return Arm(_matrix(file, joints), fingers)
+
+
+def _matrix(file: h5py.File, path: str) -> NDArray[np.float64]:
+    """Return finite numbers [T, D]; [T] counts as [T, 1]."""
+    data, where = need(file, path), f"{file.filename}:{path}"
+    wide = data.ndim == 2 and not 1 <= data.shape[1] <= MAX_JOINTS
+    if data.dtype.kind not in "fiu" or data.ndim not in (1, 2) or wide or data.shape[0] > MAX_FRAMES:
+        raise SourceError(f"{where} is {data.dtype} {data.shape}", expected="numbers [T, D]", fix=SKIP)
+    values: NDArray[np.float64] = data[()].astype(np.float64).reshape(len(data), data.shape[1] if data.ndim == 2 else 1)
+    bad = ~np.isfinite(values).all(axis=1)
+    if bad.any():
+        raise SourceError(f"{where}, frame {int(bad.argmax())} is NaN or infinite", expected="finite numbers", fix=SKIP)
+    return values
+
+
+def _compare_vector(file: h5py.File, arms: Mapping[str, Arm]) -> None:
+    """Raise `SourceError` where `vector`, that others read, is not [left arm, gripper, right arm, gripper]."""
+    if len(arms) != 2 or find(file, "joint_action/vector") is None:
+        return
+    parts = [part for arm in arms.values() for part in (arm.joints, arm.gripper) if part is not None]
+    vector = _matrix(file, "joint_action/vector")
+    wanted = (len(parts[0]), sum(part.shape[1] for part in parts))
+    if vector.shape != wanted or any(len(part) != len(vector) for part in parts):
+        lengths = " + ".join(str(part.shape) for part in parts)
+        raise SourceError(f"{file.filename}:joint_action/vector has shape {vector.shape}", expected=lengths, fix=SKIP)
+    off = np.abs(vector - np.concatenate(parts, axis=1)).max(axis=1, initial=0) > 1e-4
+    if off.any():
+        raise SourceError(
+            f"{file.filename}:joint_action/vector differs from the arms at frame {int(off.argmax())}",
+            expected="[left_arm, left_gripper, right_arm, right_gripper]",
+            fix=SKIP,
+        )
+
+
+def _camera(file: h5py.File, group: str, newer: bool) -> Camera | None:
+    """Return a camera that has pictures."""
+    if find(file, f"{group}/{'colors' if newer else 'rgb'}") is None:
+        return None
+    known = {
+        "depth": ("depths",) if newer else ("depth",),
+        "intrinsics": ("intrinsic_matrix",) if newer else ("intrinsic_cv",),
+        "pose": ("extrinsics_matrix", "extrinsic_matrix") if newer else ("extrinsic_cv", "cam2world_gl"),
+    }
+    extras: dict[str, str] = {}
+    for extra, keys in known.items():
+        place = next((f"{group}/{key}" for key in keys if find(file, f"{group}/{key}") is not None), None)
+        extras |= {extra: place} if place else {}
+    return Camera(f"{group}/{'colors' if newer else 'rgb'}", extras)
+
+
+def _one_length(file: h5py.File, demo: Demo) -> Demo:
+    """Check that arms, grippers, cameras and what cameras know besides have one number of frames, at least one."""
+    lengths = {}
+    for group, arms in (("state", demo.state), ("action", demo.action or {})):
+        for side, arm in arms.items():
+            lengths[f"{group} of the {side} arm"] = len(arm)
+            lengths |= {f"{group} of the {side} gripper": len(arm.gripper)} if arm.gripper is not None else {}
+    for camera in demo.cameras.values():
+        _form(need(file, camera.pictures))
+        lengths[camera.pictures] = len(need(file, camera.pictures))
+        for extra, path in camera.extras.items():
+            data = need(file, path)
+            if data.dtype.kind not in "fiu" or data.ndim < 2 or math.prod(data.shape[1:]) > MAX_PIXELS:
+                raise SourceError(f"{demo.path}:{path} is {data.dtype} {data.shape}", expected="numbers", fix=SKIP)
+            lengths |= {path: len(data)} if data.ndim > 2 or extra == "depth" else {}
+    if len(set(lengths.values())) > 1:
+        first, count = next(iter(lengths.items()))
+        other, wrong = next((name, n) for name, n in lengths.items() if n != count)
+        raise SourceError(f"{demo.path}: {first} has {count} frames, {other} {wrong}", expected="one number", fix=SKIP)
+    length = next(iter(lengths.values()))
+    if not length:
+        raise SourceError(f"{demo.path} has 0 frames", expected="at least 1", fix=SKIP)
+    return Demo(**{**demo.__dict__, "length": length})
+
+
+def _form(data: h5py.Dataset) -> str:
+    """Return how a camera's frames are kept: encoded (byte strings or vectors of bytes), or raw uint8 [T, H, W, 3]."""
+    is_bytes = data.dtype.kind == "S" and data.dtype.itemsize <= MAX_PICTURE_BYTES
+    vector = h5py.check_vlen_dtype(data.dtype)
+    if data.ndim == 1 and (is_bytes or vector == np.uint8):
+        return _ENCODED
+    if data.ndim == 4 and data.dtype == np.uint8 and data.shape[3] == 3:
+        return _RAW
+    raise SourceError(
+        f"{data.file.filename}:{data.name} is {data.dtype} {data.shape}",
+        expected="byte strings [T] of JPEG, or uint8 [T, H, W, 3]",
+        fix=OTHER_CAMERA,
+    )
+
+
+def read_pictures(path: Path, camera: Camera, start: int, stop: int, channels: Channels) -> Iterator[Image]:
+    """Yield frames `start..stop-1` of a camera, uint8 [H, W, 3] RGB; `channels`: what a JPEG decoder gives."""
+    with opened(path) as file:
+        data = need(file, camera.pictures)
+        encoded = _form(data) == _ENCODED
+        for frame in range(start, stop):
+            where = f"{path}:{camera.pictures}, frame {frame}"
+            if encoded:
+                image = decode_picture(bytes(data[frame]), where)
+                yield np.ascontiguousarray(image[..., ::-1]) if channels == "bgr" else image
+            else:
+                require_size((data.shape[1], data.shape[2]), None, where)
+                yield data[frame]
+
+
+def read_extras(
+    path: Path, camera: Camera, start: int, stop: int, wanted: Sequence[str], metres: float, world_to_camera: bool
+) -> Iterator[dict[str, NDArray[np.float32]]]:
+    """Yield "depth", "intrinsics", "pose" of frames `start..stop-1` as `ViewSource.views` has them.
+
+    `metres` is the unit of the file's depth. `world_to_camera` says how a newer file's extrinsics are meant: OpenCV
+    axes, world to camera; otherwise OpenGL axes (y up, z back), camera to world, as RoboTwin writes them.
+    """
+    with opened(path) as file:
+        data = {extra: need(file, camera.extras[extra]) for extra in wanted}
+        for frame in range(start, stop):
+            made = {}
+            for extra, values in data.items():
+                where = f"{path}:{camera.extras[extra]}, frame {frame}"
+                row = np.asarray(values[frame] if values.ndim > 2 else values[()], np.float64)
+                if extra == "depth":
+                    made[extra] = _depth(row, metres, where)
+                elif extra == "intrinsics":
+                    made[extra] = _intrinsics(row, where)
+                else:
+                    inward = world_to_camera or camera.extras[extra].endswith("/extrinsic_cv")
+                    made[extra] = _pose(row, inward, where)
+            yield made
+
+
+def _depth(row: NDArray[np.float64], metres: float, where: str) -> NDArray[np.float32]:
+    """Return depth [H, W] in metres; what is not finite is unknown, hence 0."""
+    row = row[..., 0] if row.ndim == 3 and row.shape[2] == 1 else row
+    known = np.where(np.isfinite(row), row, 0.0)
+    if row.ndim != 2 or (known < 0).any():
+        raise SourceError(f"{where} has shape {row.shape}, least {known.min()}", expected="[H, W] from 0 on", fix=SKIP)
+    return (known * metres).astype(np.float32)
+
+
+def _intrinsics(row: NDArray[np.float64], where: str) -> NDArray[np.float32]:
+    is_matrix = row.shape == (3, 3) and bool(np.isfinite(row).all()) and row[2].tolist() == [0, 0, 1]
+    if not is_matrix or min(row[0, 0], row[1, 1]) <= 0:
+        raise SourceError(f"{where} is no pinhole matrix", expected="[[fx, s, cx], [0, fy, cy], [0, 0, 1]]", fix=SKIP)
+    return row.astype(np.float32)
+
+
+def _pose(row: NDArray[np.float64], world_to_camera: bool, where: str) -> NDArray[np.float32]:
+    """Return camera to world [4, 4], OpenCV axes."""
+    matrix = np.vstack([row, [0, 0, 0, 1]]) if row.shape == (3, 4) else row
+    rigid = (
+        matrix.shape == (4, 4)
+        and bool(np.isfinite(matrix).all())
+        and np.allclose(matrix[3], [0, 0, 0, 1], atol=1e-6)
+        and np.allclose(matrix[:3, :3] @ matrix[:3, :3].T, np.eye(3), atol=1e-3)
+    )
+    if not rigid:
+        raise SourceError(f"{where} is no rigid motion", expected="[3, 4] or [4, 4], rotation and shift", fix=SKIP)
+    # The columns of an OpenGL camera's rotation are right, up, back; OpenCV's are right, down, forward.
+    pose = np.linalg.inv(matrix) if world_to_camera else matrix @ np.diag([1.0, -1.0, -1.0, 1.0])
+    return pose.astype(np.float32)
+
+
+def _fps(file: h5py.File) -> float | None:
+    data = find(file, "additional_info/frequency")
+    if data is None:
+        return None
+    value = data[()] if isinstance(data, h5py.Dataset) and data.size == 1 and data.dtype.kind in "fiu" else np.nan
+    rate = float(np.asarray(value).reshape(-1)[0])
+    if not (np.isfinite(rate) and rate > 0):
+        where = f"{file.filename}:additional_info/frequency"
+        raise SourceError(f"{where} is {value}", expected="a rate above 0", fix=SKIP)
+    return rate
+
+
+def _texts(file: h5py.File) -> tuple[str, ...]:
+    """Return the instructions of a newer file; none where it has none, or only empty ones."""
+    for key in ("instructions", "instruction"):
+        data = find(file, key)
+        if not isinstance(data, h5py.Dataset) or h5py.check_string_dtype(data.dtype) is None or data.size > 100_000:
+            continue
+        texts = [_decoded(item, f"{file.filename}:{key}") for item in np.asarray(data[()]).reshape(-1)]
+        if data.ndim == 0 and texts[0].lstrip().startswith("["):
+            texts = _listed(texts[0], f"{file.filename}:{key}")
+        if kept := tuple(text for text in texts if text.strip()):
+            return kept
+    return ()
+
+
+def _decoded(item: Any, where: str) -> str:
+    try:
+        return item.decode("utf-8") if isinstance(item, bytes) else str(item)
+    except UnicodeDecodeError:
+        raise SourceError(f"{where} is no UTF-8", expected="a text", fix=SKIP) from None
+
+
+def _listed(text: str, where: str) -> list[str]:
+    try:
+        listed = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SourceError(f"{where} does not parse: {error}", expected="a JSON list of texts", fix=SKIP) from None
+    if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
+        raise SourceError(f"{where} is no list of texts", expected="a JSON list of texts", fix=SKIP)
+    return listed
