@@ -44,8 +44,8 @@ first, if it has one, and its options as keywords, each with a default."""
 def open_source(spec: str | Path, **options: Any) -> Source:
     """Open demonstrations: a path, `KIND:PATH`, `synthetic`, or `synthetic:episodes=8,seed=1`; nothing is read yet.
 
-    `options` go to the source: `map` {our name: their column}, `cameras`, `skip_bad` for LeRobot. Those that are None or
-    empty count as not given, and so does False for an option that the source has not. Raises `SourceError` for a path
+    `options` go to the source: `map` {our name: their column}, `cameras`, `skip_bad` for LeRobot. Those that are None
+    or empty count as not given, and so does False for an option the source has not. Raises `SourceError` for a path
     that is missing or of no known layout, saying what it holds; `UsageError` for options that the source has not.
     """
     given = {key: value for key, value in options.items() if value is not None}
