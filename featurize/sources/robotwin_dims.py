@@ -38,7 +38,7 @@ def _task(folder: TaskFolder, options: RoboTwinOptions) -> list[TaskDims]:
     found += _filled(paths, options, folder)
     return [
         TaskDims(folder.name or folder.task, count, len(names), len(state), names)
-        for (names, state), count in sorted(Counter(found).items())
+        for (names, state), count in sorted(Counter(found).items(), key=lambda item: (len(item[0][0]), item))
     ]
 
 
