@@ -31,6 +31,9 @@ MAX_OPCODES = 2_000_000
 MAX_DEPTH = 32
 """Containers inside containers; a path is {arm: [{key: array}]}, three deep."""
 
+MAX_CHARACTER = 0x10FFFF
+"""The last code point of Unicode."""
+
 ALLOWED = "numbers, texts, dict, list, tuple, set and numpy arrays of numbers"
 
 _SAFE = frozenset(
@@ -73,7 +76,9 @@ def loads(data: bytes, where: str) -> Any:
     """Like `load_pickle` for bytes; `where` names them in errors."""
     try:
         _scan(data)
-        return _Finish().plain(_Reader(io.BytesIO(data), encoding="latin1").load(), 0)
+        reader = _Reader(io.BytesIO(data), encoding="latin1")
+        reader.known = _names(_Room(len(data)))
+        return _Finish(_Room(len(data))).plain(reader.load(), 0)
     except _RefusedError as refused:
         raise SourceError(f"{where} {refused}", expected=f"a pickle of {ALLOWED}") from None
     # What pickle and pickletools raise on bytes cut or changed; RecursionError and MemoryError on hostile ones.
@@ -88,6 +93,7 @@ def loads(data: bytes, where: str) -> Any:
         RecursionError,
         MemoryError,
         struct.error,
+        DeprecationWarning,  # of a name with an odd escape, where warnings are errors
     ) as error:
         reason = " ".join(str(error).split())[:100] or type(error).__name__
         raise SourceError(f"{where} is no sound pickle: {reason}", expected=f"a pickle of {ALLOWED}") from None
@@ -111,6 +117,18 @@ def _scan(data: bytes) -> None:
         # The C unpickler allocates its memo up to the highest index at once.
         if opcode.name in _PUTS and int(argument or 0) > count:
             _refuse(f"memoizes number {argument} after {count} opcodes")
+
+
+class _Room:
+    """Counts what is copied. A sound pickle has a byte for each; one that copies the same bytes again has not."""
+
+    def __init__(self, left: int) -> None:
+        self._left = left
+
+    def take(self, count: int) -> None:
+        self._left -= count
+        if self._left < 0:
+            _refuse("copies the same bytes again and again")
 
 
 class _Call:
@@ -174,11 +192,17 @@ class _Array:
         kind = dtype.made()
         if math.prod(shape) * kind.itemsize != len(data) or order not in ("C", "F"):
             _refuse(f"has {len(data)} bytes for an array {kind} of shape {shape}")
+        # numpy makes texts of whatever is there, and Python fails on them later.
+        if (
+            kind.kind == "U"
+            and np.frombuffer(data, np.dtype("u4").newbyteorder(kind.byteorder)).max(initial=0) > MAX_CHARACTER
+        ):
+            _refuse("has an array of texts that are no Unicode")
         native = np.frombuffer(bytes(data), kind).reshape(shape, order=order)
         return native.astype(kind.newbyteorder("="), copy=True)
 
 
-def _names() -> dict[tuple[str, str], _Call]:
+def _names(room: _Room) -> dict[tuple[str, str], _Call]:
     """Return what each permitted name stands for, made anew for each pickle."""
 
     def empty_array(kind: Any, shape: Any, dtype: Any) -> _Array:
@@ -193,6 +217,7 @@ def _names() -> dict[tuple[str, str], _Call]:
         def call(*arguments: Any) -> Any:
             if len(arguments) > 1 or not all(isinstance(argument, kinds) for argument in arguments):
                 _refuse(f"calls {name} with {', '.join(type(argument).__name__ for argument in arguments)}")
+            room.take(len(arguments[0]) if arguments else 0)
             return make(arguments[0]) if arguments else make(())
 
         return call
@@ -200,6 +225,7 @@ def _names() -> dict[tuple[str, str], _Call]:
     def encode(text: Any, encoding: Any = "") -> bytes:
         if not isinstance(text, str) or encoding != "latin1":
             _refuse(f"encodes a text as {str(encoding)[:40]!r}")
+        room.take(len(text))
         return text.encode("latin1")
 
     ndarray = _Call("ndarray", lambda *_: _refuse("calls numpy.ndarray"))
@@ -222,15 +248,13 @@ def _names() -> dict[tuple[str, str], _Call]:
 
 
 class _Reader(pickle.Unpickler):
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._known = _names()
+    known: dict[tuple[str, str], _Call]
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what stands for a name. Nothing is imported."""
-        if (module, name) not in self._known:
+        if (module, name) not in self.known:
             _refuse(f"asks for {module[:60]}.{name[:60]}")
-        return self._known[(module, name)]
+        return self.known[(module, name)]
 
     def persistent_load(self, pid: Any) -> Any:
         """Refuse: a persistent id means whatever the reader of a file lets it mean."""
@@ -240,7 +264,8 @@ class _Reader(pickle.Unpickler):
 class _Finish:
     """Turns what a pickle left into builtins and arrays; each object once, however often it is referred to."""
 
-    def __init__(self) -> None:
+    def __init__(self, room: _Room) -> None:
+        self._room = room
         self._done: dict[int, Any] = {}
         self._open: set[int] = set()
 
@@ -259,6 +284,7 @@ class _Finish:
     def _made(self, value: Any, depth: int) -> Any:
         if isinstance(value, _Array):
             array = value.made()
+            self._room.take(array.nbytes)
             return array.item() if array.ndim == 0 else array
         if isinstance(value, dict):
             if not all(isinstance(key, _PLAIN) for key in value):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -181,7 +181,7 @@ class RoboTwinSource:
                     raise
                 skipped[files.id] = str(error)
                 continue
-            kept.append(checked)
+            kept.append(replace(checked, texts=()))  # a hundred texts an episode add up
             episodes.append(Episode(files.id, checked.length, task))
         if not kept:
             raise SourceError(f"every episode of {self.root} is bad; the first: {next(iter(skipped.values()))}")

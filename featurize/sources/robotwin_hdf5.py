@@ -30,11 +30,15 @@ from vla.featurize.sources.episode_checks import OTHER_CAMERA, SKIP
 from vla.featurize.sources.hdf5_links import find, names, need, opened
 from vla.featurize.sources.pictures import MAX_PIXELS, decode_picture, require_size
 from vla.featurize.sources.robotwin_joints import MAX_FRAMES, MAX_JOINTS, Arm
+from vla.featurize.sources.robotwin_layout import MAX_JSON_BYTES
 from vla.stores.errors import SourceError
 
 Channels = Literal["bgr", "rgb"]
 MAX_PICTURE_BYTES = 1 << 26
 """No camera's frame is encoded in 64 MiB."""
+
+MAX_NUMBERS = 1 << 25
+"""256 MiB of one arm: compressed, a file of some kilobytes may claim as much."""
 
 _ENCODED, _RAW = "encoded", "raw"
 
@@ -95,7 +99,13 @@ def _matrix(file: h5py.File, path: str) -> NDArray[np.float64]:
     """Return finite numbers [T, D]; [T] counts as [T, 1]."""
     data, where = need(file, path), f"{file.filename}:{path}"
     wide = data.ndim == 2 and not 1 <= data.shape[1] <= MAX_JOINTS
-    if data.dtype.kind not in "fiu" or data.ndim not in (1, 2) or wide or data.shape[0] > MAX_FRAMES:
+    if (
+        data.dtype.kind not in "fiu"
+        or data.ndim not in (1, 2)
+        or wide
+        or data.shape[0] > MAX_FRAMES
+        or data.size > MAX_NUMBERS
+    ):
         raise SourceError(f"{where} is {data.dtype} {data.shape}", expected="numbers [T, D]", fix=SKIP)
     values: NDArray[np.float64] = data[()].astype(np.float64).reshape(len(data), data.shape[1] if data.ndim == 2 else 1)
     bad = ~np.isfinite(values).all(axis=1)
@@ -225,14 +235,14 @@ def _depth(row: NDArray[np.float64], metres: float, where: str) -> NDArray[np.fl
     known = np.where(np.isfinite(row), row, 0.0)
     if row.ndim != 2 or (known < 0).any():
         raise SourceError(f"{where} has shape {row.shape}, least {known.min()}", expected="[H, W] from 0 on", fix=SKIP)
-    return (known * metres).astype(np.float32)
+    return _single((known * metres), where)
 
 
 def _intrinsics(row: NDArray[np.float64], where: str) -> NDArray[np.float32]:
     is_matrix = row.shape == (3, 3) and bool(np.isfinite(row).all()) and row[2].tolist() == [0, 0, 1]
     if not is_matrix or min(row[0, 0], row[1, 1]) <= 0:
         raise SourceError(f"{where} is no pinhole matrix", expected="[[fx, s, cx], [0, fy, cy], [0, 0, 1]]", fix=SKIP)
-    return row.astype(np.float32)
+    return _single(row, where)
 
 
 def _pose(row: NDArray[np.float64], world_to_camera: bool, where: str) -> NDArray[np.float32]:
@@ -248,7 +258,15 @@ def _pose(row: NDArray[np.float64], world_to_camera: bool, where: str) -> NDArra
         raise SourceError(f"{where} is no rigid motion", expected="[3, 4] or [4, 4], rotation and shift", fix=SKIP)
     # The columns of an OpenGL camera's rotation are right, up, back; OpenCV's are right, down, forward.
     pose = np.linalg.inv(matrix) if world_to_camera else matrix @ np.diag([1.0, -1.0, -1.0, 1.0])
-    return pose.astype(np.float32)
+    return _single(pose, where)
+
+
+def _single(values: NDArray[np.float64], where: str) -> NDArray[np.float32]:
+    with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which is refused
+        single = values.astype(np.float32)
+    if not np.isfinite(single).all():
+        raise SourceError(f"{where} has numbers above float32", expected="metres or pixels", fix=SKIP)
+    return single
 
 
 def _fps(file: h5py.File) -> float | None:
@@ -267,8 +285,11 @@ def _texts(file: h5py.File) -> tuple[str, ...]:
     """Return the instructions of a newer file; none where it has none, or only empty ones."""
     for key in ("instructions", "instruction"):
         data = find(file, key)
-        if not isinstance(data, h5py.Dataset) or h5py.check_string_dtype(data.dtype) is None or data.size > 100_000:
+        if not isinstance(data, h5py.Dataset) or h5py.check_string_dtype(data.dtype) is None:
             continue
+        if data.size * data.dtype.itemsize > MAX_JSON_BYTES:
+            found = f"{file.filename}:{key} has {data.size} texts of {data.dtype.itemsize} bytes"
+            raise SourceError(found, expected=f"at most {MAX_JSON_BYTES} bytes", fix=SKIP)
         texts = [_decoded(item, f"{file.filename}:{key}") for item in np.asarray(data[()]).reshape(-1)]
         if data.ndim == 0 and texts[0].lstrip().startswith("["):
             texts = _listed(texts[0], f"{file.filename}:{key}")

@@ -1,4 +1,4 @@
-"""Writes RoboTwin tasks of both generations, in the layouts that RoboTwin writes, with pictures that tell their frame."""
+"""Writes RoboTwin tasks of both generations, as RoboTwin lays them out, with pictures that tell their frame."""
 
 from __future__ import annotations
 
@@ -136,9 +136,11 @@ def _new(file: h5py.File, task: Task, number: int, length: int, shots: Callable[
 
 def segment(values: NDArray[np.float64], status: str = "Success") -> dict[str, Any]:
     """What the planner returns of one motion."""
-    return {"status": status, "position": values, "velocity": np.zeros_like(values)} if status == "Success" else {
-        "status": status
-    }
+    return (
+        {"status": status, "position": values, "velocity": np.zeros_like(values)}
+        if status == "Success"
+        else {"status": status}
+    )
 
 
 @pytest.fixture(scope="session")

@@ -94,9 +94,7 @@ def test_an_arm_that_rests_in_one_episode_counts_as_in_the_others(
         sizes(only_right, arms="left")
 
 
-def test_episodes_of_a_task_that_differ_are_counted_apart(
-    tmp_path: Path, write_plans: Write, segment: Segment
-) -> None:
+def test_episodes_of_a_task_that_differ_are_counted_apart(tmp_path: Path, write_plans: Write, segment: Segment) -> None:
     plans = [([segment(np.zeros((4, dim)))], [segment(np.zeros((4, dim)))]) for dim in (6, 7, 6)]
     assert sizes(write_plans(tmp_path / "a", plans)) == {"a": [(12, 0, 2), (14, 0, 1)]}
 

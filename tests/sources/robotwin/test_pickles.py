@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import builtins
+import codecs
 import collections
+import contextlib
 import copyreg
 import io
 import operator
@@ -207,6 +209,8 @@ def _reduced(shape: Any, dtype: str, data: Any, state: tuple[Any, ...] | None = 
         (_reduced((1.0,), "f8", b"\0" * 8), "array of shape"),
         (_reduced((1,) * 40, "f8", b"\0" * 8), "array of shape"),
         (_reduced((1,), "f8", [1.0]), "array of objects"),
+        (_reduced((1,), "U1", b"\xff\xff\xff\xff"), "texts that are no Unicode"),
+        (_reduced((1,), "U1", b"\0\x11\0\0", (3, ">", None, None, None, 4, 4, 8)), "texts that are no Unicode"),
         (_reduced((1,), "O", [len]), "asks for|dtype 'O'"),
         (_reduced((1 << 60,), "S0", b""), "dtype 'S0'"),
         (_reduced((1,), "V8", b"\0" * 8), "dtype 'V8'"),
@@ -230,6 +234,17 @@ def test_a_pickle_cut_anywhere_is_refused(protocol: int) -> None:
             loads(whole[:length], "bad.pkl")
 
 
+def test_bytes_changed_at_random_are_read_or_refused() -> None:
+    generator = np.random.default_rng(0)
+    whole = [pickle.dumps(VALUES, protocol) for protocol in range(6)]
+    for turn in range(900):
+        damaged = bytearray(whole[turn % 6])
+        for place in generator.integers(0, len(damaged), generator.integers(1, 5)):
+            damaged[place] = generator.integers(256)
+        with contextlib.suppress(SourceError):
+            loads(bytes(damaged), "bad.pkl")
+
+
 def test_containers_inside_themselves_and_too_deep_are_refused() -> None:
     loop: list[Any] = []
     loop.append(loop)
@@ -246,6 +261,23 @@ def test_lists_of_lists_that_double_take_no_time() -> None:
     for _ in range(30):
         laughs = [laughs, laughs]
     assert len(loads(pickle.dumps(laughs), "x")) == 2  # 2^30 items, were each counted
+
+
+def test_bytes_that_are_copied_again_and_again_are_refused() -> None:
+    text, data, many = "x" * 5000, b"\0" * 8000, list(range(3000))
+    reconstruct = np.zeros(1).__reduce__()[0]
+    arrays = [
+        Calls(reconstruct, np.ndarray, (0,), b"b", state=(1, (1000,), np.dtype("f8"), False, data)) for _ in range(50)
+    ]
+    for hostile in (
+        arrays,
+        [Calls(codecs.encode, text, "latin1") for _ in range(50)],
+        [Calls(bytearray, data) for _ in range(50)],
+        [Calls(set, many) for _ in range(50)],
+    ):
+        with pytest.raises(SourceError, match="copies the same bytes again and again"):
+            loads(pickle.dumps(hostile), "bad.pkl")
+        loads(pickle.dumps(hostile[0]), "x")
 
 
 def test_size_and_opcodes_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

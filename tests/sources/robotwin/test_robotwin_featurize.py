@@ -90,9 +90,7 @@ def test_bad_pictures_and_bad_numbers_are_left_out_and_counted(tmp_path: Path, w
     assert not (tmp_path / "b").exists()
 
 
-def test_paths_without_pictures_are_no_input_of_a_backbone(
-    tmp_path: Path, write_plans: Write, joints: Joints
-) -> None:
+def test_paths_without_pictures_are_no_input_of_a_backbone(tmp_path: Path, write_plans: Write, joints: Joints) -> None:
     root = write_plans(tmp_path / "task", [([joints("left", 0, 4)], [joints("right", 0, 4)])])
     with pytest.raises(UsageError, match="'toy' needs image of each frame"):
         CliRunner().invoke(

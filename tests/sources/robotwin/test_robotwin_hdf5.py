@@ -102,10 +102,13 @@ def test_frames_are_those_of_their_steps_in_rgb(
     generation: str, tmp_path: Path, write_task: Write, number_of: Callable[..., tuple[int, int, int]]
 ) -> None:
     source = RoboTwinSource(write_task(tmp_path / "task", generation=generation))
-    assert source.index().cameras == {
-        "old": ("head_camera", "left_camera"),
-        "new": ("cam_head", "cam_left_wrist"),
-    }[generation]
+    assert (
+        source.index().cameras
+        == {
+            "old": ("head_camera", "left_camera"),
+            "new": ("cam_head", "cam_left_wrist"),
+        }[generation]
+    )
     for episode, length in enumerate((3, 5, 4)):
         seen = [[number_of(view) for view in views] for views in source.frames(episode, 0, length)]
         assert seen == [[(episode, frame, 0), (episode, frame, 1)] for frame in range(length)]
@@ -294,5 +297,5 @@ def test_every_choice_that_changes_a_value_is_in_the_fingerprint(tmp_path: Path,
 
 
 def test_frames_beyond_an_episode_are_refused(tmp_path: Path, write_task: Write) -> None:
-    with pytest.raises(SourceError, match="frames 0 to 4 of episode_0 .*; expected 0 to 3"):
+    with pytest.raises(SourceError, match=r"frames 0 to 4 of episode_0 .*; expected 0 to 3"):
         RoboTwinSource(write_task(tmp_path / "task")).frames(0, 0, 4)

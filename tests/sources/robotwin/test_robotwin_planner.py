@@ -1,4 +1,4 @@
-"""Planner segments: joined, failed ones skipped, in every form; aligned to frames only by equal lengths or by a rule."""
+"""Planner segments: joined, failed ones skipped, in every form; aligned to frames by equal lengths or by a rule."""
 
 from __future__ import annotations
 
@@ -59,9 +59,7 @@ def _forms() -> dict[str, tuple[Callable[[NDArray[np.float64]], Any], int]]:
 
 
 @pytest.mark.parametrize("form", _forms())
-def test_a_path_has_many_forms_and_one_meaning(
-    form: str, tmp_path: Path, write_plans: Write, joints: Joints
-) -> None:
+def test_a_path_has_many_forms_and_one_meaning(form: str, tmp_path: Path, write_plans: Write, joints: Joints) -> None:
     make, columns = _forms()[form]
     path = joints("left", 0, 5)
     root = write_plans(tmp_path / "task", [(make(path), make(path))])
@@ -79,7 +77,7 @@ def test_two_numbers_are_joints_and_no_pair(tmp_path: Path, write_plans: Write) 
 
 def test_a_gripper_that_is_wanted_and_absent_is_no_constant(tmp_path: Path, write_plans: Write, joints: Joints) -> None:
     root = write_plans(tmp_path / "task", [([joints("left", 0, 5)], [])])
-    with pytest.raises(SourceError, match="the left arm has no gripper; .*include_gripper=false"):
+    with pytest.raises(SourceError, match=r"the left arm has no gripper; .*include_gripper=false"):
         RoboTwinSource(root, arms="left", include_gripper=True).index()
 
 

@@ -112,9 +112,7 @@ NEW: dict[str, tuple[Edit, str]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("generation", "name"), [*(("old", name) for name in OLD), *(("new", name) for name in NEW)]
-)
+@pytest.mark.parametrize(("generation", "name"), [*(("old", name) for name in OLD), *(("new", name) for name in NEW)])
 def test_a_damaged_episode_is_refused_by_name_or_left_out(
     generation: str, name: str, tmp_path: Path, write_task: Write
 ) -> None:
@@ -186,6 +184,7 @@ def test_a_corrupt_picture_is_named_by_file_camera_and_frame(jpeg: bytes, tmp_pa
         ("extrinsic_cv", np.ones((4, 3, 4)), ("pose",), "extrinsic_cv, frame 0 is no rigid motion"),
         ("extrinsic_cv", np.full((4, 3, 4), np.nan), ("pose",), "extrinsic_cv, frame 0 is no rigid motion"),
         ("depth", np.full((4, 64, 64), -1.0), ("depth",), "depth, frame 0 has shape .* expected .* from 0 on"),
+        ("depth", np.full((4, 64, 64), 1e300), ("depth",), "depth, frame 0 has numbers above float32"),
         ("depth", np.zeros((4, 32, 32)), ("image", "depth"), r"frame 0: depth is \(32, 32\); expected \(64, 64\)"),
     ],
 )
@@ -215,9 +214,7 @@ def test_instructions_that_are_none_are_refused(texts: Any, message: str, tmp_pa
         RoboTwinSource(root).index()
 
 
-def test_an_episode_that_lacks_its_instructions_is_refused(
-    generation: str, tmp_path: Path, write_task: Write
-) -> None:
+def test_an_episode_that_lacks_its_instructions_is_refused(generation: str, tmp_path: Path, write_task: Write) -> None:
     root = write_task(tmp_path / "task", generation=generation)
     next(root.glob("instruction*/*1.json")).unlink()
     with pytest.raises(SourceError, match=r"task has no instructions/episode1\.json; expected the seen instructions"):
@@ -235,9 +232,16 @@ def test_texts_inside_a_file_that_are_no_list_are_refused(inner: str, tmp_path: 
         RoboTwinSource(root).index()
 
 
-def test_pictures_with_a_gap_or_too_few_are_refused(
-    tmp_path: Path, write_task: Write, write_images: Write
-) -> None:
+def test_texts_that_claim_a_gigabyte_are_refused(tmp_path: Path, write_task: Write) -> None:
+    def edit(number: int, file: h5py.File) -> None:
+        file.create_dataset("instructions", (1,), "S1000000000", chunks=(1,))
+
+    root = write_task(tmp_path / "task", generation="new", texts=None, edit=edit)
+    with pytest.raises(SourceError, match="instructions has 1 texts of 1000000000 bytes"):
+        RoboTwinSource(root).index()
+
+
+def test_pictures_with_a_gap_or_too_few_are_refused(tmp_path: Path, write_task: Write, write_images: Write) -> None:
     root = write_task(tmp_path / "task", lengths=(4, 4))
     images = write_images(root / "images", [4, 4])
     (images / "episode1/step_0001.png").unlink()
@@ -252,9 +256,7 @@ def test_pictures_with_a_gap_or_too_few_are_refused(
     assert list(RoboTwinSource(root, skip_bad=True).index().skipped) == ["episode_1"]
 
 
-def test_a_picture_of_a_folder_that_vanishes_is_named(
-    tmp_path: Path, write_task: Write, write_images: Write
-) -> None:
+def test_a_picture_of_a_folder_that_vanishes_is_named(tmp_path: Path, write_task: Write, write_images: Write) -> None:
     root = write_task(tmp_path / "task", lengths=(4,))
     images = write_images(root / "images", [4])
     source = RoboTwinSource(root)
