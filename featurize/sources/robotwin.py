@@ -17,7 +17,7 @@ from vla.featurize.sources.base import Episode, SourceIndex, StepSpec
 from vla.featurize.sources.dimensions import TaskDims
 from vla.featurize.sources.pictures import decode_picture
 from vla.featurize.sources.robotwin_dims import dims_of
-from vla.featurize.sources.robotwin_episode import Checked, RoboTwinOptions, is_planned, load, require_like, task_of
+from vla.featurize.sources.robotwin_episode import Checked, RoboTwinOptions, load, plan_of, require_like, task_of
 from vla.featurize.sources.robotwin_hdf5 import read_extras, read_pictures
 from vla.featurize.sources.robotwin_layout import episodes_of, task_folders
 from vla.stores.errors import SourceError, UsageError
@@ -191,7 +191,7 @@ class RoboTwinSource:
         self, kept: list[Checked], episodes: list[Episode], cameras: tuple[str, ...], skipped: dict[str, str]
     ) -> SourceIndex:
         first = kept[0]
-        planned = is_planned(first.files, self.options)
+        planned = plan_of(first.files, self.options) is not None
         steps = {"action": StepSpec((len(first.names),), "float32", "action", first.names)}
         if first.state_names:
             steps["state"] = StepSpec((len(first.state_names),), "float32", "state", first.state_names)
@@ -218,7 +218,7 @@ class RoboTwinSource:
         """Yield a name that does not depend on where the data lie, and the path, of every file that was used."""
         for checked in indexed.episodes:
             files = checked.files
-            plan = files.plan if is_planned(files, self.options) else None
+            plan = plan_of(files, self.options)
             text = files.text if self.options.task is None else None
             for kind, path in (("data", files.data), ("plan", plan), ("text", text)):
                 if path is not None:

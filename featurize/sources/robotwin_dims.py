@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vla.featurize.sources.dimensions import TaskDims
-from vla.featurize.sources.robotwin_episode import RoboTwinOptions, is_planned, load
+from vla.featurize.sources.robotwin_episode import RoboTwinOptions, load, plan_of
 from vla.featurize.sources.robotwin_hdf5 import read_demo
 from vla.featurize.sources.robotwin_joints import SIDES, Arm, Arms, join, names_of, read_plan
 from vla.featurize.sources.robotwin_layout import Files, TaskFolder, episodes_of, task_folders
@@ -27,8 +27,9 @@ def _task(folder: TaskFolder, options: RoboTwinOptions) -> list[TaskDims]:
     paths: list[tuple[Mapping[str, Arm], tuple[str, ...]]] = []
     for files in episodes_of(folder, options.images):
         try:
-            if is_planned(files, options) and files.plan is not None:
-                paths.append(_path(files, options))
+            plan = plan_of(files, options)
+            if plan is not None:
+                paths.append(_path(plan, files, options))
             else:
                 episode, _ = load(files, options)
                 found.append((episode.names, episode.state_names))
@@ -42,15 +43,13 @@ def _task(folder: TaskFolder, options: RoboTwinOptions) -> list[TaskDims]:
     ]
 
 
-def _path(files: Files, options: RoboTwinOptions) -> tuple[Mapping[str, Arm], tuple[str, ...]]:
+def _path(plan: Path, files: Files, options: RoboTwinOptions) -> tuple[Mapping[str, Arm], tuple[str, ...]]:
     """Return the arms that moved, and the names of the state: the frames that a path does not fit do not matter."""
-    if files.plan is None:
-        raise AssertionError("`is_planned` found a path")
-    told = read_plan(files.plan)
+    told = read_plan(plan)
     arms = {side: told[side].arm for side in SIDES[options.arms] if side in told}
     moved = {side: arm for side, arm in arms.items() if arm is not None}
     for side, arm in moved.items():
-        join({side: arm}, _one(side), options.include_gripper, str(files.plan))
+        join({side: arm}, _one(side), options.include_gripper, str(plan))
     state = read_demo(files.data, SIDES[options.arms]).state if files.data else None
     return moved, names_of(state, options.arms, options.include_gripper) if state else ()
 
@@ -61,6 +60,8 @@ def _filled(
     """Return the names of each episode; an arm that did not move in one is as in the task's other episodes."""
     known = {side: arm for moved, _ in reversed(paths) for side, arm in moved.items()}
     sides = [side for side in SIDES[options.arms] if side in known]
+    if paths and not sides and options.skip_bad:
+        return []
     if paths and not sides:
         found = f"{folder.root}: no path of the {options.arms} arm has a successful step"
         raise SourceError(found, expected="a segment of status Success", fix="--set source_options.arms=left or right")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,8 +81,11 @@ class Checked:
     texts: tuple[str, ...]
 
 
-def is_planned(files: Files, options: RoboTwinOptions) -> bool:
-    """Whether the actions of an episode come from the planner's path. Raises `SourceError` where that is missing."""
+def plan_of(files: Files, options: RoboTwinOptions) -> Path | None:
+    """Return the planner's path that the actions of an episode come from, or None: they come from its HDF5 file.
+
+    Raises `SourceError` where the one that was asked for is missing.
+    """
     planned = files.data is None if options.actions is None else options.actions == "planner"
     wanted = files.plan if planned else files.data
     if wanted is None:
@@ -90,21 +94,20 @@ def is_planned(files: Files, options: RoboTwinOptions) -> bool:
         raise SourceError(
             f"{files.folder.root} has no {missing}", expected=f"it for {files.id}", fix=f"{other}; {SKIP}"
         )
-    return planned
+    return files.plan if planned else None
 
 
 def load(files: Files, options: RoboTwinOptions) -> tuple[Checked, Steps]:
     """Read and check the numbers of an episode. Raises `SourceError` naming file, field and fix."""
     sides = SIDES[options.arms]
-    planned = is_planned(files, options)
+    plan = plan_of(files, options)
     demo = read_demo(files.data, sides) if files.data else None
     frames = _frames(files, demo)
-    if planned and files.plan is not None:
-        steps = _planned(read_plan(files.plan), demo, frames, options, str(files.plan))
-    elif demo is not None:
+    if plan is None and demo is not None:
         steps = _joints(demo, options)
     else:
-        raise AssertionError("`is_planned` found neither a path nor a demonstration")
+        path = cast(Path, plan)  # `plan_of` found one of the two
+        steps = _planned(read_plan(path), demo, frames, options, str(path))
     cameras = tuple(files.images) or (tuple(demo.cameras) if demo else ())
     fps = options.fps or (demo.fps if demo else None) or FPS
     places, texts = (demo.cameras, demo.texts) if demo else ({}, ())

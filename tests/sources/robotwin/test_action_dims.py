@@ -92,6 +92,7 @@ def test_an_arm_that_rests_in_one_episode_counts_as_in_the_others(
     assert sizes(only_right) == {"b": [(6, 0, 2)]}
     with pytest.raises(SourceError, match="no path of the left arm has a successful step"):
         sizes(only_right, arms="left")
+    assert sizes(tmp_path, arms="left", skip_bad=True) == {"a": [(6, 0, 3)]}
 
 
 def test_episodes_of_a_task_that_differ_are_counted_apart(tmp_path: Path, write_plans: Write, segment: Segment) -> None:
