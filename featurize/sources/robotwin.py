@@ -16,9 +16,9 @@ from vla.featurize.image import Image
 from vla.featurize.sources.base import Episode, SourceIndex, StepSpec
 from vla.featurize.sources.dimensions import TaskDims
 from vla.featurize.sources.pictures import decode_picture
+from vla.featurize.sources.robotwin_cameras import read_extras, read_pictures
 from vla.featurize.sources.robotwin_dims import dims_of
 from vla.featurize.sources.robotwin_episode import Checked, RoboTwinOptions, load, plan_of, require_like, task_of
-from vla.featurize.sources.robotwin_hdf5 import read_extras, read_pictures
 from vla.featurize.sources.robotwin_layout import episodes_of, task_folders
 from vla.stores.errors import SourceError, UsageError
 from vla.stores.filesystem import digest_file

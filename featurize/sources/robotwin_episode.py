@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from vla.featurize.sources.episode_checks import OTHER_CAMERA, SKIP
-from vla.featurize.sources.robotwin_hdf5 import Camera, Channels, Demo, read_demo
+from vla.featurize.sources.robotwin_cameras import Camera, Channels
+from vla.featurize.sources.robotwin_hdf5 import Demo, read_demo
 from vla.featurize.sources.robotwin_joints import (
     RESAMPLE,
     SIDES,
