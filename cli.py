@@ -350,6 +350,40 @@ def rollout(
 
 
 @app.command()
+def action_dims(
+    source: Source = None,
+    mapping: Annotated[list[str] | None, typer.Option("--map", help="OURS=THEIRS, such as action=actions.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable episodes out.")] = False,
+    config: Config = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Group the tasks of raw demonstrations by the size of action and state."""
+    from vla.featurize.action_dims import DimsConfig, group, measure, to_json
+
+    settings = DimsConfig.from_sources(
+        config,
+        set_ or (),
+        source=source or (None if config else str(_shipped())),
+        map=dict(_pair(text) for text in mapping) if mapping else None,
+        skip_bad=skip_bad or None,
+    )
+    tasks = measure(settings)
+    if as_json:
+        _emit(to_json(tasks))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("action", "state", "task", "episodes", "components of the action")
+    for (action, state), members in group(tasks).items():
+        for place, dims in enumerate(members):
+            sizes = (str(action), str(state)) if place == 0 else ("", "")
+            table.add_row(*sizes, dims.task, str(dims.episodes), ", ".join(dims.names), end_section=dims is members[-1])
+    Console().print(table)
+
+
+@app.command()
 def backbones(as_json: Json = False) -> None:
     """List the frozen backbones: what they make, their licences, and what this machine lacks for them."""
     from rich.console import Console

@@ -45,6 +45,15 @@ SOURCES: dict[str, Entry] = {
         "runs of subtasks or stages",
     ),
     "folders": Entry("vla.featurize.sources.folders:FoldersSource", ("*/actions.npy",), "pictures and npy"),
+    "robotwin": Entry(
+        "vla.featurize.sources.robotwin:RoboTwinSource",
+        tuple(
+            f"{above}{below}"
+            for above in ("", "*/", "*/*/")
+            for below in ("data/episode*.hdf5", "_traj_data/episode*.pkl")
+        ),
+        "RoboTwin HDF5 or planner paths of one task, or folders of them",
+    ),
     "synthetic": Entry("vla.featurize.sources.synthetic:SyntheticSource", (), "made up in memory"),
 }
 """The first kind whose marker is there takes the data set; `KIND:PATH` chooses one by name. A class takes the path
@@ -54,11 +63,11 @@ first, if it has one, and its options as keywords, each with a default."""
 def open_source(spec: str | Path, **options: Any) -> Source:
     """Open demonstrations: a path, `KIND:PATH`, `synthetic`, or `synthetic:episodes=8,seed=1`; nothing is read yet.
 
-    `options` go to the source: `map` {our name: their column}, `cameras`, `skip_bad` for LeRobot. Those that are None,
-    False or empty count as not given. Raises `SourceError` for a path that is missing or of no known layout, saying
-    what it holds; `UsageError` for options that the source has not.
+    `options` go to the source: `map` {our name: their column}, `cameras`, `skip_bad` for LeRobot. Those that are None
+    or empty count as not given, and so does False for an option the source has not. Raises `SourceError` for a path
+    that is missing or of no known layout, saying what it holds; `UsageError` for options that the source has not.
     """
-    given = {key: value for key, value in options.items() if value is not None and value is not False}
+    given = {key: value for key, value in options.items() if value is not None}
     given = {key: value for key, value in given.items() if value != {} and value != () and value != []}
     kind, colon, text = str(spec).partition(":")
     if isinstance(spec, str) and kind in SOURCES and not SOURCES[kind].markers:
@@ -101,8 +110,8 @@ def _kind_of(path: Path) -> str:
 
 
 def _nested(root: Path) -> str:
-    """Return `--source` with a folder one level down that is a data set, or nothing."""
-    folders = [root.parent, *sorted(path for path in root.iterdir() if path.is_dir())]
+    """Return `--source` with a folder one level down, or else up, that is a data set, or nothing."""
+    folders = [*sorted(path for path in root.iterdir() if path.is_dir()), root.parent]
     found = next((folder for folder in folders if recognise(folder)), None)
     return f"--source {found}" if found else ""
 
@@ -125,6 +134,7 @@ def _make(kind: str, place: tuple[Path, ...], options: dict[str, Any]) -> Source
     module, _, name = SOURCES[kind].target.partition(":")
     source = getattr(importlib.import_module(module), name)
     known = [key for key, p in inspect.signature(source).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    options = {key: value for key, value in options.items() if key in known or value is not False}
     for key in options:
         if key not in known:
             hint = nearest(key, known)
