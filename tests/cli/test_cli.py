@@ -168,7 +168,7 @@ def test_an_episode_shorter_than_the_window_trains(tmp_path: Path) -> None:
 def test_ctrl_c_exits_with_130_and_the_run_resumes(tmp_path: Path) -> None:
     options = ["--set", "store.unit_rows=4", "--set", "batch_size=2"]
     command = ["featurize", "--backbone", "toy", "--source", SOURCE, "--out", tmp_path, *options]
-    slowly = [*VLA, *map(str, command), "--set", "options.delay_ms=400"]  # half a minute at least: not done before the signal
+    slowly = [*VLA, *map(str, command), "--set", "options.delay_ms=400"]  # half a minute or more
     process = subprocess.Popen(slowly, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     deadline = time.monotonic() + 40
     while not list(tmp_path.glob("toy/commits/unit-*.json")) and time.monotonic() < deadline:
