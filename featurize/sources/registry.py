@@ -26,6 +26,14 @@ class Entry(NamedTuple):
 
 SOURCES: dict[str, Entry] = {
     "lerobot": Entry("vla.featurize.sources.lerobot:LeRobotSource", ("meta/info.json",), "LeRobot v3.0 or v2.1"),
+    "replay-buffer": Entry(
+        "vla.featurize.sources.replay_buffer:ReplayBufferSource",
+        ("meta/episode_ends/.zarray",),
+        "Diffusion Policy's ReplayBuffer, zarr v2",
+    ),
+    "robomimic": Entry(
+        "vla.featurize.sources.robomimic:RobomimicSource", ("*.hdf5", "*.h5"), "robomimic or LIBERO HDF5", file=True
+    ),
     "synthetic": Entry("vla.featurize.sources.synthetic:SyntheticSource", (), "made up in memory"),
 }
 """The first kind whose marker is there takes the data set; `KIND:PATH` chooses one by name. A class takes the path
