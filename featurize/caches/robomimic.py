@@ -89,9 +89,7 @@ class RobomimicCache:
         with opened(self._path) as file:
             made = {"action": dataset(file, f"{demo}/actions")[()]}
             if self._state:
-                made["state"] = np.concatenate(
-                    [dataset(file, f"{demo}/obs/{key}")[()] for key in self._state], axis=1
-                )
+                made["state"] = np.concatenate([dataset(file, f"{demo}/obs/{key}")[()] for key in self._state], axis=1)
         return {
             name: as_steps(values, index.steps[name].shape, f"{self._path}:{demo} {name}")
             for name, values in made.items()

@@ -98,7 +98,9 @@ class RobomimicSource:
         indexed = self._index()
         chosen = indexed.index.episodes[episode]
         if not 0 <= start <= stop <= chosen.length:
-            raise SourceError(f"frames {start} to {stop} of {chosen.id} in {self._path}", expected=f"0 to {chosen.length}")
+            raise SourceError(
+                f"frames {start} to {stop} of {chosen.id} in {self._path}", expected=f"0 to {chosen.length}"
+            )
         return self._frames(indexed, chosen.id, start, stop)
 
     def _frames(self, indexed: _Indexed, demo: str, start: int, stop: int) -> Iterator[tuple[Image, ...]]:
@@ -142,7 +144,8 @@ class RobomimicSource:
             episodes.append(Episode(demo, shapes["action"][0], task))
         if not episodes:
             raise SourceError(f"every demonstration of {self._path} is bad; the first: {next(iter(skipped.values()))}")
-        names = {ours: "+".join(paths) for ours, paths in columns.items()} | {"flip": str(self._flip)}
+        names = {ours: "+".join(paths) for ours, paths in columns.items()}
+        names |= ({"flip": "true"} if self._flip else {}) | ({"filter": self._filter} if self._filter else {})
         index = SourceIndex(
             kind="robomimic",
             root=str(self._path),
@@ -222,7 +225,9 @@ class RobomimicSource:
         for key in state:
             if key not in numbers:
                 hint = nearest(key, numbers)
-                raise UsageError(f"{self._path} has no numbers obs/{key}{hint}", expected=f"one of {', '.join(numbers)}")
+                raise UsageError(
+                    f"{self._path} has no numbers obs/{key}{hint}", expected=f"one of {', '.join(numbers)}"
+                )
         columns: dict[str, tuple[str, ...]] = {"action": ("actions",)}
         columns |= {"state": tuple(f"obs/{key}" for key in state)} if state else {}
         return columns | ({"privileged": (f"obs/{PRIVILEGED}",)} if PRIVILEGED in numbers else {})
