@@ -223,27 +223,35 @@ def convert(
 
 @app.command()
 def record(
-    simulator: Annotated[str, typer.Argument(help="metaworld")],
-    task: Annotated[str, typer.Option(help="Such as push-v3.")],
+    simulator: Annotated[str, typer.Argument(help="metaworld, or robosuite: its human demonstrations.")],
+    task: Annotated[str, typer.Option(help="Such as push-v3; of robosuite: lift, handover, or a demo.hdf5.")],
     out: Annotated[Path, typer.Option(help="Folder of the new LeRobot v3.0 data set.")],
-    episodes: Annotated[int, typer.Option(help="Successful demonstrations to keep.")] = 100,
-    seed: Annotated[int, typer.Option(help="Equal seeds give equal files.")] = 0,
-    noise: Annotated[float, typer.Option(help="On the executed action; the label stays clean.")] = 0.1,
-    camera: Annotated[list[str] | None, typer.Option(help="Repeat for several. Left out: corner3, topview.")] = None,
+    episodes: Annotated[int | None, typer.Option(help="To keep. Left out: 100 successes, or all recorded.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Equal seeds give equal files. Left out: 0.")] = None,
+    noise: Annotated[float | None, typer.Option(help="On the executed action, not the label. Left out: 0.1.")] = None,
+    camera: Annotated[list[str] | None, typer.Option(help="Repeat for several. Left out: the simulator's.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels. Left out: 128.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Record a simulator's scripted expert as a LeRobot v3.0 data set."""
+    """Record a simulator's scripted expert, or draw recorded states, as a LeRobot v3.0 data set."""
     from vla.rollout.record import record as run
+    from vla.rollout.recording_card import NOISE
 
+    if simulator == "robosuite":
+        if seed is not None or noise is not None:
+            from vla.stores.errors import UsageError
+
+            raise UsageError("--seed or --noise with robosuite", expected="neither: human demonstrations are fixed")
+        _replay(task, out, as_json, episodes=episodes, cameras=camera, image_size=image_size, overwrite=overwrite)
+        return
     with _progress("record", "episodes") as progress:
         report = run(
             f"{simulator}:{task}",
-            episodes,
+            100 if episodes is None else episodes,
             out,
-            seed=seed,
-            noise=noise,
+            seed=seed or 0,
+            noise=NOISE if noise is None else noise,
             cameras=camera,
             image_size=image_size,
             overwrite=overwrite,
@@ -254,6 +262,17 @@ def record(
         return
     dropped = len(report.failed_seeds)
     _log().print(f"{out}: {report.episodes} episodes, {report.frames} frames; {dropped} failed attempts were dropped")
+
+
+def _replay(task: str, out: Path, as_json: bool, **options: Any) -> None:
+    from vla.rollout.replay import record_replay
+
+    with _progress("record", "frames") as progress:
+        report = record_replay(task, out, progress=progress, **options)
+    if as_json:
+        _emit(report.to_json())
+        return
+    _log().print(f"{out}: {report.episodes} episodes, {report.frames} frames in {report.seconds:.0f} s")
 
 
 @app.command()
