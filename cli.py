@@ -143,15 +143,55 @@ def import_(
 
 
 @app.command()
-def inspect(store: Annotated[Path, typer.Argument(help="A store.")], as_json: Json = False) -> None:
-    """Say what a store holds and where it came from."""
+def inspect(
+    store: Annotated[Path | None, typer.Argument(help="A store.")] = None,
+    source: Annotated[str | None, typer.Option(help="Raw demonstrations to check instead: exit code 1 if bad.")] = None,
+    norm_stats: Annotated[Path | None, typer.Option(help="Also write openpi's norm_stats.json here.")] = None,
+    mapping: Annotated[list[str] | None, typer.Option("--map", help="OURS=THEIRS, such as action=actions.")] = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a store holds and where it came from; or check raw demonstrations before any backbone runs."""
+    from vla.stores.errors import UsageError
     from vla.stores.inspect import describe
+    from vla.stores.norm_stats import norm_stats_of, write_norm_stats
+    from vla.stores.store import open_store
 
+    if source is not None and store is None:
+        _check_source(source, norm_stats, mapping or [], set_ or [], as_json)
+        return
+    if store is None or source is not None or mapping or set_:
+        raise UsageError("vla inspect", expected="a store, or --source DIR with --map and --set")
     facts = describe(store)
+    if norm_stats is not None:
+        write_norm_stats(norm_stats, norm_stats_of(open_store(store)))
     if as_json:
         _emit(facts)
         return
     _table(facts)
+
+
+def _check_source(source: str, norm_stats: Path | None, mapping: list[str], set_: list[str], as_json: bool) -> None:
+    from vla.featurize.check_source import CheckConfig, check_source
+    from vla.stores.norm_stats import write_norm_stats
+
+    pairs = dict(_pair(text) for text in mapping)
+    with _progress("inspect", "episodes") as progress:
+        report = check_source(CheckConfig.from_sources(None, set_, source=source, map=pairs or None), progress)
+    if as_json:
+        _emit(report.to_json())
+    else:
+        _table({name: fact for name, fact in report.facts.items() if name != "statistics"})
+        statistics = report.facts.get("statistics", {})
+        for name in ("action", "state"):
+            _show_rows(name, statistics.get(name, []))
+        for finding in report.findings:
+            _log().print(f"{finding.check}: {finding.found}", highlight=False, markup=False)
+        _log().print(f"{source}: {len(report.findings) or 'no'} findings")
+    if report.findings:
+        raise typer.Exit(1)
+    if norm_stats is not None:
+        write_norm_stats(norm_stats, report.stats)
 
 
 @app.command()
@@ -441,6 +481,17 @@ def _table(facts: dict[str, Any]) -> None:
     for key, value in facts.items():
         table.add_row(key.replace("_", " "), value if isinstance(value, str) else json.dumps(value))
     Console().print(table)
+
+
+def _show_rows(title: str, rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if rows:
+        table = Table(title, *(key for key in rows[0] if key != "name"))
+        for row in rows:
+            table.add_row(*(value if isinstance(value, str) else f"{value:.4g}" for value in row.values()))
+        Console().print(table)
 
 
 @contextmanager

@@ -231,7 +231,7 @@ def _written(column: _Column) -> str:
 def _as_picture(pixels: NDArray[np.generic], white: int, where: str) -> Image:
     """Return uint8 [H, W, 3]. Floats are 0..white; what cannot be that is refused, never clipped."""
     if pixels.dtype == np.uint8:
-        return np.ascontiguousarray(pixels)
+        return pixels.astype(np.uint8, copy=False)
     values = pixels.astype(np.float32)
     low, high = float(values.min()), float(values.max())  # NaN passes through both
     if not (low >= 0 and high <= white):

@@ -42,7 +42,9 @@ def demo_file(tmp_path: Path) -> Path:
             file[f"data/{demo}/states"] = numbers(demo, "states", length, 50)
             for key in ("agentview_image", "robot0_eye_in_hand_image"):
                 frames = pixels(demo, key, length)
-                file[f"data/{demo}"].create_dataset(f"obs/{key}", data=frames, chunks=(1, 12, 16, 3), compression="gzip")
+                file[f"data/{demo}"].create_dataset(
+                    f"obs/{key}", data=frames, chunks=(1, 12, 16, 3), compression="gzip"
+                )
             for robot in ("robot1", "robot0"):
                 for key, width in (("gripper_qpos", 2), ("eef_quat", 4), ("eef_pos", 3), ("joint_pos", 7)):
                     file[f"data/{demo}/obs/{robot}_{key}"] = numbers(demo, robot + key, length, width)
@@ -227,5 +229,5 @@ def test_a_file_without_pictures_or_frequency_says_what_to_type(demo_file: Path)
     with h5py.File(demo_file, "a") as file:
         for demo in LENGTHS:
             del file[f"data/{demo}/obs"]
-    with pytest.raises(SourceError, match="has no observations.*vla record robosuite"):
+    with pytest.raises(SourceError, match=r"has no observations.*vla record robosuite"):
         RobomimicSource(demo_file).index()
