@@ -40,7 +40,8 @@ class NormStats:
         """Compute from values [N, D], N >= 1, finite. Raises `DataError`."""
         if values.ndim != 2 or len(values) == 0 or not np.isfinite(values).all():
             raise DataError(f"statistics over values of shape {values.shape}", expected="finite [N >= 1, D]")
-        values = values.astype(np.float64)
+        # Contiguous: the order of a sum follows the memory, and equal numbers should give equal statistics.
+        values = np.ascontiguousarray(values, np.float64)
         q01, q99 = np.quantile(values, (0.01, 0.99), axis=0)
         return cls(values.mean(axis=0), values.std(axis=0), q01, q99)
 

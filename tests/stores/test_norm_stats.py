@@ -17,6 +17,7 @@ from vla.stores.norm_stats import NormStats, norm_stats_of, read_norm_stats, wri
 def test_statistics_are_those_of_numpy_over_all_rows() -> None:
     values = np.random.default_rng(0).normal(3, 2, (500, 3)).astype(np.float32)
     stats = NormStats.of(values)
+    np.testing.assert_array_equal(NormStats.of(np.asfortranarray(values)).mean, stats.mean)
     np.testing.assert_allclose(stats.mean, values.astype(np.float64).mean(axis=0))
     np.testing.assert_allclose(stats.std, values.astype(np.float64).std(axis=0))
     np.testing.assert_allclose(stats.q01, np.quantile(values.astype(np.float64), 0.01, axis=0))
