@@ -143,15 +143,55 @@ def import_(
 
 
 @app.command()
-def inspect(store: Annotated[str, typer.Argument(help="A store: folder or URL.")], as_json: Json = False) -> None:
-    """Say what a store holds and where it came from."""
+def inspect(
+    store: Annotated[str | None, typer.Argument(help="A store: folder or URL.")] = None,
+    source: Annotated[str | None, typer.Option(help="Raw demonstrations to check instead: exit code 1 if bad.")] = None,
+    norm_stats: Annotated[Path | None, typer.Option(help="Also write openpi's norm_stats.json here.")] = None,
+    mapping: Annotated[list[str] | None, typer.Option("--map", help="OURS=THEIRS, such as action=actions.")] = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a store holds and where it came from; or check raw demonstrations before any backbone runs."""
+    from vla.stores.errors import UsageError
     from vla.stores.inspect import describe
+    from vla.stores.norm_stats import norm_stats_of, write_norm_stats
+    from vla.stores.store import open_store
 
+    if source is not None and store is None:
+        _check_source(source, norm_stats, mapping or [], set_ or [], as_json)
+        return
+    if store is None or source is not None or mapping or set_:
+        raise UsageError("vla inspect", expected="a store, or --source DIR with --map and --set")
     facts = describe(store)
+    if norm_stats is not None:
+        write_norm_stats(norm_stats, norm_stats_of(open_store(store)))
     if as_json:
         _emit(facts)
         return
     _table(facts)
+
+
+def _check_source(source: str, norm_stats: Path | None, mapping: list[str], set_: list[str], as_json: bool) -> None:
+    from vla.featurize.check_source import CheckConfig, check_source
+    from vla.stores.norm_stats import write_norm_stats
+
+    pairs = dict(_pair(text) for text in mapping)
+    with _progress("inspect", "episodes") as progress:
+        report = check_source(CheckConfig.from_sources(None, set_, source=source, map=pairs or None), progress)
+    if as_json:
+        _emit(report.to_json())
+    else:
+        _table({name: fact for name, fact in report.facts.items() if name != "statistics"})
+        statistics = report.facts.get("statistics", {})
+        for name in ("action", "state"):
+            _show_rows(name, statistics.get(name, []))
+        for finding in report.findings:
+            _log().print(f"{finding.check}: {finding.found}", highlight=False, markup=False)
+        _log().print(f"{source}: {len(report.findings) or 'no'} findings")
+    if report.findings:
+        raise typer.Exit(1)
+    if norm_stats is not None:
+        write_norm_stats(norm_stats, report.stats)
 
 
 @app.command()
@@ -223,27 +263,35 @@ def convert(
 
 @app.command()
 def record(
-    simulator: Annotated[str, typer.Argument(help="metaworld")],
-    task: Annotated[str, typer.Option(help="Such as push-v3.")],
+    simulator: Annotated[str, typer.Argument(help="metaworld, or robosuite: its human demonstrations.")],
+    task: Annotated[str, typer.Option(help="Such as push-v3; of robosuite: lift, handover, or a demo.hdf5.")],
     out: Annotated[Path, typer.Option(help="Folder of the new LeRobot v3.0 data set.")],
-    episodes: Annotated[int, typer.Option(help="Successful demonstrations to keep.")] = 100,
-    seed: Annotated[int, typer.Option(help="Equal seeds give equal files.")] = 0,
-    noise: Annotated[float, typer.Option(help="On the executed action; the label stays clean.")] = 0.1,
-    camera: Annotated[list[str] | None, typer.Option(help="Repeat for several. Left out: corner3, topview.")] = None,
+    episodes: Annotated[int | None, typer.Option(help="To keep. Left out: 100 successes, or all recorded.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Equal seeds give equal files. Left out: 0.")] = None,
+    noise: Annotated[float | None, typer.Option(help="On the executed action, not the label. Left out: 0.1.")] = None,
+    camera: Annotated[list[str] | None, typer.Option(help="Repeat for several. Left out: the simulator's.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Pixels. Left out: 128.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Record a simulator's scripted expert as a LeRobot v3.0 data set."""
+    """Record a simulator's scripted expert, or draw recorded states, as a LeRobot v3.0 data set."""
     from vla.rollout.record import record as run
+    from vla.rollout.recording_card import NOISE
 
+    if simulator == "robosuite":
+        if seed is not None or noise is not None:
+            from vla.stores.errors import UsageError
+
+            raise UsageError("--seed or --noise with robosuite", expected="neither: human demonstrations are fixed")
+        _replay(task, out, as_json, episodes=episodes, cameras=camera, image_size=image_size, overwrite=overwrite)
+        return
     with _progress("record", "episodes") as progress:
         report = run(
             f"{simulator}:{task}",
-            episodes,
+            100 if episodes is None else episodes,
             out,
-            seed=seed,
-            noise=noise,
+            seed=seed or 0,
+            noise=NOISE if noise is None else noise,
             cameras=camera,
             image_size=image_size,
             overwrite=overwrite,
@@ -254,6 +302,17 @@ def record(
         return
     dropped = len(report.failed_seeds)
     _log().print(f"{out}: {report.episodes} episodes, {report.frames} frames; {dropped} failed attempts were dropped")
+
+
+def _replay(task: str, out: Path, as_json: bool, **options: Any) -> None:
+    from vla.rollout.replay import record_replay
+
+    with _progress("record", "frames") as progress:
+        report = record_replay(task, out, progress=progress, **options)
+    if as_json:
+        _emit(report.to_json())
+        return
+    _log().print(f"{out}: {report.episodes} episodes, {report.frames} frames in {report.seconds:.0f} s")
 
 
 @app.command()
@@ -472,6 +531,17 @@ def _table(facts: dict[str, Any]) -> None:
     for key, value in facts.items():
         table.add_row(key.replace("_", " "), value if isinstance(value, str) else json.dumps(value))
     Console().print(table)
+
+
+def _show_rows(title: str, rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    if rows:
+        table = Table(title, *(key for key in rows[0] if key != "name"))
+        for row in rows:
+            table.add_row(*(value if isinstance(value, str) else f"{value:.4g}" for value in row.values()))
+        Console().print(table)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,6 +14,7 @@ from vla.heads.batch import Batch, HeadIO, check_batch
 from vla.heads.encoders import EncoderConfig, ObservationEncoder, ProjectionReader
 from vla.heads.normalize import Mode, Normalizer
 from vla.stores.errors import DataError, UsageError
+from vla.stores.norm_stats import read_norm_stats
 from vla.stores.settings import Settings
 from vla.stores.windows import WindowSpec
 
@@ -30,6 +32,7 @@ class HeadConfig(Settings):
     `n_obs`: observed frames, the present one last. `horizon`: actions predicted. `n_action`: actions executed before
     the next decision. `action_norm`: "limits" maps each dimension's range to [-1, 1] (what diffusion with clipping
     needs), "quantile" its 1st to 99th percentile, "zscore" mean and deviation. `state_norm`: likewise for the state.
+    `norm_stats`: openpi's norm_stats.json, for both instead of the training split; then with "zscore" or "quantile".
     `encoder`: see `EncoderConfig`.
     """
 
@@ -38,6 +41,7 @@ class HeadConfig(Settings):
     n_action: int = Field(2, ge=1)
     action_norm: Mode = "limits"
     state_norm: Mode = "zscore"
+    norm_stats: str | None = None
     encoder: EncoderConfig = EncoderConfig()
 
     @property
@@ -126,10 +130,26 @@ class HeadModel(nn.Module):
         check_batch(batch, self.io, self.config.window, self.encoder.names, state=bool(self.encoder.columns))
 
     def fit_normalisers(self, actions: np.ndarray[Any, Any], states: np.ndarray[Any, Any]) -> None:
-        """Fit on the training split: actions [N, A], states [N, S]. Raises `DataError` where they are not finite."""
+        """Fit on the training split: actions [N, A], states [N, S]. Raises `DataError` where they are not finite.
+
+        With `config.norm_stats` the statistics come from that file, which has to have as many components.
+        """
+        if self.config.norm_stats is not None:
+            self._fit_from_file(Path(self.config.norm_stats))
+            return
         self.action.fit(actions, self.config.action_norm)
         if self.encoder.state is not None:
             self.encoder.state.fit(states, self.config.state_norm)
+
+    def _fit_from_file(self, path: Path) -> None:
+        stats = read_norm_stats(path)
+        wanted = {"actions": (self.action, self.config.action_norm)}
+        if self.encoder.state is not None:
+            wanted["state"] = (self.encoder.state, self.config.state_norm)
+        for name, (normaliser, mode) in wanted.items():
+            if name not in stats:
+                raise DataError(f"{path} has no {name!r}, only {', '.join(stats)}", expected="state and actions")
+            normaliser.fit_from(stats[name], mode, f"{path}, {name},")
 
     def projections(self) -> dict[str, ProjectionReader]:
         """Return `{feature: reader}` of the projections that have to be fitted before training."""

@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vla.stores.errors import CheckpointError, DataError
+from vla.stores.norm_stats import NormStats
 
 Mode = Literal["limits", "quantile", "zscore", "none"]
 RANGE_EPS = 1e-4
 """Below this range a dimension counts as constant: the value that Diffusion Policy's normaliser uses."""
+OPENPI_EPS = 1e-6
+"""What openpi adds to a standard deviation and to a range (`Normalize` of its transforms.py)."""
 MAX_MAGNITUDE = 1e37
 """Differences of two values this large still fit float32 (3.4e38)."""
 
@@ -75,6 +78,30 @@ class Normalizer(nn.Module):
             if len(column) and mode != "none":
                 centre[d], scale[d], constant[d] = _fit_dimension(column, mode, range_eps)
         self.set(centre, scale, constant)
+
+    def fit_from(self, stats: NormStats, mode: Mode, where: str) -> None:
+        """Set from openpi's statistics with its formulas, instead of from values.
+
+        `zscore`: (x - mean) / (std + 1e-6). `quantile`: (x - q01) / (q99 - q01 + 1e-6) * 2 - 1. Components whose std
+        (q99 - q01) is below `RANGE_EPS` count as constant, as in `fit`. Raises `DataError` naming `where` for another
+        number of components, other modes, and a `quantile` of a file without quantiles.
+        """
+        if len(stats.mean) != len(self.centre):
+            raise DataError(f"{where} has {len(stats.mean)} components", expected=f"{len(self.centre)}")
+        if mode == "zscore":
+            centre, scale, spread = stats.mean, stats.std + OPENPI_EPS, stats.std
+        elif mode == "quantile" and stats.q01 is not None and stats.q99 is not None:
+            spread = stats.q99 - stats.q01
+            scale = (spread + OPENPI_EPS) / 2
+            centre = stats.q01 + scale
+        else:
+            raise DataError(
+                f"{where} does not give what the normalisation {mode!r} needs",
+                expected="zscore, or quantile where it has q01 and q99",
+                fix="--set model.action_norm=zscore --set model.state_norm=zscore",
+            )
+        constant = spread < RANGE_EPS
+        self.set(np.where(constant, stats.mean, centre), np.where(constant, 1.0, scale), constant)
 
     def set(self, centre: NDArray[Any], scale: NDArray[Any], constant: NDArray[np.bool_]) -> None:
         """Set the statistics directly, each [D]."""

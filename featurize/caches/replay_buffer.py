@@ -101,7 +101,7 @@ class ReplayBufferCache:
                 fix = f"--set options.{name}=null where the cache has none" if name in columns else ""
                 raise SourceError(f"{data} has no array {array!r}", expected=f"one of {', '.join(there)}", fix=fix)
             self._arrays[name] = open_zarr2(data / array)
-        self._ends = _ends(self._root / "meta" / "episode_ends")
+        self._ends = read_ends(self._root / "meta" / "episode_ends")
         rows = int(self._ends[-1])
         for opened in self._arrays.values():
             if opened.shape[0] != rows:
@@ -126,7 +126,8 @@ class ReplayBufferCache:
         return CacheIndex(None, self._cameras, episodes, specs, steps)
 
 
-def _ends(path: Path) -> NDArray[np.int64]:
+def read_ends(path: Path) -> NDArray[np.int64]:
+    """Return where each episode ends, int64 [E], increasing. Raises `SourceError` where the array is not that."""
     array = open_zarr2(path)
     if len(array.shape) != 1 or array.shape[0] < 1 or np.dtype(array.dtype).kind not in "iu":
         raise SourceError(f"{path} is {array.dtype} {array.shape}", expected="integers [E]")

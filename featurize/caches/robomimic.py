@@ -1,14 +1,11 @@
 """robomimic's HDF5: `data/demo_N/obs/KEY` [T, ...] and `data/demo_N/actions` [T, D].
 
-Only what lies in the file itself is read: external and soft links, virtual and externally stored data sets are
-refused, because such a file reads any other file of the machine.
+Only what lies in the file itself is read (`vla.featurize.hdf5`).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +23,12 @@ from vla.featurize.caches.checks import (
     natural,
     require_views,
 )
+from vla.featurize.hdf5 import dataset, group, opened
+from vla.featurize.robosuite_attributes import control_frequency
 from vla.featurize.sources.base import Episode, StepSpec
 from vla.stores.errors import SourceError, UsageError
+
+LAYOUT = "data/demo_N/obs, data/demo_N/actions"
 
 
 class RobomimicCache:
@@ -64,7 +65,7 @@ class RobomimicCache:
     def index(self) -> CacheIndex:
         """See `Cache.index`."""
         if self._index is None:
-            with self._open() as file:
+            with opened(self._path) as file:
                 self._index = self._read_index(file)
         return self._index
 
@@ -75,9 +76,9 @@ class RobomimicCache:
     def features(self, episode: int, start: int, stop: int) -> dict[str, NDArray[Any]]:
         """See `Cache.features`."""
         index, made = self.index(), {}
-        with self._open() as file:
+        with opened(self._path) as file:
             for name, spec in index.features.items():
-                data = self._dataset(file, f"data/{index.episodes[episode].id}/obs/{self._features[name]}")
+                data = dataset(file, f"data/{index.episodes[episode].id}/obs/{self._features[name]}")
                 made[name] = as_feature(data[start:stop], spec, self._has_views, f"{self._path}:{data.name}", start)
         return made
 
@@ -85,45 +86,17 @@ class RobomimicCache:
         """See `Cache.steps`."""
         index = self.index()
         demo = f"data/{index.episodes[episode].id}"
-        with self._open() as file:
-            made = {"action": self._dataset(file, f"{demo}/actions")[()]}
+        with opened(self._path) as file:
+            made = {"action": dataset(file, f"{demo}/actions")[()]}
             if self._state:
-                made["state"] = np.concatenate(
-                    [self._dataset(file, f"{demo}/obs/{key}")[()] for key in self._state], axis=1
-                )
+                made["state"] = np.concatenate([dataset(file, f"{demo}/obs/{key}")[()] for key in self._state], axis=1)
         return {
             name: as_steps(values, index.steps[name].shape, f"{self._path}:{demo} {name}")
             for name, values in made.items()
         }
 
-    @contextmanager
-    def _open(self) -> Iterator[h5py.File]:
-        """Open the file for one call. What HDF5 raises on damage becomes a `SourceError`."""
-        try:
-            with h5py.File(self._path, "r", locking=False) as file:
-                yield file
-        # h5py raises OSError on truncation and failed checksums, RuntimeError and KeyError on damaged links.
-        except (OSError, RuntimeError, KeyError) as error:
-            raise SourceError(f"{self._path} does not read: {error}", expected="a whole HDF5 file", fix=SKIP) from None
-
-    def _dataset(self, file: h5py.File, path: str) -> Any:
-        """Return a data set that lies in this file, reached through hard links only."""
-        node: Any = file
-        for part in path.split("/"):
-            link = node.get(part, getlink=True) if isinstance(node, h5py.Group) and part in node else None
-            if link is None or type(link) is not h5py.HardLink:
-                found = "missing" if link is None else f"a {type(link).__name__} at {part!r}"
-                raise SourceError(f"{self._path}:{path} is {found}", expected="data in the file itself", fix=SKIP)
-            node = node[part]
-        if not isinstance(node, h5py.Dataset) or node.is_virtual or node.external or node.dtype.kind not in "fiu":
-            raise SourceError(f"{self._path}:{path} is no plain array", expected="numbers in the file itself", fix=SKIP)
-        return node
-
     def _read_index(self, file: h5py.File) -> CacheIndex:
-        link = file.get("data", getlink=True) if "data" in file else None
-        if type(link) is not h5py.HardLink or not isinstance(file["data"], h5py.Group):
-            raise SourceError(f"{self._path} has no group 'data'", expected="data/demo_N/obs, data/demo_N/actions")
-        demos = sorted(file["data"], key=natural)
+        demos = sorted(group(file, "data", LAYOUT), key=natural)
         if not self._features:
             raise UsageError(
                 f"no features named; {self._path} holds {', '.join(_keys(file, demos)) or 'no observations'}",
@@ -150,16 +123,15 @@ class RobomimicCache:
             episodes.append(Episode(demo, lengths.pop(), self._task))
         if not episodes:
             raise SourceError(f"{self._path} has no sound demonstration", expected="data/demo_N")
-        return CacheIndex(
-            _fps(file), self._cameras, tuple(episodes), self._specs(shapes), self._step_specs(shapes), skipped
-        )
+        fps, steps = control_frequency(file), self._step_specs(shapes)
+        return CacheIndex(fps, self._cameras, tuple(episodes), self._specs(shapes), steps, skipped)
 
     def _shapes(self, file: h5py.File, demo: str) -> dict[str, tuple[tuple[int, ...], str]]:
         """Return {path below the demonstration: (shape, dtype)} of all that is imported."""
         keys = ["actions", *(f"obs/{key}" for key in (*self._features.values(), *self._state))]
         found = {}
         for key in keys:
-            data = self._dataset(file, f"data/{demo}/{key}")
+            data = dataset(file, f"data/{demo}/{key}")
             found[key] = (tuple(data.shape), data.dtype.name)
             flat = key == "actions" or key.removeprefix("obs/") in self._state
             if data.ndim < 2 or (flat and data.ndim != 2):
@@ -188,12 +160,3 @@ def _keys(file: h5py.File, demos: Sequence[str]) -> list[str]:
         if type(file["data"].get(demo, getlink=True)) is h5py.HardLink and "obs" in file["data"][demo]:
             return sorted(file["data"][demo]["obs"])
     return []
-
-
-def _fps(file: h5py.File) -> float | None:
-    """Return the control frequency that robosuite's environment arguments state, where they do."""
-    try:
-        stated = json.loads(file["data"].attrs["env_args"])["env_kwargs"]["control_freq"]
-    except (KeyError, ValueError, TypeError, RecursionError):
-        return None  # an optional fact: the import then asks for it
-    return float(stated) if isinstance(stated, (int, float)) and stated > 0 else None

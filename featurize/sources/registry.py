@@ -54,6 +54,14 @@ SOURCES: dict[str, Entry] = {
         ),
         "RoboTwin HDF5 or planner paths of one task, or folders of them",
     ),
+    "replay-buffer": Entry(
+        "vla.featurize.sources.replay_buffer:ReplayBufferSource",
+        ("meta/episode_ends/.zarray",),
+        "Diffusion Policy's ReplayBuffer, zarr v2",
+    ),
+    "robomimic": Entry(
+        "vla.featurize.sources.robomimic:RobomimicSource", ("*.hdf5", "*.h5"), "robomimic or LIBERO HDF5", file=True
+    ),
     "synthetic": Entry("vla.featurize.sources.synthetic:SyntheticSource", (), "made up in memory"),
 }
 """The first kind whose marker is there takes the data set; `KIND:PATH` chooses one by name. A class takes the path
@@ -69,15 +77,26 @@ def open_source(spec: str | Path, **options: Any) -> Source:
     """
     given = {key: value for key, value in options.items() if value is not None}
     given = {key: value for key, value in given.items() if value != {} and value != () and value != []}
+    kind, place, written = _parse(spec)
+    return _make(kind, place, written | given)
+
+
+def option_names(spec: str | Path) -> list[str]:
+    """Return the names of the options that the source of `spec` takes. Raises as `open_source` does."""
+    return _options_of(_class_of(_parse(spec)[0]))
+
+
+def _parse(spec: str | Path) -> tuple[str, tuple[Path, ...], dict[str, Any]]:
+    """Return the kind, the place if it has one, and the options written in `spec`."""
     kind, colon, text = str(spec).partition(":")
     if isinstance(spec, str) and kind in SOURCES and not SOURCES[kind].markers:
-        return _make(kind, (), _written(kind, text) | given if colon else given)
+        return kind, (), _written(kind, text) if colon else {}
     if isinstance(spec, str) and kind in SOURCES and colon:
         if not Path(text).exists():
             raise SourceError(f"{text} does not exist", expected=SOURCES[kind].layout, fix=f"--source {kind}:PATH")
-        return _make(kind, (Path(text),), given)
+        return kind, (Path(text),), {}
     path = Path(spec)
-    return _make(_kind_of(path), (path,), given)
+    return _kind_of(path), (path,), {}
 
 
 def recognise(path: Path) -> str | None:
@@ -130,10 +149,18 @@ def _written(kind: str, text: str) -> dict[str, Any]:
     return options
 
 
-def _make(kind: str, place: tuple[Path, ...], options: dict[str, Any]) -> Source:
+def _class_of(kind: str) -> Any:
     module, _, name = SOURCES[kind].target.partition(":")
-    source = getattr(importlib.import_module(module), name)
-    known = [key for key, p in inspect.signature(source).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    return getattr(importlib.import_module(module), name)
+
+
+def _options_of(source: Any) -> list[str]:
+    return [key for key, p in inspect.signature(source).parameters.items() if p.kind is p.KEYWORD_ONLY]
+
+
+def _make(kind: str, place: tuple[Path, ...], options: dict[str, Any]) -> Source:
+    source = _class_of(kind)
+    known = _options_of(source)
     options = {key: value for key, value in options.items() if key in known or value is not False}
     for key in options:
         if key not in known:

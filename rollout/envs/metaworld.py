@@ -11,12 +11,8 @@ What Meta-World 3.1 does in silence, and what is done about it, stands at each p
 
 from __future__ import annotations
 
-import ctypes.util
 import importlib
 import importlib.util
-import os
-import platform
-import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -27,6 +23,7 @@ from numpy.typing import NDArray
 from vla.featurize.image import Image
 from vla.rollout.envs.base import EnvSpec, LiveImages, Observation, StepResult
 from vla.rollout.envs.metaworld_tasks import INSTRUCTIONS, instruction
+from vla.rollout.envs.offscreen import choose_offscreen_library, make_renderer
 from vla.stores.errors import MachineError, UsageError
 from vla.stores.settings import nearest
 
@@ -175,15 +172,7 @@ class MetaWorldEnv:
         return np.ascontiguousarray(image[::-1, ::-1]) if camera in UPSIDE_DOWN else image
 
     def _make_renderer(self) -> Any:
-        model, size = self._sim.model, self.spec.image_size
-        model.vis.global_.offwidth = max(model.vis.global_.offwidth, size)
-        model.vis.global_.offheight = max(model.vis.global_.offheight, size)
-        renderer = self._mujoco.Renderer(model, height=size, width=size)
-        # Trap: in a software renderer the 4096 x 4096 shadow map takes nine tenths of a frame, and a second pass for
-        # reflections half of the rest (measured at 128 px: 135, 51 and 26 ms) for a difference nobody sees.
-        for flag in (self._mujoco.mjtRndFlag.mjRND_SHADOW, self._mujoco.mjtRndFlag.mjRND_REFLECTION):
-            renderer.scene.flags[flag] = 0
-        return renderer
+        return make_renderer(self._mujoco, self._sim.model, self.spec.image_size)
 
 
 def _check_options(task: str, cameras: Sequence[str], image_size: int, fps: float, max_steps: int | None) -> None:
@@ -211,40 +200,8 @@ def _import_simulator(*, renders: bool) -> tuple[Any, dict[str, Any], dict[str, 
         raise MachineError(
             f"the package {' and '.join(missing)} is not installed", fix="pip install 'vla-feature-cache[sim]'"
         )
-    _choose_offscreen_library(required=renders)
+    choose_offscreen_library(required=renders)
     mujoco = importlib.import_module("mujoco")
     tasks = importlib.import_module("metaworld.env_dict")
     experts = importlib.import_module("metaworld.policies")
     return mujoco, dict(tasks.ENV_CLS_MAP), dict(experts.ENV_POLICY_MAP)
-
-
-def _choose_offscreen_library(*, required: bool) -> None:
-    """Have MuJoCo draw without a display. A value of MUJOCO_GL that the user has set stays.
-
-    MuJoCo reads the variable once, when it is imported: so even an environment without cameras chooses, for the next
-    one of this process may have some. Without the library it leaves the variable alone unless drawing is `required`.
-    """
-    if platform.system() != "Linux" or os.environ.get("MUJOCO_GL", "osmesa") != "osmesa":
-        return
-    missing = _missing_offscreen_library()
-    if missing is None:
-        os.environ["MUJOCO_GL"] = "osmesa"
-        os.environ.setdefault("PYOPENGL_PLATFORM", "osmesa")
-    elif required:
-        raise missing
-
-
-def _missing_offscreen_library() -> MachineError | None:
-    """Return what keeps MuJoCo from drawing through OSMesa, or None."""
-    if importlib.util.find_spec("OpenGL") is None:
-        return MachineError("the package PyOpenGL is not installed", fix="pip install 'vla-feature-cache[sim]'")
-    if ctypes.util.find_library("OSMesa") is None:
-        return MachineError(
-            "the library OSMesa, which renders off screen, is not installed",
-            fix="apt-get install -y --no-install-recommends libosmesa6",
-        )
-    if "mujoco" in sys.modules and "MUJOCO_GL" not in os.environ:
-        return MachineError(
-            "mujoco was imported before it could be told to draw off screen", fix="export MUJOCO_GL=osmesa"
-        )
-    return None

@@ -181,6 +181,23 @@ def test_ctrl_c_exits_with_130_and_the_run_resumes(tmp_path: Path) -> None:
     assert json.loads(vla("inspect", tmp_path / "toy", "--json").stdout)["complete"]
 
 
+def test_inspect_of_raw_demonstrations_lists_findings_with_exit_code_1(tmp_path: Path) -> None:
+    sound = json.loads(vla("inspect", "--source", SOURCE, "--json", "--norm-stats", tmp_path / "raw.json").stdout)
+    assert (sound["episodes"], sound["findings"]) == (4, [])
+    (tmp_path / "demo.hdf5").write_bytes(b"not HDF5")
+    done = vla("inspect", "--source", tmp_path / "demo.hdf5", "--json", code=1)
+    assert [finding["check"] for finding in json.loads(done.stdout)["findings"]] == ["layout"]
+    assert "layout: " in vla("inspect", "--source", tmp_path / "demo.hdf5", code=1).stderr
+    vla("inspect", code=2)
+
+
+def test_norm_stats_of_a_store_are_those_of_its_source(store: Path, tmp_path: Path) -> None:
+    vla("inspect", store, "--json", "--norm-stats", tmp_path / "store.json")
+    vla("inspect", "--source", SOURCE, "--json", "--norm-stats", tmp_path / "raw.json")
+    assert json.loads((tmp_path / "store.json").read_text()) == json.loads((tmp_path / "raw.json").read_text())
+    vla("inspect", store, "--norm-stats", tmp_path / "raw.json", code=2)
+
+
 def test_help_of_every_command_fits_a_screen() -> None:
     for command in ("featurize", "train-head", "evaluate", "rollout", "record", "inspect", "verify", "convert"):
         assert len(vla(command, "--help").stdout.splitlines()) <= 45
