@@ -44,7 +44,6 @@ SOURCES: dict[str, Entry] = {
         ("stage*/run*/actions.npy", "*/*/run*/actions.npy", "stage*/run*/data.txt", "*/*/run*/data.txt"),
         "runs of subtasks or stages",
     ),
-    "folders": Entry("vla.featurize.sources.folders:FoldersSource", ("*/actions.npy",), "pictures and npy"),
     "robotwin": Entry(
         "vla.featurize.sources.robotwin:RoboTwinSource",
         tuple(
@@ -62,6 +61,7 @@ SOURCES: dict[str, Entry] = {
     "robomimic": Entry(
         "vla.featurize.sources.robomimic:RobomimicSource", ("*.hdf5", "*.h5"), "robomimic or LIBERO HDF5", file=True
     ),
+    "folders": Entry("vla.featurize.sources.folders:FoldersSource", ("*/actions.npy",), "pictures and npy"),
     "synthetic": Entry("vla.featurize.sources.synthetic:SyntheticSource", (), "made up in memory"),
 }
 """The first kind whose marker is there takes the data set; `KIND:PATH` chooses one by name. A class takes the path
