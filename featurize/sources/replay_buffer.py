@@ -240,4 +240,5 @@ def _as_picture(pixels: NDArray[np.generic], white: int, where: str) -> Image:
     if white == 255 and 0 < high <= 1 and (values % 1).any():
         fix = "--set source_options.picture_range=1"
         raise SourceError(f"{where} has pixels from {low:g} to {high:g}", expected="0 to 255", fix=fix)
-    return np.rint(values * (255 / white)).astype(np.uint8)
+    whole: NDArray[np.float32] = np.rint(values * (255 / white))
+    return whole.astype(np.uint8)
