@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.featurize.image import Image
-from vla.featurize.sources.base import Episode, SourceIndex, StepSpec
+from vla.featurize.sources.base import Episode, ExtrasRecord, SourceIndex, StepSpec
 from vla.featurize.sources.dimensions import TaskDims
 from vla.featurize.sources.pictures import decode_picture
 from vla.featurize.sources.robotwin_cameras import read_extras, read_pictures
@@ -119,6 +119,11 @@ class RoboTwinSource:
             raise UsageError(f"{self.root} has no {', '.join(unknown)} of every frame", expected=f"of {has}")
         cameras = [self._views_of(checked, camera, start, stop, names) for camera in indexed.index.cameras]
         return zip(*cameras, strict=True) if start < stop else iter(())
+
+    def describe(self, names: Sequence[str]) -> ExtrasRecord:
+        """See `ViewSource.describe`: all of them lie in the files that the digest covers."""
+        del names
+        return ExtrasRecord()
 
     def dimensions(self) -> tuple[TaskDims, ...]:
         """Return the sizes of action and state of each task, whether or not tasks, or paths and frames, fit."""

@@ -94,6 +94,7 @@ BACKBONE: dict[str, dict[str, Row]] = {
         "grid": Row("features", ("options.grid=5",), "backbone.pool.grid", TINY),
         "fine": Row("features", ("options.fine=3",), "backbone.pool.fine", TINY),
         "coarse": Row("features", ("options.coarse=3",), "backbone.pool.coarse", TINY),
+        "towers": Row("features", ("options.towers=dino",), "backbone", TINY),
         "seed": Row("features", ("options.seed=1",), "backbone.dino.seed", TINY),
     },
 }
@@ -113,6 +114,23 @@ SOURCE: dict[str, dict[str, Row]] = {
         "skip_bad": Row("neutral", ("skip_bad=true",), base=LEROBOT),
     },
 }
+CONFORMING = {"da3", "siglip-prefix"}
+"""Each option of these is changed alone in backbones/test_backbone_conformance.py, as are those of the ones above."""
+
+OWN_BACKBONES = {"text": "backbones/test_text_backbone.py"}
+"""What does not look at pictures is tabled where it is tested."""
+
+OWN_SOURCES = {
+    "store": "featurize/test_chained_backbones.py",
+    "trackvla": "sources/recorded/test_trackvla.py",
+    "hierarchical": "sources/recorded/test_hierarchical.py",
+    "folders": "sources/recorded/test_folders.py",
+    "robotwin": "sources/robotwin/test_robotwin_hdf5.py",
+    "replay-buffer": "sources/test_replay_buffer.py",
+    "robomimic": "sources/test_robomimic.py",
+}
+"""Options of sources that change what is read change digest, mapping or cameras there."""
+
 MORE: dict[str, Row] = {
     "the order of cameras": Row(
         "features",
@@ -212,10 +230,12 @@ def test_a_neutral_setting_gives_the_same_features(name: str, places: dict[str, 
 def test_every_setting_has_a_row() -> None:
     assert CONFIG.keys() == FeaturizeConfig.model_fields.keys()
     assert STORE.keys() == StoreOptions.model_fields.keys()
-    assert BACKBONE.keys() == BACKBONES.keys()
+    assert BACKBONE.keys() | CONFORMING | {*OWN_BACKBONES} == BACKBONES.keys()
     for name, rows in BACKBONE.items():
         assert rows.keys() == load_backbone_class(name).settings_type.model_fields.keys(), name
-    assert SOURCE.keys() == SOURCES.keys()
+    assert SOURCE.keys() | {*OWN_SOURCES} == SOURCES.keys()
+    for file in (*OWN_BACKBONES.values(), *OWN_SOURCES.values()):
+        assert (Path(__file__).parents[1] / file).is_file()
     parameters = inspect.signature(LeRobotSource).parameters.values()
     assert SOURCE["lerobot"].keys() == {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
     assert SOURCE["synthetic"].keys() == SyntheticSettings.model_fields.keys()
