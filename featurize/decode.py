@@ -20,8 +20,9 @@ from vla.stores.tables import EpisodeTable
 from vla.stores.unit_buffer import UnitBuffer
 from vla.stores.writer import StoreWriter
 
-RING = 4
-"""Batch buffers: one being filled, two waiting (run.AHEAD), one in the network's hands."""
+RING = 5
+"""Batch buffers: one being filled, two waiting (run.AHEAD), one in the network's hands, one whose features are awaited.
+"""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Batch:
     """Preprocessed frames `images` for store rows from `row` on; None marks the end of the unit.
 
     [B, V, 3, h, w], or [B, C + 1, V, 3, h, w] for a backbone with a context of C frames (see `Backbone.encode`).
-    The memory of `images` is reused: it is valid until the next batch is asked for.
+    The memory of `images` is reused: it is valid until the next batch but one is asked for.
     """
 
     buffer: UnitBuffer
@@ -88,9 +89,10 @@ class Decoder:
         batch_size: int,
         skip_bad: bool,
         clock: StageClock,
+        pin: bool = False,
     ) -> None:
         self._source, self._backbone, self._writer, self._episodes = source, backbone, writer, episodes
-        self._batch_size, self._skip_bad, self._clock = batch_size, skip_bad, clock
+        self._batch_size, self._skip_bad, self._clock, self._pin = batch_size, skip_bad, clock, pin
         self._spec = backbone.spec()
         self._ring: Iterator[torch.Tensor] | None = None
         self._shape: tuple[int, ...] = ()
@@ -177,5 +179,7 @@ class Decoder:
             # Reused memory: the first touch of a fresh page costs more than filling it again.
             context = (self._spec.context + 1,) if self._spec.context else ()
             shape = (self._batch_size, *context, *self._shape)
-            self._ring = itertools.cycle([torch.empty(shape, dtype=self._dtype) for _ in range(RING)])
+            # Pinned, a batch travels to the device while the one before it is computed.
+            ring = [torch.empty(shape, dtype=self._dtype, pin_memory=self._pin) for _ in range(RING)]
+            self._ring = itertools.cycle(ring)
         return next(self._ring)

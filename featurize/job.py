@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 
 from vla.featurize.backbones.base import Backbone
 from vla.featurize.backbones.registry import make_backbone
+from vla.featurize.batch_size import ON_CPU, find_batch_size
 from vla.featurize.chain import Chain
 from vla.featurize.plan import Plan, StoreOptions, check_space, make_plan
 from vla.featurize.run import Progress, RunReport, featurize
@@ -33,8 +34,9 @@ class FeaturizeConfig(Settings):
 
     `source` is a folder or `synthetic:…`; `map` {our name: their column}; `backbone` a name of `vla backbones`;
     `weights` a folder, a hub id or "random" (None: the backbone's own); `options` and `source_options` go to the
-    backbone and the source. `batch_size` counts time steps; `threads` 0 leaves torch's own choice. `remote`: how a
-    store on an object store is reached.
+    backbone and the source. `batch_size` counts time steps; "auto" tries what an accelerator holds (another batch may
+    round the last bit of a feature differently there); `threads` 0 leaves torch's own choice. `remote`: how a store on
+    an object store is reached.
     """
 
     source: str
@@ -45,7 +47,7 @@ class FeaturizeConfig(Settings):
     source_options: dict[str, Any] = {}
     skip_bad: bool = False
     store: StoreOptions = StoreOptions()
-    batch_size: int = Field(16, ge=1)
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = ON_CPU
     device: str = "auto"
     threads: int = Field(0, ge=0)
     remote: RemoteOptions = RemoteOptions()
@@ -93,7 +95,8 @@ def run(
         check_space(job.plan, root)
     if job.config.threads:
         torch.set_num_threads(job.config.threads)
-    job.backbone.to(choose_device(job.config.device))
+    device = choose_device(job.config.device)
+    job.backbone.to(device)
     plan = (job.plan.manifest, job.plan.episodes)
     opened: AbstractContextManager[StoreWriter]
     if isinstance(root, str):
@@ -101,13 +104,17 @@ def run(
     else:
         opened = open_writer(root, *plan, resume=resume, overwrite=overwrite)
     with opened as writer:
+        size = job.config.batch_size
+        if size == "auto":
+            size = find_batch_size(job.backbone, job.source, job.source.index(), device)
         return featurize(
             job.source,
             job.backbone,
             writer,
             job.plan.episodes,
-            batch_size=job.config.batch_size,
+            batch_size=size,
             skip_bad=job.config.skip_bad,
+            pin=device.type == "cuda",
             progress=progress,
         )
 

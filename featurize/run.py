@@ -8,14 +8,16 @@ same batches as an uninterrupted one, and its files are equal byte for byte.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from vla.featurize.backbones.base import Backbone
-from vla.featurize.decode import Decoder, StageClock
+from vla.featurize.decode import Batch, Decoder, StageClock
 from vla.featurize.sources.base import Source
 from vla.stores.background import iterate_ahead
 from vla.stores.tables import EpisodeTable
@@ -61,30 +63,45 @@ def featurize(
     *,
     batch_size: int = 16,
     skip_bad: bool = False,
+    pin: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> RunReport:
     """Compute and commit every pending unit of a store.
 
-    `batch_size` counts time steps. With `skip_bad`, an episode whose frames or steps cannot be read is left out and
-    named in the commit; without it the run ends with the `SourceError`. Units committed so far stay committed whatever
-    happens. `progress` is called with frames done and frames in all.
+    `batch_size` counts time steps; `pin` keeps batches in page-locked memory, for an accelerator. With `skip_bad`, an
+    episode whose frames or steps cannot be read is left out and named in the commit; without it the run ends with the
+    `SourceError`. Units committed so far stay committed whatever happens. `progress` is called with frames done and
+    frames in all.
     """
     report, clock = RunReport(), StageClock()
     pending = writer.pending()
     total = sum(len(writer.manifest.unit_range(unit)) for unit in pending)
-    decoder = Decoder(source, backbone, writer, episodes, batch_size=batch_size, skip_bad=skip_bad, clock=clock)
+    decoder = Decoder(
+        source, backbone, writer, episodes, batch_size=batch_size, skip_bad=skip_bad, clock=clock, pin=pin
+    )
     began = time.perf_counter()
     ahead = closing(iterate_ahead(decoder.batches(pending), AHEAD))
+
+    def take(batch: Batch, features: Mapping[str, torch.Tensor]) -> None:
+        with clock.busy("encode"):  # where the device works, this is where its work is waited for
+            arrays = {name: values.cpu().numpy() for name, values in features.items()}
+        with clock.busy("copy"):
+            batch.buffer.put(batch.row, arrays)
+        report.frames += len(next(iter(arrays.values())))
+        progress(report.frames, total)
+
     with ThreadPoolExecutor(1, thread_name_prefix="vla-commit") as committer, ahead as batches:
         committing: Future[None] | None = None
+        awaited: tuple[Batch, Mapping[str, torch.Tensor]] | None = None
         for batch in batches:
-            if batch.images is not None:
+            features: Mapping[str, torch.Tensor] = {}
+            if batch.images is not None:  # begun before the last one is waited for: a device never idles in between
                 with clock.busy("encode"):
-                    arrays = {name: values.cpu().numpy() for name, values in backbone.encode(batch.images).items()}
-                with clock.busy("copy"):
-                    batch.buffer.put(batch.row, arrays)
-                report.frames += len(batch.images)
-                progress(report.frames, total)
+                    features = backbone.encode(batch.images)
+            if awaited is not None:
+                take(*awaited)
+            awaited = (batch, features) if batch.images is not None else None
+            if batch.images is not None:
                 continue
             if committing is not None:  # one unit in flight: a failed commit ends the run before the next
                 committing.result()

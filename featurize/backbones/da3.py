@@ -175,7 +175,7 @@ class DepthAnything3:
             raise UsageError(
                 f"{V} views in a time step, and views={views}", fix=f"views={V}, or views=1 for each alone"
             )
-        scenes = images.to(self.device).reshape(B * V // views, views, *images.shape[2:])
+        scenes = images.to(self.device, non_blocking=True).reshape(B * V // views, views, *images.shape[2:])
         count = max(1, PIXELS.get(self.device.type, PIXELS["cuda"]) // scenes[0, :, 0].numel())
         with frozen_inference(self.device), quiet():
             parts = [self._grids(scenes[i : i + count]) for i in range(0, len(scenes), count)]

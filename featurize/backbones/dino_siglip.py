@@ -119,7 +119,7 @@ class DinoSiglip:
 
     def encode(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Turn [B, V, 3, size, size] in 0..1 into {"fine": [B, V, 64, C], "coarse": [B, V, 4, C]} float32."""
-        settings, pictures = self.settings, images.flatten(0, 1).to(self.device)
+        settings, pictures = self.settings, images.flatten(0, 1).to(self.device, non_blocking=True)
         with frozen_inference(self.device):
             maps = [functional.adaptive_avg_pool2d(tower.patch_map(pictures), self.grid) for tower in self.towers]
             joined = torch.cat(maps, dim=1)

@@ -130,7 +130,7 @@ class EfficientNetLite0:
 
     def encode(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Turn [B, V, 3, size, size] into {name: [B, V, y, x, channel]} float32."""
-        pictures = images.flatten(0, 1).to(self.device)
+        pictures = images.flatten(0, 1).to(self.device, non_blocking=True)
         count = max(1, CPU_PIXELS // self.settings.size**2) if self.device.type == "cpu" else len(pictures)
         with frozen_inference(self.device):
             parts = [self._grids(pictures[i : i + count]) for i in range(0, len(pictures), count)]

@@ -49,7 +49,7 @@ class Pixels:
 
     def encode(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Turn [B, V, 3, size, size] into {"grid": [B, V, size, size, 3]} float32."""
-        return {"grid": images.detach().to(self.device).permute(0, 1, 3, 4, 2).contiguous()}
+        return {"grid": images.detach().to(self.device, non_blocking=True).permute(0, 1, 3, 4, 2).contiguous()}
 
     def to(self, device: torch.device) -> None:
         """See `Backbone.to`."""

@@ -133,7 +133,7 @@ class SiglipPrefix:
     def encode(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Turn [B, V, 3, size, size] in -1..1 into {"siglip": [B, V, P, width]} float32."""
         with frozen_inference(self.device):
-            tokens = self.network(images.flatten(0, 1).to(self.device))
+            tokens = self.network(images.flatten(0, 1).to(self.device, non_blocking=True))
         return {"siglip": tokens.reshape(*images.shape[:2], self.tokens, self.width)}
 
     def to(self, device: torch.device) -> None:

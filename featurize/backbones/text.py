@@ -108,7 +108,7 @@ class Text:
 
     def encode(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Turn ids and masks [B, 1, 2, L] into {"ids", "mask": [B, 1, L], "embedding": [B, 1, L, D]}, float32."""
-        ids, mask = images.to(self.device).unbind(dim=2)
+        ids, mask = images.to(self.device, non_blocking=True).unbind(dim=2)
         features = {"ids": ids.double(), "mask": mask.float()}
         with frozen_inference(self.device):
             if self._table is not None:
