@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from vla.featurize.augment import NO_COPIES, AugmentConfig
 from vla.featurize.backbones.base import Backbone
 from vla.featurize.backbones.registry import make_backbone
 from vla.featurize.chain import Chain
@@ -30,7 +31,8 @@ class FeaturizeConfig(Settings):
 
     `source` is a folder or `synthetic:…`; `map` {our name: their column}; `backbone` a name of `vla backbones`;
     `weights` a folder, a hub id or "random" (None: the backbone's own); `options` and `source_options` go to the
-    backbone and the source. `batch_size` counts time steps; `threads` 0 leaves torch's own choice.
+    backbone and the source. `augment` caches augmented copies beside the plain features. `batch_size` counts time
+    steps, each augmented copy as one more; `threads` 0 leaves torch's own choice.
     """
 
     source: str
@@ -41,6 +43,7 @@ class FeaturizeConfig(Settings):
     source_options: dict[str, Any] = {}
     skip_bad: bool = False
     store: StoreOptions = StoreOptions()
+    augment: AugmentConfig = NO_COPIES
     batch_size: int = Field(16, ge=1)
     device: str = "auto"
     threads: int = Field(0, ge=0)
@@ -67,7 +70,7 @@ def prepare(config: FeaturizeConfig) -> Job:
     recipe = {"name": config.backbone, "weights": config.weights, "options": config.options}
     if inputs:
         recipe["inputs"] = inputs
-    return Job(config, source, backbone, make_plan(index, digest, spec, recipe, config.store))
+    return Job(config, source, backbone, make_plan(index, digest, spec, recipe, config.store, config.augment))
 
 
 def run(
@@ -92,6 +95,7 @@ def run(
             job.plan.episodes,
             batch_size=job.config.batch_size,
             skip_bad=job.config.skip_bad,
+            augment=job.config.augment,
             progress=progress,
         )
 

@@ -14,10 +14,16 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vla.featurize.augment import NO_COPIES, AugmentConfig
 from vla.featurize.backbones.base import Backbone
 from vla.featurize.decode import Decoder, StageClock
 from vla.featurize.sources.base import Source
 from vla.stores.background import iterate_ahead
+from vla.stores.manifest import copy_name
 from vla.stores.tables import EpisodeTable
 from vla.stores.unit_buffer import UnitBuffer
 from vla.stores.writer import StoreWriter
@@ -61,18 +67,21 @@ def featurize(
     *,
     batch_size: int = 16,
     skip_bad: bool = False,
+    augment: AugmentConfig = NO_COPIES,
     progress: Progress = lambda done, total: None,
 ) -> RunReport:
     """Compute and commit every pending unit of a store.
 
-    `batch_size` counts time steps. With `skip_bad`, an episode whose frames or steps cannot be read is left out and
+    `batch_size` counts time steps; `augment` is what the store was planned with, and each of its copies of a frame is a
+    time step more. With `skip_bad`, an episode whose frames or steps cannot be read is left out and
     named in the commit; without it the run ends with the `SourceError`. Units committed so far stay committed whatever
     happens. `progress` is called with frames done and frames in all.
     """
     report, clock = RunReport(), StageClock()
     pending = writer.pending()
     total = sum(len(writer.manifest.unit_range(unit)) for unit in pending)
-    decoder = Decoder(source, backbone, writer, episodes, batch_size=batch_size, skip_bad=skip_bad, clock=clock)
+    how: Any = {"batch_size": batch_size, "skip_bad": skip_bad, "augment": augment, "clock": clock}
+    decoder = Decoder(source, backbone, writer, episodes, **how)
     began = time.perf_counter()
     ahead = closing(iterate_ahead(decoder.batches(pending), AHEAD))
     with ThreadPoolExecutor(1, thread_name_prefix="vla-commit") as committer, ahead as batches:
@@ -80,10 +89,10 @@ def featurize(
         for batch in batches:
             if batch.images is not None:
                 with clock.busy("encode"):
-                    arrays = {name: values.cpu().numpy() for name, values in backbone.encode(batch.images).items()}
+                    arrays = _encode(backbone, batch.images, batch_size, augment.copies)
                 with clock.busy("copy"):
                     batch.buffer.put(batch.row, arrays)
-                report.frames += len(batch.images)
+                report.frames += batch.frames
                 progress(report.frames, total)
                 continue
             if committing is not None:  # one unit in flight: a failed commit ends the run before the next
@@ -96,6 +105,15 @@ def featurize(
     report.seconds = time.perf_counter() - began
     report.busy = {stage: seconds / max(report.seconds, 1e-9) for stage, seconds in clock.seconds.items()}
     return report
+
+
+def _encode(backbone: Backbone, images: torch.Tensor, batch_size: int, copies: int) -> dict[str, NDArray[Any]]:
+    """Run the network on frames with their copies behind them; return every array of the store, [frames, V, *shape]."""
+    # One frame with its copies may be more time steps than the network is to be given at once.
+    parts = [backbone.encode(images[at : at + batch_size]) for at in range(0, len(images), batch_size)]
+    arrays = {name: np.concatenate([part[name].cpu().numpy() for part in parts]) for name in parts[0]}
+    by_copy = {name: values.reshape(-1, copies + 1, *values.shape[1:]) for name, values in arrays.items()}
+    return {copy_name(name, copy): values[:, copy] for name, values in by_copy.items() for copy in range(copies + 1)}
 
 
 def _commit(writer: StoreWriter, buffer: UnitBuffer, clock: StageClock) -> None:

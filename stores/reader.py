@@ -37,8 +37,10 @@ class FeatureReader:
     """Rows of one feature. One reader a thread; it does not survive `fork` (checked) and is not pickled.
 
     `verify`: compare each row's crc32c with the commit the first time it is read (`first`), on every read (`always`),
-    or not at all (`never`).
+    or not at all (`never`). At most `max_open` files are held open: fewer where many readers run side by side.
     """
+
+    max_open = MAX_OPEN_FILES
 
     def __init__(self, root: Path, manifest: Manifest, commits: dict[int, Commit], name: str, verify: Verify) -> None:
         self.root, self.name, self.info = root, name, manifest.features[name]
@@ -137,7 +139,7 @@ class FeatureReader:
         descriptor = self._files.get(unit)
         if descriptor is None:
             path = self._path(unit)
-            if len(self._files) >= MAX_OPEN_FILES:
+            if len(self._files) >= self.max_open:
                 os.close(self._files.popitem(last=False)[1])
             if not path.exists():
                 raise self._corrupt(unit, "is missing")
