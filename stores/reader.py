@@ -40,8 +40,6 @@ class FeatureReader:
     or not at all (`never`). At most `max_open` files are held open: fewer where many readers run side by side.
     """
 
-    max_open = MAX_OPEN_FILES
-
     def __init__(self, root: Path, manifest: Manifest, commits: dict[int, Commit], name: str, verify: Verify) -> None:
         self.root, self.name, self.info = root, name, manifest.features[name]
         self._manifest, self._commits, self._verify = manifest, commits, verify
@@ -54,7 +52,7 @@ class FeatureReader:
         self._verified = np.zeros(manifest.rows, bool)
         self._files: OrderedDict[int, int] = OrderedDict()
         self._scratch = memoryview(bytearray(CRC_BYTES))
-        self._pid = os.getpid()
+        self._pid, self.max_open = os.getpid(), MAX_OPEN_FILES
 
     def read(self, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
         """Fill `out` [n, *shape] (C-contiguous, the feature's stored dtype) with the given store rows [n].
