@@ -151,7 +151,7 @@ def _turn(image: Image, how: Adjustment) -> Picture.Image:
     reach_x = (width * abs(cos) + height * abs(sin)) / 2
     reach_y = (width * abs(sin) + height * abs(cos)) / 2
     outside = max(reach_x - middle_x, middle_x + reach_x - width, reach_y - middle_y, middle_y + reach_y - height)
-    margin = max(math.ceil(outside), 0)
+    margin = max(math.ceil(outside) + 2, 0)  # the cubic reaches two pixels further
     padded = np.pad(image, ((margin, margin), (margin, margin), (0, 0)), mode="symmetric") if margin else image
     left = middle_x + margin - (cos * width - sin * height) / 2
     top = middle_y + margin - (sin * width + cos * height) / 2

@@ -194,5 +194,6 @@ class Manifest(Settings):
             raise StoreError(f"{path} declares {copies!r} augmented copies", expected=f"0 to {MAX_COPIES}")
         for name, info in self.plain.items():
             for number in range(1, copies + 1):
-                if self.features.get(copy_name(name, number)) != info:
+                of = self.features.get(copy_name(name, number))
+                if of is None or (of.shape, of.dtype) != (info.shape, info.dtype):
                     raise StoreError(f"{path} lacks {copy_name(name, number)!r}", expected=f"an array like {name!r}")

@@ -112,8 +112,9 @@ def test_the_plain_features_are_those_of_a_store_without_copies(tmp_path: Path) 
     assert with_copies.statistics("grid").mean.tolist() == plain.statistics("grid").mean.tolist()
 
 
-@pytest.mark.parametrize("backbone", ["toy", "trail"])
-@pytest.mark.parametrize(("unit_rows", "batch_size"), [(5, 1), (4, 7), (21, 64)])
+@pytest.mark.parametrize(
+    ("backbone", "unit_rows", "batch_size"), [("toy", 5, 1), ("toy", 21, 64), ("trail", 4, 7), ("trail", 21, 2)]
+)
 def test_copies_do_not_depend_on_units_or_batches(
     tmp_path: Path, backbone: str, unit_rows: int, batch_size: int
 ) -> None:
@@ -124,7 +125,7 @@ def test_copies_do_not_depend_on_units_or_batches(
         np.testing.assert_array_equal(one.read(name, ROWS), other.read(name, ROWS))
 
 
-@pytest.mark.parametrize("stop_at", [3, 5, 14])
+@pytest.mark.parametrize("stop_at", [3, 14])
 def test_a_resumed_run_gives_the_files_of_an_uninterrupted_one(
     tmp_path: Path, files_of: Callable[[Path], dict[str, bytes]], stop_at: int
 ) -> None:
@@ -135,8 +136,9 @@ def test_a_resumed_run_gives_the_files_of_an_uninterrupted_one(
     made(tmp_path / "whole", 2, batch_size=3)
     with pytest.raises(InterruptedError):
         run(job(2, batch_size=3), tmp_path / "cut", progress=stop)
+    committed = len(open_store(tmp_path / "cut", allow_partial=True).commits)
     report = run(job(2, batch_size=3), tmp_path / "cut", resume=True)
-    assert report.frames == 21 - stop_at // 5 * 5
+    assert report.frames == 21 - committed * 5
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
 
 
@@ -240,7 +242,7 @@ def test_damage_in_a_copy_is_found_and_repaired(
     whole = files_of(root)
     assert verify_store(root).findings == []
     if form == "zarr":
-        file = root / "frames/grid.aug2/c.1.0.0.0.0.0"
+        file = root / "frames/grid.aug2/c.1.0.0.0.0"
         raw = bytearray(file.read_bytes())
         raw[99] ^= 1
         file.write_bytes(raw)

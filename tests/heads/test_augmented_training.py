@@ -40,12 +40,12 @@ def data_of(root: Path, **options: Any) -> HeadData:
     return open_data(DataConfig.build({"stores": [str(root)], "validation": 0.25, **options}))
 
 
-def config_of(root: Path, steps: int = 6, **data: Any) -> HeadTrainConfig:
+def config_of(root: Path, steps: int = 2, every: int = 99, **data: Any) -> HeadTrainConfig:
     values = {
         "head": "mlp",
         "data": {"stores": [str(root)], "validation": 0.25, **data},
         "model": {"n_obs": 2, "horizon": 4, "n_action": 2, "encoder": {"components": 8, "dim": 16}, "hidden": 16},
-        "train": {"steps": steps, "batch_size": 4, "device": "cpu", "checkpoint_every": 1, "keep_checkpoints": 99},
+        "train": {"steps": steps, "batch_size": 4, "device": "cpu", "checkpoint_every": every, "keep_checkpoints": 99},
     }
     return HeadTrainConfig.build(values)
 
@@ -91,7 +91,7 @@ def test_training_draws_and_fitting_and_validating_do_not(
 ) -> None:
     seen = trained_on(monkeypatch, stores[2], tmp_path / "drawn")
     other = trained_on(monkeypatch, stores[0], tmp_path / "plain")
-    assert len(seen["training"]) >= 6
+    assert len(seen["training"]) >= 2
     assert not other["training"]
     without = trained_on(monkeypatch, stores[2], tmp_path / "off", augment=False)
     assert not without["training"]
@@ -119,12 +119,12 @@ def test_statistics_and_validation_are_those_of_the_plain_features(tmp_path: Pat
 
 
 def test_training_resumed_at_any_step_ends_in_the_same_weights(tmp_path: Path, stores: dict[int, Path]) -> None:
-    config, whole = config_of(stores[2]), tmp_path / "whole"
+    config, whole = config_of(stores[2], steps=5, every=1), tmp_path / "whole"
     train_head(config, whole)
     wanted = load_checkpoint(whole).weights
     folders = sorted(checkpoints(whole))
-    assert len(folders) == 6
-    for kept in range(1, 6):
+    assert len(folders) == 5
+    for kept in range(1, 5):
         cut = tmp_path / f"cut{kept}"
         shutil.copytree(whole, cut)
         for folder in sorted(checkpoints(cut))[kept:]:
