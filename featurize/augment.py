@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -52,7 +52,8 @@ class AugmentConfig(Settings):
 
     `copies`: K; 0 caches none. `crop`: share of both sides that is kept, at a random place, and enlarged to the whole.
     `rotate`: degrees either way. `brightness`, `contrast`, `saturation`: factors [low, high], 1 changes nothing.
-    Everything is drawn uniformly.
+    Everything is drawn uniformly. `colour_only`: cameras with one of these in their name are neither cropped nor
+    turned, as in openpi: a camera on the wrist sees the gripper at one place, and the scene relative to it.
 
     `per`: "episode" draws once for all frames of an episode (each camera for itself), "frame" anew for each. The
     default is "episode": a head that reads two frames sees speed in their difference, and so does a backbone that looks
@@ -66,6 +67,7 @@ class AugmentConfig(Settings):
     brightness: Factors = (0.7, 1.3)
     contrast: Factors = (0.6, 1.4)
     saturation: Factors = (0.5, 1.5)
+    colour_only: tuple[str, ...] = ("wrist",)
     seed: int = 0
     per: Literal["episode", "frame"] = "episode"
 
@@ -112,7 +114,7 @@ def draw(config: AugmentConfig, episode: str, frame: int, camera: str, copy: int
     def between(position: int, low: float, high: float) -> float:
         return float(low + (high - low) * uniform[position])
 
-    return Adjustment(
+    how = Adjustment(
         crop=config.crop,
         x=uniform[0],
         y=uniform[1],
@@ -121,6 +123,8 @@ def draw(config: AugmentConfig, episode: str, frame: int, camera: str, copy: int
         contrast=between(4, *config.contrast),
         saturation=between(5, *config.saturation),
     )
+    held = any(part in camera for part in config.colour_only)
+    return replace(how, crop=1.0, x=0.5, y=0.5, angle=0.0) if held else how
 
 
 def adjust(image: Image, how: Adjustment) -> Image:

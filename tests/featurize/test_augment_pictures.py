@@ -115,13 +115,22 @@ def test_what_is_drawn_fills_the_ranges_and_nothing_else() -> None:
 def test_a_draw_depends_on_seed_episode_camera_copy_and_by_choice_the_frame() -> None:
     config = AugmentConfig(copies=2)
     base = ("e", 0, "front", 1)
-    others = [("f", 0, "front", 1), ("e", 0, "wrist", 1), ("e", 0, "front", 2)]
+    others = [("f", 0, "front", 1), ("e", 0, "side", 1), ("e", 0, "front", 2)]
     drawn = {draw(config, *key) for key in [base, *others]} | {draw(AugmentConfig(copies=2, seed=1), *base)}
     assert len(drawn) == 5
     assert draw(config, "e", 9, "front", 1) == draw(config, *base)
     each = AugmentConfig(copies=2, per="frame")
     assert len({draw(each, "e", frame, "front", 1) for frame in range(9)}) == 9
     assert draw(AugmentConfig(copies=7), *base) == draw(config, *base), "more copies leave the first ones as they are"
+
+
+def test_a_camera_on_the_wrist_changes_its_colours_alone_unless_told_otherwise() -> None:
+    wrist, plain = (draw(AugmentConfig(copies=1), "e", 0, name, 1) for name in ("left_wrist_rgb", "front"))
+    assert (wrist.crop, wrist.angle) == (1.0, 0.0)
+    assert wrist.brightness != 1.0
+    assert (plain.crop, plain.angle == 0) == (0.95, False)
+    turned = draw(AugmentConfig(copies=1, colour_only=()), "e", 0, "left_wrist_rgb", 1)
+    assert (turned.crop, turned.angle == 0, turned.brightness) == (0.95, False, wrist.brightness)
 
 
 def test_draws_are_the_same_on_every_machine_and_in_every_version() -> None:

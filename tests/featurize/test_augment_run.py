@@ -178,6 +178,7 @@ def test_the_fingerprint_knows_every_setting_and_nothing_of_augmentation_where_t
         "brightness": (0.8, 1.3),
         "contrast": (0.6, 1.3),
         "saturation": (0.5, 1.4),
+        "colour_only": (),
         "seed": 1,
         "per": "frame",
     }
