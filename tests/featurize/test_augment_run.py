@@ -92,7 +92,7 @@ def pictures() -> list[tuple[str, int, tuple[Any, ...]]]:
 
 @pytest.mark.parametrize("per", ["episode", "frame"])
 def test_a_copy_is_the_feature_of_the_augmented_picture(tmp_path: Path, per: str) -> None:
-    store, config = made(tmp_path / "s", 2, per=per), AugmentConfig(copies=2, per=per)  # type: ignore[arg-type]
+    store, config = made(tmp_path / "s", 2, per=per, batch_size=9), AugmentConfig(copies=2, per=per)  # type: ignore[arg-type]
     assert list(store.manifest.features) == ["grid", "grid.aug1", "grid.aug2"]
     assert list(store.manifest.plain) == ["grid"]
     backbone, cameras = make_backbone("toy"), store.manifest.cameras
