@@ -52,6 +52,9 @@ def featurize(
     dtype: Annotated[
         str | None, typer.Option(help="float16, bfloat16, float32, int8. Left out: the backbone's.")
     ] = None,
+    augment: Annotated[
+        int | None, typer.Option(metavar="K", help="Cache K augmented copies of each frame for training.")
+    ] = None,
     mapping: Annotated[list[str] | None, typer.Option("--map", help="OURS=THEIRS, such as action=actions.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable episodes out; count them.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
@@ -67,7 +70,8 @@ def featurize(
 
     keep_freed_memory()
     pairs = dict(_pair(text) for text in mapping) if mapping else None
-    stored = [f"store.{key}={value}" for key, value in (("format", format_), ("dtype", dtype)) if value is not None]
+    short = (("store.format", format_), ("store.dtype", dtype), ("augment.copies", augment))
+    stored = [f"{key}={value}" for key, value in short if value is not None]
     settings = FeaturizeConfig.from_sources(
         config,
         [*stored, *(set_ or ())],

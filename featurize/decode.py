@@ -8,10 +8,12 @@ from collections import defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from vla.featurize.augment import AugmentConfig, augmented
 from vla.featurize.backbones.base import Backbone
 from vla.featurize.sources.base import Source
 from vla.featurize.views import read_views
@@ -37,15 +39,17 @@ class Segment:
 
 @dataclass(frozen=True)
 class Batch:
-    """Preprocessed frames `images` for store rows from `row` on; None marks the end of the unit.
+    """Preprocessed `frames` for store rows from `row` on; without images it marks the end of the unit.
 
-    [B, V, 3, h, w], or [B, C + 1, V, 3, h, w] for a backbone with a context of C frames (see `Backbone.encode`).
-    The memory of `images` is reused: it is valid until the next batch but one is asked for.
+    `images` [B, V, 3, h, w], or [B, C + 1, V, 3, h, w] for a backbone with a context of C frames (see
+    `Backbone.encode`). B is `frames`, or frames * (K + 1) with each frame's K augmented copies behind it. The memory of
+    `images` is reused: it is valid until the next batch but one is asked for.
     """
 
     buffer: UnitBuffer
     row: int
-    images: torch.Tensor | None
+    images: torch.Tensor | None = None
+    frames: int = 0
 
 
 class StageClock:
@@ -88,11 +92,15 @@ class Decoder:
         *,
         batch_size: int,
         skip_bad: bool,
+        augment: AugmentConfig,
         clock: StageClock,
         pin: bool = False,
     ) -> None:
         self._source, self._backbone, self._writer, self._episodes = source, backbone, writer, episodes
-        self._batch_size, self._skip_bad, self._clock, self._pin = batch_size, skip_bad, clock, pin
+        self._skip_bad, self._clock, self._augment, self._pin = skip_bad, clock, augment, pin
+        self._slots = self._augment.copies + 1  # time steps that the network sees of a frame
+        self._batch_frames = max(batch_size // self._slots, 1)
+        self._cameras = source.index().cameras if self._augment.copies else ()
         self._spec = backbone.spec()
         self._ring: Iterator[torch.Tensor] | None = None
         self._shape: tuple[int, ...] = ()
@@ -104,18 +112,18 @@ class Decoder:
             buffer = self._writer.begin(unit)
             row, count, images = buffer.rows.start, 0, None
             for at, ready in self._frames(buffer):
-                if images is not None and (at != row + count or count == self._batch_size):
-                    yield Batch(buffer, row, images[:count])
+                if images is not None and (at != row + count or count == self._batch_frames):
+                    yield Batch(buffer, row, images[: count * self._slots], count)
                     images = None
                 if images is None:
                     images, row, count = self._next_images(), at, 0
-                slot = images[count].flatten(0, 1) if self._spec.context else images[count]
-                for place, tensor in zip(slot, ready, strict=True):
+                slots = images[count * self._slots :][: self._slots].reshape(-1, *self._shape[1:])
+                for place, tensor in zip(slots, ready, strict=True):
                     place.copy_(tensor)
                 count += 1
             if images is not None:
-                yield Batch(buffer, row, images[:count])
-            yield Batch(buffer, buffer.rows.stop, None)
+                yield Batch(buffer, row, images[: count * self._slots], count)
+            yield Batch(buffer, buffer.rows.stop)
 
     def _frames(self, buffer: UnitBuffer) -> Iterator[tuple[int, list[torch.Tensor]]]:
         """Yield (store row, network inputs) of a unit, and fill its steps; leave bad episodes out where allowed."""
@@ -135,19 +143,31 @@ class Decoder:
         first = max(segment.start - context, 0)  # the past of a segment may lie in the unit before
         task = self._episodes.tasks[int(self._episodes.task[segment.episode])]
         frames = read_views(self._source, self._spec, segment.episode, task, first, segment.stop)
-        past: deque[list[torch.Tensor]] = deque(maxlen=context + 1)
+        past: deque[list[list[torch.Tensor]]] = deque(maxlen=context + 1)
         for frame in range(first, segment.stop):
             with self._clock.busy("decode"):
                 views = next(frames, None)
             if views is None:
                 raise SourceError(f"episode {self._episodes.ids[segment.episode]!r} has no frame {frame}")
-            with self._clock.busy("preprocess"):
-                ready = [self._backbone.preprocess(view) for view in views]
-            self._require_shape(ready, segment)
-            past.append(ready)
+            past.append([self._ready(views, segment), *self._copies(views, segment, frame)])
             if frame >= segment.start:
                 window = [past[0]] * (context + 1 - len(past)) + list(past)
-                yield segment.row + frame - segment.start, list(itertools.chain(*window))
+                of_copy = (seen[copy] for copy in range(self._slots) for seen in window)  # a copy's past is its own
+                yield segment.row + frame - segment.start, list(itertools.chain(*of_copy))
+
+    def _copies(self, views: tuple[Any, ...], segment: Segment, frame: int) -> Iterator[list[torch.Tensor]]:
+        """Yield the network's input of each augmented copy of a time step."""
+        copies = augmented(views, self._augment, self._episodes.ids[segment.episode], frame, self._cameras)
+        for _ in range(self._augment.copies):
+            with self._clock.busy("augment"):
+                adjusted = next(copies)
+            yield self._ready(adjusted, segment)
+
+    def _ready(self, views: tuple[Any, ...], segment: Segment) -> list[torch.Tensor]:
+        with self._clock.busy("preprocess"):
+            ready = [self._backbone.preprocess(view) for view in views]
+        self._require_shape(ready, segment)
+        return ready
 
     def _fill_steps(self, buffer: UnitBuffer, segment: Segment) -> None:
         steps, name = self._source.steps(segment.episode), self._episodes.ids[segment.episode]
@@ -178,7 +198,7 @@ class Decoder:
         if self._ring is None:
             # Reused memory: the first touch of a fresh page costs more than filling it again.
             context = (self._spec.context + 1,) if self._spec.context else ()
-            shape = (self._batch_size, *context, *self._shape)
+            shape = (self._batch_frames * self._slots, *context, *self._shape)
             # Pinned, a batch travels to the device while the one before it is computed.
             ring = [torch.empty(shape, dtype=self._dtype, pin_memory=self._pin) for _ in range(RING)]
             self._ring = itertools.cycle(ring)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
+from vla.featurize.augment import NO_COPIES, AugmentConfig
 from vla.featurize.backbones.base import Backbone
 from vla.featurize.backbones.registry import make_backbone
 from vla.featurize.batch_size import ON_CPU, find_batch_size
@@ -34,9 +35,10 @@ class FeaturizeConfig(Settings):
 
     `source` is a folder or `synthetic:…`; `map` {our name: their column}; `backbone` a name of `vla backbones`;
     `weights` a folder, a hub id or "random" (None: the backbone's own); `options` and `source_options` go to the
-    backbone and the source. `batch_size` counts time steps; "auto" tries what an accelerator holds (another batch may
-    round the last bit of a feature differently there); `threads` 0 leaves torch's own choice. `remote`: how a store on
-    an object store is reached.
+    backbone and the source. `augment` caches augmented copies beside the plain features. `batch_size` counts time
+    steps, each augmented copy as one more; "auto" tries what an accelerator holds (another batch may round the last bit
+    of a feature differently there). `threads` 0 leaves torch's own choice. `remote`: how a store on an object store is
+    reached.
     """
 
     source: str
@@ -47,6 +49,7 @@ class FeaturizeConfig(Settings):
     source_options: dict[str, Any] = {}
     skip_bad: bool = False
     store: StoreOptions = StoreOptions()
+    augment: AugmentConfig = NO_COPIES
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = ON_CPU
     device: str = "auto"
     threads: int = Field(0, ge=0)
@@ -74,7 +77,7 @@ def prepare(config: FeaturizeConfig) -> Job:
     recipe = {"name": config.backbone, "weights": config.weights, "options": config.options}
     if inputs:
         recipe["inputs"] = inputs
-    return Job(config, source, backbone, make_plan(index, digest, spec, recipe, config.store))
+    return Job(config, source, backbone, make_plan(index, digest, spec, recipe, config.store, config.augment))
 
 
 def run(
@@ -115,6 +118,7 @@ def run(
             batch_size=size,
             skip_bad=job.config.skip_bad,
             pin=device.type == "cuda",
+            augment=job.config.augment,
             progress=progress,
         )
 

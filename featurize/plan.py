@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from vla.featurize.augment import NO_COPIES, AugmentConfig, require_augmentable
 from vla.featurize.backbones.base import BackboneSpec
 from vla.featurize.sources.base import SourceIndex
 from vla.stores.dtypes import INTEGERS, STORED, DtypeName, FloatName
 from vla.stores.errors import MachineError, UsageError
 from vla.stores.formats.registry import unit_files
-from vla.stores.manifest import SCHEMA_VERSION, Compression, FeatureInfo, FormatName, Manifest, StepInfo
+from vla.stores.manifest import SCHEMA_VERSION, Compression, FeatureInfo, FormatName, Manifest, StepInfo, copy_name
 from vla.stores.settings import Settings
 from vla.stores.tables import EpisodeTable
 
@@ -77,17 +78,22 @@ def make_plan(
     spec: BackboneSpec,
     recipe: Mapping[str, Any],
     options: StoreOptions,
+    augment: AugmentConfig = NO_COPIES,
 ) -> Plan:
     """Lay out the store that `spec` makes of a source.
 
     `recipe` is what rebuilds the backbone for a live policy: {"name", "weights", "options"}; it goes to provenance.
+    Raises `UsageError` where augmented copies are asked of a backbone that reads more than pictures.
     """
     views = len(index.cameras)
+    if augment.copies:
+        require_augmentable(spec)
     features = {
-        name: FeatureInfo(
+        copy_name(name, copy): FeatureInfo(
             shape=(views, *feature.shape), dims=("view", *feature.dims), dtype=_dtype(feature.dtype, options.dtype)
         )
         for name, feature in spec.features.items()
+        for copy in range(augment.copies + 1)
     }
     steps = {
         name: StepInfo.build({"shape": step.shape, "dtype": step.dtype, "role": step.role, "names": step.names})
@@ -123,6 +129,7 @@ def make_plan(
                 "mapping": dict(index.mapping),
                 "cameras": list(index.cameras),
             },
+            **({"augment": augment.identity()} if augment.copies else {}),
         },
         tables={},
         provenance={

@@ -8,18 +8,22 @@ same batches as an uninterrupted one, and its files are equal byte for byte.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from vla.featurize.augment import NO_COPIES, AugmentConfig
 from vla.featurize.backbones.base import Backbone
 from vla.featurize.decode import Batch, Decoder, StageClock
 from vla.featurize.sources.base import Source
 from vla.stores.background import iterate_ahead
+from vla.stores.manifest import copy_name
 from vla.stores.tables import EpisodeTable
 from vla.stores.unit_buffer import UnitBuffer
 from vla.stores.writer import StoreWriter
@@ -28,6 +32,8 @@ AHEAD = 2
 """Batches waiting for the network: enough to hide decoding, too few to hoard memory."""
 
 Progress = Callable[[int, int], None]
+Features = list[dict[str, torch.Tensor]]
+"""What the network made of the parts of a batch, on its device."""
 
 
 @dataclass
@@ -64,40 +70,40 @@ def featurize(
     batch_size: int = 16,
     skip_bad: bool = False,
     pin: bool = False,
+    augment: AugmentConfig = NO_COPIES,
     progress: Progress = lambda done, total: None,
 ) -> RunReport:
     """Compute and commit every pending unit of a store.
 
-    `batch_size` counts time steps; `pin` keeps batches in page-locked memory, for an accelerator. With `skip_bad`, an
-    episode whose frames or steps cannot be read is left out and named in the commit; without it the run ends with the
-    `SourceError`. Units committed so far stay committed whatever happens. `progress` is called with frames done and
-    frames in all.
+    `batch_size` counts time steps; `augment` is what the store was planned with, and each of its copies of a frame is a
+    time step more; `pin` keeps batches in page-locked memory, for an accelerator. With `skip_bad`, an episode whose
+    frames or steps cannot be read is left out and named in the commit; without it the run ends with the `SourceError`.
+    Units committed so far stay committed whatever happens. `progress` is called with frames done and frames in all.
     """
     report, clock = RunReport(), StageClock()
     pending = writer.pending()
     total = sum(len(writer.manifest.unit_range(unit)) for unit in pending)
-    decoder = Decoder(
-        source, backbone, writer, episodes, batch_size=batch_size, skip_bad=skip_bad, clock=clock, pin=pin
-    )
+    how: Any = {"batch_size": batch_size, "skip_bad": skip_bad, "augment": augment, "clock": clock, "pin": pin}
+    decoder = Decoder(source, backbone, writer, episodes, **how)
     began = time.perf_counter()
     ahead = closing(iterate_ahead(decoder.batches(pending), AHEAD))
 
-    def take(batch: Batch, features: Mapping[str, torch.Tensor]) -> None:
+    def take(batch: Batch, features: Features) -> None:
         with clock.busy("encode"):  # where the device works, this is where its work is waited for
-            arrays = {name: values.cpu().numpy() for name, values in features.items()}
+            arrays = _by_copy(features, augment.copies)
         with clock.busy("copy"):
             batch.buffer.put(batch.row, arrays)
-        report.frames += len(next(iter(arrays.values())))
+        report.frames += batch.frames
         progress(report.frames, total)
 
     with ThreadPoolExecutor(1, thread_name_prefix="vla-commit") as committer, ahead as batches:
         committing: Future[None] | None = None
-        awaited: tuple[Batch, Mapping[str, torch.Tensor]] | None = None
+        awaited: tuple[Batch, Features] | None = None
         for batch in batches:
-            features: Mapping[str, torch.Tensor] = {}
+            features: Features = []
             if batch.images is not None:  # begun before the last one is waited for: a device never idles in between
                 with clock.busy("encode"):
-                    features = backbone.encode(batch.images)
+                    features = _encode(backbone, batch.images, batch_size)
             if awaited is not None:
                 take(*awaited)
             awaited = (batch, features) if batch.images is not None else None
@@ -113,6 +119,18 @@ def featurize(
     report.seconds = time.perf_counter() - began
     report.busy = {stage: seconds / max(report.seconds, 1e-9) for stage, seconds in clock.seconds.items()}
     return report
+
+
+def _encode(backbone: Backbone, images: torch.Tensor, batch_size: int) -> Features:
+    """Run the network; one frame with its copies may be more time steps than it is to be given at once."""
+    return [backbone.encode(images[at : at + batch_size]) for at in range(0, len(images), batch_size)]
+
+
+def _by_copy(parts: Features, copies: int) -> dict[str, NDArray[Any]]:
+    """Return every array of the store, [frames, V, *shape], of frames with their copies behind them."""
+    arrays = {name: np.concatenate([part[name].cpu().numpy() for part in parts]) for name in parts[0]}
+    by_copy = {name: values.reshape(-1, copies + 1, *values.shape[1:]) for name, values in arrays.items()}
+    return {copy_name(name, copy): values[:, copy] for name, values in by_copy.items() for copy in range(copies + 1)}
 
 
 def _commit(writer: StoreWriter, buffer: UnitBuffer, clock: StageClock) -> None:

@@ -38,6 +38,8 @@ class DataConfig(Settings):
     `shuffle`: "global" draws batches from all of the store, "blocks" from random places of it, which reads a store that
     exceeds memory far faster (vla.stores.shuffle); "auto" decides by the memory, and checkpoints keep its decision.
     `remote`: how stores on object stores are reached and cached.
+    `augment`: training batches draw each window from the plain features or from one of the augmented copies beside them
+    (`vla featurize --augment`), where a store has any; all else reads plain features.
     """
 
     stores: tuple[str, ...]
@@ -47,6 +49,7 @@ class DataConfig(Settings):
     split_seed: int = 0
     verify: Verify = "first"
     shuffle: Literal["auto", "global", "blocks"] = "auto"
+    augment: bool = True
     allow_partial: bool = False
     random_weights: bool = False
     remote: RemoteOptions = RemoteOptions()
@@ -54,7 +57,10 @@ class DataConfig(Settings):
 
 @dataclass(frozen=True)
 class HeadData:
-    """Opened stores and the split. `training` and `validation` are episode positions, int64."""
+    """Opened stores and the split. `training` and `validation` are episode positions, int64.
+
+    `copies`: K, how many augmented copies training draws from; 0 where there are none, or none are wanted.
+    """
 
     config: DataConfig
     stores: JoinedStores
@@ -63,6 +69,7 @@ class HeadData:
     state: tuple[str, ...]
     training: NDArray[np.int64]
     validation: NDArray[np.int64]
+    copies: int = 0
 
     def rows(self, episodes: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return all rows of some episodes, in order."""
@@ -80,8 +87,10 @@ class HeadData:
         columns = [self.stores.first.steps(name)[rows].reshape(len(rows), -1) for name in self.state]
         return np.concatenate([np.empty((len(rows), 0)), *columns], axis=1).astype(np.float32)
 
-    def batches(self, episodes: NDArray[np.int64], window: WindowSpec, batch_size: int, *, pin: bool) -> TensorBatches:
-        """Return batches over all windows of some episodes."""
+    def batches(
+        self, episodes: NDArray[np.int64], window: WindowSpec, batch_size: int, *, pin: bool, augment: bool = False
+    ) -> TensorBatches:
+        """Return batches over all windows of some episodes; with `augment`, shuffled ones draw from the copies."""
         index = WindowIndex(self.stores.first.episodes, episodes, window)
         batches = WindowBatches(
             self.stores,
@@ -93,6 +102,7 @@ class HeadData:
             verify=self.config.verify,
             allocate=_allocate_pinned if pin else np.empty,
             shuffle="blocks" if self.config.shuffle == "blocks" else "global",
+            copies=self.copies if augment else 0,
         )
         dtypes = {name: self.stores.feature_info(name).dtype for name in self.features}
         return TensorBatches(batches, self.state, dtypes)
@@ -171,16 +181,20 @@ def open_data(config: DataConfig) -> HeadData:
         features={name: _feature_io(stores, name) for name in features},
         tasks=first.episodes.tasks,
     )
+    copies = stores.copies(features) if config.augment else 0
     if config.shuffle == "auto":
-        config = config.model_copy(update={"shuffle": _shuffle_for(stores, features)})
-    data = HeadData(config, stores, io, features, state, training, validation)
+        config = config.model_copy(update={"shuffle": _shuffle_for(stores, features, copies)})
+    data = HeadData(config, stores, io, features, state, training, validation, copies)
     if not np.isfinite(data.actions(np.flatnonzero(stores.usable))).all():
         raise DataError(f"{first.place} holds actions that are not finite", fix=f"vla verify {first.place}")
     return data
 
 
-def _shuffle_for(stores: JoinedStores, features: tuple[str, ...]) -> Shuffle:
-    size = stores.first.manifest.rows * sum(stores.feature_info(name).row_bytes for name in features)
+def _shuffle_for(stores: JoinedStores, features: tuple[str, ...], copies: int) -> Shuffle:
+    size = 0
+    for name in features:
+        arrays = 1 + min(copies, stores.stores[stores.owner[name]].manifest.copies)
+        size += stores.first.manifest.rows * stores.feature_info(name).row_bytes * arrays
     return "blocks" if size > CACHE_SHARE * memory_limit() else "global"
 
 

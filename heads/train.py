@@ -56,7 +56,7 @@ def train_head(
         prepare_head(model, data)
     seed_everything(config.train.seed)
     pin = config.train.device != "cpu" and torch.cuda.is_available()
-    batches = data.batches(data.training, model.config.window, config.train.batch_size, pin=pin)
+    batches = data.batches(data.training, model.config.window, config.train.batch_size, pin=pin, augment=True)
 
     def stream(first: int, stride: int) -> Iterator[Batch]:
         shuffled = batches.shuffled(config.train.seed, first)

@@ -4,6 +4,11 @@ Which windows make up batch k is a function of (seed, k) alone: the stream of wi
 after another, cut into batches of equal size, so that training resumes at any batch and repeats exactly. The order is a
 permutation, or, where a store exceeds memory, a block shuffle (shuffle.py).
 
+Where augmented copies are drawn, each window takes one of copies 0 (the plain feature) to K, uniformly, the same for
+all of its frames and features, by a generator that is a function of (seed, epoch); under a block shuffle the windows of
+a block share the draw of an epoch, so that a block is still read from end to end. The windows of a batch stand in the
+order of their copies: each array is read by one call, straight into the batch.
+
 Rows are announced to the kernel a batch or a pool of blocks ahead, so that the disk works while this thread copies.
 """
 
@@ -18,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.stores.background import iterate_ahead
-from vla.stores.join import JoinedReader, JoinedStores
+from vla.stores.copies import RowReader
+from vla.stores.join import JoinedStores
 from vla.stores.readahead import Readahead
 from vla.stores.reader import Verify
 from vla.stores.shuffle import BlockOrder, Blocks
@@ -26,8 +32,11 @@ from vla.stores.windows import WindowIndex
 
 Shuffle = Literal["global", "blocks"]
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
-_Choice = tuple[NDArray[np.int64], NDArray[np.int64]]
-"""The windows [B] of a batch, and the rows [n] to announce before they are read."""
+_Draw = tuple[NDArray[np.int64], NDArray[np.uint8]]
+"""The windows [B] of a batch, and the copy of each [B]; 0 is the plain feature."""
+
+_Choice = tuple[_Draw, NDArray[np.int64]]
+"""A batch, and the places [n] (see copies.py) to announce before they are read."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +62,13 @@ class WindowBatches:
 
     `obs_steps` and `action_steps` name the step arrays to gather; they are held in memory (a million frames of a
     14-d action are 56 MB), features are read from disk. `allocate` makes the ring's buffers (pinned, for a GPU).
-    `shuffle`: "blocks" for stores that exceed memory, see shuffle.py.
+    `shuffle`: "blocks" for stores that exceed memory, see shuffle.py. `copies`: K, as `stores.copies(features)` says,
+    to draw augmented copies in `shuffled`; `in_order` reads plain features whatever it is.
     """
 
     _blocks: Blocks | None = None
-    _cached: tuple[int, int, NDArray[np.int64] | BlockOrder] | None = None
+    _copies = 0
+    _cached: tuple[int, int, NDArray[np.int64] | BlockOrder, NDArray[np.uint8]] | None = None
 
     def __init__(
         self,
@@ -71,9 +82,10 @@ class WindowBatches:
         verify: Verify = "first",
         allocate: Allocate = np.empty,
         shuffle: Shuffle = "global",
+        copies: int = 0,
     ) -> None:
         self._stores, self.index, self.batch_size = stores, index, batch_size
-        self._features, self._verify, self._allocate = features, verify, allocate
+        self._features, self._verify, self._allocate, self._copies = features, verify, allocate, copies
         self._obs_steps = {name: stores.first.steps(name) for name in obs_steps}
         self._action_steps = {name: stores.first.steps(name) for name in action_steps}
         if shuffle == "blocks":
@@ -90,23 +102,29 @@ class WindowBatches:
         count = len(self.index)
         parts = (np.arange(at, min(at + self.batch_size, count)) for at in range(0, count, self.batch_size))
         # The kernel sees by itself that a file is read from end to end.
-        chosen = ((windows, np.empty(0, np.int64)) for windows in parts)
+        chosen = (((windows, np.zeros(len(windows), np.uint8)), np.empty(0, np.int64)) for windows in parts)
         return self._prefetched(chosen, depth)
 
     def windows_of_batch(self, seed: int, number: int) -> NDArray[np.int64]:
         """Return the windows [B] of batch `number` of the shuffled stream."""
+        return self.draw_of_batch(seed, number)[0]
+
+    def draw_of_batch(self, seed: int, number: int) -> _Draw:
+        """Return the windows [B] of batch `number` and the copy that each is read from [B], in ascending order."""
         count, first = len(self.index), number * self.batch_size
-        parts = []
+        windows, copies = [], []
         for epoch in range(first // count, (first + self.batch_size - 1) // count + 1):
             at = first - epoch * count
-            parts.append(self._epoch(seed, epoch)[max(at, 0) : at + self.batch_size])
-        return np.concatenate(parts)
+            order, drawn = self._epoch(seed, epoch)
+            every = order.windows if isinstance(order, BlockOrder) else order
+            windows.append(every[max(at, 0) : at + self.batch_size])
+            copies.append(drawn[windows[-1]])
+        chosen, of = np.concatenate(windows), np.concatenate(copies)
+        by_copy = np.argsort(of, kind="stable")
+        return chosen[by_copy], of[by_copy]
 
-    def _epoch(self, seed: int, epoch: int) -> NDArray[np.int64]:
-        order = self._order(seed, epoch)
-        return order.windows if isinstance(order, BlockOrder) else order
-
-    def _order(self, seed: int, epoch: int) -> NDArray[np.int64] | BlockOrder:
+    def _epoch(self, seed: int, epoch: int) -> tuple[NDArray[np.int64] | BlockOrder, NDArray[np.uint8]]:
+        """Return the order of an epoch, and the copy that each window [N] is read from in it."""
         cached = self._cached
         if cached is None or cached[:2] != (seed, epoch):
             order: NDArray[np.int64] | BlockOrder
@@ -114,33 +132,45 @@ class WindowBatches:
                 order = self._blocks.order(seed, epoch)
             else:
                 order = np.random.default_rng([seed, epoch]).permutation(len(self.index))
-            cached = self._cached = (seed, epoch, order)
-        return cached[2]
+            cached = self._cached = (seed, epoch, order, self._drawn(seed, epoch))
+        return cached[2:]
+
+    def _drawn(self, seed: int, epoch: int) -> NDArray[np.uint8]:
+        if not self._copies:
+            return np.zeros(len(self.index), np.uint8)
+        draws = len(self.index) if self._blocks is None else len(self._blocks)
+        # The 1 tells this generator from the one that shuffles.
+        drawn = np.random.default_rng([seed, epoch, 1]).integers(0, self._copies + 1, draws, np.uint8)
+        return drawn if self._blocks is None else drawn[self._blocks.of_window]
 
     def _choose(self, seed: int, start: int) -> Iterator[_Choice]:
-        """Yield batches from `start` on, each with the rows of the next one."""
-        windows = self.windows_of_batch(seed, start)
-        soon = self._observed(windows)
+        """Yield batches from `start` on, each with the places of the next one."""
+        draw = self.draw_of_batch(seed, start)
+        soon = self._places(draw)
         for number in itertools.count(start + 1):
-            following = self.windows_of_batch(seed, number)
-            yield windows, np.concatenate([soon, self._observed(following)])
-            windows, soon = following, np.empty(0, np.int64)
+            following = self.draw_of_batch(seed, number)
+            yield draw, np.concatenate([soon, self._places(following)])
+            draw, soon = following, np.empty(0, np.int64)
 
     def _choose_blocks(self, seed: int, start: int) -> Iterator[_Choice]:
-        """Yield batches from `start` on, each with the rows of the blocks that fall due."""
+        """Yield batches from `start` on, each with the places of the blocks that fall due."""
         assert self._blocks is not None
         reached, done = -1, None
         for number in itertools.count(start):
-            windows = self.windows_of_batch(seed, number)
+            draw = self.draw_of_batch(seed, number)
             epoch, at = divmod(number * self.batch_size, len(self.index))
-            order = self._order(seed, epoch)
+            order, drawn = self._epoch(seed, epoch)
             assert isinstance(order, BlockOrder)
             blocks, done = order.due(at, self.batch_size, done if epoch == reached else None)
             reached = epoch
-            yield windows, self._observed(self._blocks.windows(blocks))
+            windows = self._blocks.windows(blocks)
+            yield draw, self._places((windows, drawn[windows]))
 
-    def _observed(self, windows: NDArray[np.int64]) -> NDArray[np.int64]:
-        return self.index.rows(windows).obs.reshape(-1)
+    def _places(self, draw: _Draw) -> NDArray[np.int64]:
+        """Return the places of the observations of windows [B], int64 [B * n_obs]."""
+        windows, copies = draw
+        offset = copies.astype(np.int64) * self._stores.first.manifest.rows
+        return (self.index.rows(windows).obs + offset[:, None]).reshape(-1)
 
     def _prefetched(self, chosen: Iterator[_Choice], depth: int) -> Iterator[WindowBatch]:
         return iterate_ahead(self._batches(chosen, depth + 2), depth)
@@ -148,13 +178,14 @@ class WindowBatches:
     def _batches(self, chosen: Iterator[_Choice], buffers: int) -> Iterator[WindowBatch]:
         # One buffer is being filled, `depth` wait in the queue, one is in the consumer's hands: depth + 2 suffice.
         ring = itertools.cycle([self._buffers() for _ in range(buffers)])
-        readers = {name: self._stores.reader(name, self._verify) for name in self._features}
-        rows = self._stores.first.manifest.rows
-        readahead = Readahead(readers.values(), rows, again=self._blocks is not None)
+        reader_of = self._stores.place_reader if self._copies else self._stores.reader
+        readers: dict[str, RowReader] = {name: reader_of(name, self._verify) for name in self._features}
+        places = self._stores.first.manifest.rows * (self._copies + 1)
+        readahead = Readahead(readers.values(), places, again=self._blocks is not None)
         try:
-            for windows, soon in chosen:
+            for draw, soon in chosen:
                 readahead.announce(soon)
-                yield self._fill(windows, next(ring), readers)
+                yield self._fill(draw, next(ring), readers)
         finally:
             readahead.close()
             for reader in readers.values():
@@ -168,17 +199,15 @@ class WindowBatches:
             buffers[name] = self._allocate((size * spec.n_obs, *info.shape), info.stored)
         return buffers
 
-    def _fill(
-        self, windows: NDArray[np.int64], buffers: dict[str, NDArray[Any]], readers: dict[str, JoinedReader]
-    ) -> WindowBatch:
-        rows = self.index.rows(windows)
+    def _fill(self, draw: _Draw, buffers: dict[str, NDArray[Any]], readers: dict[str, RowReader]) -> WindowBatch:
+        rows, places = self.index.rows(draw[0]), self._places(draw)
         count, n_obs = rows.obs.shape
         features, scales = {}, {}
         for name, reader in readers.items():
             out = buffers[name][: count * n_obs]
-            reader.read(rows.obs.reshape(-1), out)
+            reader.read(places, out)
             features[name] = out.reshape(count, n_obs, *out.shape[1:])
-            factors = reader.scales(rows.obs.reshape(-1))
+            factors = reader.scales(places)
             if factors is not None:
                 scales[name] = factors.reshape(count, n_obs, -1)
         return WindowBatch(

@@ -26,8 +26,9 @@ def describe(root: Path | str) -> dict[str, Any]:
         "tasks": list(store.episodes.tasks),
         "features": {
             name: {"shape": list(info.shape), "dims": list(info.dims), "dtype": info.dtype, "bytes": info.row_bytes}
-            for name, info in manifest.features.items()
+            for name, info in manifest.plain.items()
         },
+        "augment": manifest.augment or None,
         "steps": {name: {"shape": list(step.shape), "role": step.role} for name, step in manifest.steps.items()},
         "bytes": sizes,
         "backbone": manifest.fingerprint.get("backbone"),

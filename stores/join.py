@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vla.stores.copies import PlaceReader
 from vla.stores.errors import DataError, FingerprintError, UsageError
-from vla.stores.manifest import FeatureInfo
+from vla.stores.fingerprint import require_equal
+from vla.stores.manifest import FeatureInfo, copy_name
 from vla.stores.reader import FeatureReader, Verify
 from vla.stores.store import Store
 
@@ -19,8 +21,9 @@ from vla.stores.store import Store
 class JoinedStores:
     """One or more stores of the same demonstrations. Rows, episodes and steps are those of the first.
 
-    `owner[feature]` is the position of the store that holds it; `row_maps[i]` int64 [rows] takes rows of the first
-    store to rows of store i (-1 where it has none). `usable` marks the episodes that every store can serve.
+    `owner[feature]` is the position of the store that holds it (its augmented copies are not named here); `row_maps[i]`
+    int64 [rows] takes rows of the first store to rows of store i (-1 where it has none). `usable` marks the episodes
+    that every store can serve.
     """
 
     stores: tuple[Store, ...]
@@ -39,14 +42,38 @@ class JoinedStores:
             raise UsageError(f"no store has feature {feature!r}", expected=f"one of {', '.join(sorted(self.owner))}")
         return self.stores[self.owner[feature]].feature_info(feature)
 
-    def reader(self, feature: str, verify: Verify = "first") -> JoinedReader:
-        """Return a reader that takes rows of the first store."""
+    def copies(self, features: Iterable[str]) -> int:
+        """Return K, how many augmented copies those of the features have that have any; 0 where none has.
+
+        Raises `FingerprintError` where two stores were augmented differently: copy k of the one would not show the
+        picture that copy k of the other shows.
+        """
+        held = [self.stores[position] for position in sorted({self.owner[name] for name in features})]
+        augmented = [store for store in held if store.manifest.copies]
+        for other in augmented[1:]:
+            require_equal(
+                other.manifest.augment,
+                augmented[0].manifest.augment,
+                what=f"the augmentation of {other.root} beside {augmented[0].root}",
+                fix="stores of one --augment, or --set data.augment=false",
+            )
+        return augmented[0].manifest.copies if augmented else 0
+
+    def reader(self, feature: str, verify: Verify = "first", copy: int = 0) -> JoinedReader:
+        """Return a reader of a feature, or of one of its augmented copies, that takes rows of the first store."""
         self.feature_info(feature)
-        position = self.owner[feature]
+        position, array = self.owner[feature], copy_name(feature, copy)
         mapped, store = self.row_maps[position] if position else None, self.stores[position]
-        scales = store.scales(feature)
+        scales = store.scales(array)
         of_row = None if scales is None else RowScales(scales, store.manifest.unit_rows)
-        return JoinedReader(store.reader(feature, verify), mapped, of_row)
+        return JoinedReader(store.reader(array, verify), mapped, of_row)
+
+    def place_reader(self, feature: str, verify: Verify = "first") -> PlaceReader:
+        """Return a reader of a feature and its augmented copies by places of the first store (see copies.py)."""
+        self.feature_info(feature)
+        copies = self.stores[self.owner[feature]].manifest.copies
+        readers = [self.reader(feature, verify, copy) for copy in range(copies + 1)]
+        return PlaceReader(readers, self.first.manifest.rows)
 
 
 @dataclass(frozen=True)
@@ -80,6 +107,10 @@ class JoinedReader:
         """See `FeatureReader.extents`."""
         return self._reader.extents(rows if self._row_map is None else np.sort(self._row_map[rows]))
 
+    def limit_files(self, count: int) -> None:
+        """Hold at most `count` files open."""
+        self._reader.max_open = count
+
     def close(self) -> None:
         """Close all files."""
         self._reader.close()
@@ -98,7 +129,7 @@ def join_stores(stores: Sequence[Store]) -> JoinedStores:
     for position, store in enumerate(stores):
         if position:
             _require_same_source(first, store)
-        for feature in store.manifest.features:
+        for feature in store.manifest.plain:
             if feature in owner:
                 other = stores[owner[feature]].place
                 raise UsageError(f"{other} and {store.place} both hold {feature!r}", expected="different features")

@@ -36,6 +36,15 @@ FormatName = Literal["zarr", "h5"]
 Compression = Literal["none", "zstd"]
 
 
+MAX_COPIES = 255
+"""Augmented copies of a row: which one is drawn is kept as a uint8."""
+
+
+def copy_name(feature: str, copy: int) -> str:
+    """Return the array that holds augmented copy 1, 2, … of a feature; copy 0 is the feature itself."""
+    return f"{feature}.aug{copy}" if copy else feature
+
+
 _UNSAID = (("format", "zarr"), ("compression", "none"))
 
 
@@ -109,6 +118,23 @@ class Manifest(Settings):
         return sum(info.row_bytes for info in self.features.values())
 
     @property
+    def augment(self) -> dict[str, Any]:
+        """How the augmented copies were made, part of the fingerprint; empty where there are none."""
+        return dict(self.fingerprint.get("augment", {}))
+
+    @property
+    def copies(self) -> int:
+        """How many augmented copies stand beside every feature, K arrays of its shape and dtype (`copy_name`)."""
+        return int(self.augment.get("copies", 0))
+
+    @property
+    def plain(self) -> dict[str, FeatureInfo]:
+        """The features without their augmented copies."""
+        numbers = range(1, self.copies + 1)
+        copies = {copy_name(name, number) for name in self.features for number in numbers}
+        return {name: info for name, info in self.features.items() if name not in copies}
+
+    @property
     def random_weights(self) -> bool:
         """Whether the backbone's weights were random: such features test a pipeline, never a policy."""
         return bool(self.provenance.get("random_weights", False))
@@ -161,6 +187,18 @@ class Manifest(Settings):
             shape = feature.shape
             if feature.row_bytes > MAX_ROW_BYTES or len(shape) != len(feature.dims) or min(shape, default=0) < 1:
                 raise StoreError(f"{path}: feature {name!r} declares shape {shape}, dims {feature.dims}")
+        self._require_copies(path)
         for name, step in self.steps.items():
             if min(step.shape, default=1) < 1 or 8 * math.prod(step.shape) > MAX_ROW_BYTES:
                 raise StoreError(f"{path}: steps {name!r} declare shape {step.shape}")
+
+    def _require_copies(self, path: Path) -> None:
+        record = self.fingerprint.get("augment", {"copies": 0})
+        copies = record.get("copies") if isinstance(record, Mapping) else None
+        if type(copies) is not int or not 0 <= copies <= MAX_COPIES:
+            raise StoreError(f"{path} declares {copies!r} augmented copies", expected=f"0 to {MAX_COPIES}")
+        for name, info in self.plain.items():
+            for number in range(1, copies + 1):
+                of = self.features.get(copy_name(name, number))
+                if of is None or (of.shape, of.dtype) != (info.shape, info.dtype):
+                    raise StoreError(f"{path} lacks {copy_name(name, number)!r}", expected=f"an array like {name!r}")

@@ -37,7 +37,7 @@ class FeatureReader:
     """Rows of one feature. One reader a thread; it does not survive `fork` (checked) and is not pickled.
 
     `verify`: compare each row's crc32c with the commit the first time it is read (`first`), on every read (`always`),
-    or not at all (`never`).
+    or not at all (`never`). At most `max_open` files are held open: fewer where many readers run side by side.
     """
 
     def __init__(self, root: Path, manifest: Manifest, commits: dict[int, Commit], name: str, verify: Verify) -> None:
@@ -52,7 +52,7 @@ class FeatureReader:
         self._verified = np.zeros(manifest.rows, bool)
         self._files: OrderedDict[int, int] = OrderedDict()
         self._scratch = memoryview(bytearray(CRC_BYTES))
-        self._pid = os.getpid()
+        self._pid, self.max_open = os.getpid(), MAX_OPEN_FILES
 
     def read(self, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
         """Fill `out` [n, *shape] (C-contiguous, the feature's stored dtype) with the given store rows [n].
@@ -137,7 +137,7 @@ class FeatureReader:
         descriptor = self._files.get(unit)
         if descriptor is None:
             path = self._path(unit)
-            if len(self._files) >= MAX_OPEN_FILES:
+            if len(self._files) >= self.max_open:
                 os.close(self._files.popitem(last=False)[1])
             if not path.is_file():  # opening a pipe would wait for ever
                 raise self._corrupt(unit, "is missing")

@@ -54,13 +54,19 @@ class Blocks:
         rows = min(max(BLOCK_BYTES // max(row_bytes, 1), 1), unit_rows)
         per_unit = -(-unit_rows // rows)
         found = row // unit_rows * per_unit + row % unit_rows // rows
-        numbers, self._block = np.unique(found, return_inverse=True)
+        numbers, inverse = np.unique(found, return_inverse=True)
+        self._block: NDArray[np.int64] = inverse
         self._count = np.bincount(self._block, minlength=len(numbers))
         self._by_block = np.argsort(self._block, kind="stable")
         self._start = np.cumsum(self._count) - self._count
 
     def __len__(self) -> int:
         return len(self._count)
+
+    @property
+    def of_window(self) -> NDArray[np.int64]:
+        """The block of each window, int64 [N]."""
+        return self._block
 
     def windows(self, blocks: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the windows of some blocks, block by block."""

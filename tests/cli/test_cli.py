@@ -52,9 +52,19 @@ def test_featurize_train_evaluate_end_to_end_with_json_alone_on_stdout(store: Pa
     assert error["step"] == 3
 
 
+def test_augment_is_short_for_its_setting_and_shows_in_the_plan(tmp_path: Path) -> None:
+    begin = ("featurize", "--backbone", "toy", "--source", SOURCE, "--out", tmp_path, "--dry-run", "--json")
+    short = json.loads(vla(*begin, "--augment", 2).stdout)
+    assert list(short["features"]) == ["grid", "grid.aug1", "grid.aug2"]
+    assert short == json.loads(vla(*begin, "--set", "augment.copies=2").stdout)
+    plain = json.loads(vla(*begin).stdout)
+    assert 2.5 * plain["bytes"] < short["bytes"] < 3 * plain["bytes"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
+        (["featurize", "--backbone", "toy", "--source", SOURCE, "--augment", "-1"], 2, "augment.copies = -1"),
         (["featurize", "--backbone", "tyo", "--source", SOURCE], 2, "did you mean 'toy'"),
         (["featurize", "--backbone", "toy", "--source", "/nonexistent"], 3, "does not exist"),
         (
