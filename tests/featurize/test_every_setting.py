@@ -61,6 +61,7 @@ CONFIG: dict[str, Row] = {
     "batch_size": Row("neutral", ("batch_size=3",)),
     "device": Row("neutral", ("device=cpu",)),
     "remote": Row("neutral", ("remote.threads=2",)),
+    "augment": Row("features", ("augment.copies=1",), "augment"),
     "threads": Row("neutral", ("threads=1",)),
 }
 STORE: dict[str, Row] = {
