@@ -26,9 +26,17 @@ RESAMPLING = {
 def resize_square(image: Image, size: int, resample: Filter) -> torch.Tensor:
     """Resize [H, W, 3] uint8 to [3, size, size] float32 in 0..255 (whole numbers: Pillow rounds to uint8).
 
+    Raises what `resize_exact` raises.
+    """
+    return resize_exact(image, size, size, resample)
+
+
+def resize_exact(image: Image, height: int, width: int, resample: Filter) -> torch.Tensor:
+    """Resize [H, W, 3] uint8 to [3, height, width] float32 in 0..255 (whole numbers).
+
     Raises `DataError` for anything but a non-empty uint8 RGB picture: a float picture in 0..1 would turn black.
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or image.size == 0:
         raise DataError(f"a picture of shape {image.shape}, {image.dtype}", expected="[H, W, 3] uint8, RGB")
-    resized = Picture.fromarray(image).resize((size, size), RESAMPLING[resample])
+    resized = Picture.fromarray(image).resize((width, height), RESAMPLING[resample])
     return torch.from_numpy(np.array(resized, dtype=np.float32).transpose(2, 0, 1).copy())
