@@ -424,6 +424,7 @@ def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
     _log().print(
         f"{plan['out']}: {plan['episodes']} episodes, {plan['frames']} frames x {plan['views']} views -> {features}; "
         f"{plan['units']} units of {plan['unit_rows']} frames, {plan['bytes'] / 2**20:.1f} MiB in {plan['files']} files"
+        f"; weights: {plan['weights_licence']}"
     )
 
 

@@ -67,6 +67,7 @@ class Plan:
             "bytes": self.bytes,
             "files": self.files,
             "skipped_episodes": self.skipped,
+            "weights_licence": manifest.provenance["weights_licence"],
         }
 
 

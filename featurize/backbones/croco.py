@@ -60,6 +60,10 @@ DECODER = ("decoder_embed", "dec_blocks", "dec_norm", "prediction_head", "mask_t
 """Parts that no feature depends on: deleted once the file was found to be whole."""
 
 
+MAX_SIZE = 8192
+"""Of any number in `croco_kwargs` (the published: at most 1024): a file cannot keep us building layers for ever."""
+
+
 class CrocoSettings(Settings):
     """`checkout`: folder of the repository. `any_commit`: take a commit that was not tried, or changed files.
 
@@ -186,4 +190,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
         raise DataError(f"{path} has no croco_kwargs", expected="a published CroCo v2 file")
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise DataError(f"{path} has no state dict 'model'", expected="a published CroCo v2 file")
+    huge = [f"{name}={value}" for name, value in kwargs.items() if isinstance(value, int | float) and value > MAX_SIZE]
+    if huge:
+        raise DataError(f"{path}: croco_kwargs {', '.join(huge)}", expected=f"at most {MAX_SIZE}")
     return kwargs, tensors
