@@ -100,12 +100,12 @@ class Checkout:
         package, finder = self.repository.package, _Finder(self.repository, self.folder)
         with _importing:
             precision, before = torch.get_float32_matmul_precision(), _take(package)
-            sys.meta_path.insert(0, finder)  # type: ignore[arg-type]  # a finder needs no more than find_spec
+            sys.meta_path.insert(0, finder)
             try:
                 with redirect_stdout(io.StringIO()):
                     yield self._load
             finally:
-                sys.meta_path.remove(finder)  # type: ignore[arg-type]
+                sys.meta_path.remove(finder)
                 _take(package)
                 sys.modules.update(before)
                 torch.set_float32_matmul_precision(precision)

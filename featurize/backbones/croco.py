@@ -134,11 +134,11 @@ class Croco:
         """Turn [B, V, 3, 224, 224] into {"croco": [B, V, y, x, channel]} float32."""
         with frozen_inference(self.device):
             tokens, _, _ = self._network._encode_image(images.flatten(0, 1).to(self.device), do_mask=False)
-            grids: torch.Tensor = tokens.unflatten(1, self._grid)
+            grids: torch.Tensor = tokens.reshape(len(tokens), *self._grid, -1)
             if self.settings.pool is not None:
                 maps = grids.permute(0, 3, 1, 2)
                 grids = functional.adaptive_avg_pool2d(maps, self.settings.pool).permute(0, 2, 3, 1)
-            return {"croco": grids.unflatten(0, images.shape[:2]).contiguous()}
+            return {"croco": grids.reshape(*images.shape[:2], *grids.shape[1:]).contiguous()}
 
     def to(self, device: torch.device) -> None:
         """See `Backbone.to`."""

@@ -10,7 +10,7 @@ With no context, the default, a scene is the one time step, and features depend 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field, field_validator
@@ -27,8 +27,8 @@ from vla.stores.errors import UsageError
 from vla.stores.settings import Settings
 
 SCENE_PIXELS = {"cpu": 2 * 518 * 518, "cuda": 16 * 518 * 518}
-"""Input pixels of one forward pass, at least one scene: the outputs of all 24 layers stay until its end, 270 MB for each
-picture of 518 px."""
+"""Input pixels of one forward pass, at least one scene: the outputs of all 24 layers stay until its end, 270 MB for
+each picture of 518 px."""
 
 CODE_LICENCE = "VGGT License v1 (July 29, 2025)"
 
@@ -125,15 +125,16 @@ class Vggt:
         """Turn [B, V, 3, h, w], or [B, C + 1, V, 3, h, w] with a context, into {"vggt": [B, V, y, x, channel]}."""
         settings = self.settings
         windows = images if settings.context else images[:, None]
-        batch, frames, cameras = windows.shape[:3]
+        batch, frames, cameras, *picture = windows.shape
         if settings.views not in (1, cameras):
             raise UsageError(f"a scene of {settings.views} views of {cameras} cameras", fix=f"views=1 or {cameras}")
         # [B, V / views scenes, frames, views, ...]: the cameras of a time step stay together, time steps in order.
-        scenes = windows.unflatten(2, (-1, settings.views)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+        grouped = windows.reshape(batch, frames, -1, settings.views, *picture).transpose(1, 2)
+        scenes = grouped.reshape(-1, frames * settings.views, *picture)
         pixels = SCENE_PIXELS.get(self.device.type, SCENE_PIXELS["cpu"])
-        count = max(1, pixels // (scenes.shape[1] * scenes.shape[-1] * scenes.shape[-2]))
+        count = max(1, pixels // (scenes.shape[1] * picture[-1] * picture[-2]))
         with frozen_inference(self.device):
-            grids = torch.cat([self._grids(part.to(self.device)) for part in scenes.split(count)])
+            grids = torch.cat([self._grids(part.to(self.device)) for part in torch.split(scenes, count)])
             return {"vggt": grids.reshape(batch, cameras, *grids.shape[2:])}
 
     def to(self, device: torch.device) -> None:
@@ -146,11 +147,11 @@ class Vggt:
     def _grids(self, scenes: torch.Tensor) -> torch.Tensor:
         """Turn scenes [N, frames * views, 3, h, w] into grids [N, views, y, x, channel] of their last time step."""
         layers, first = self._network(scenes.contiguous())
-        tokens = layers[-1][:, -self.settings.views :, first:]
+        tokens: torch.Tensor = layers[-1][:, -self.settings.views :, first:]
+        count, views, _, channels = tokens.shape
         height, width = self.settings.height_width
-        grids: torch.Tensor = tokens.unflatten(2, (height // PATCH, width // PATCH))
-        if self.settings.pool is None:
-            return grids.contiguous()
-        flat = grids.flatten(0, 1).permute(0, 3, 1, 2)
-        pooled = functional.adaptive_avg_pool2d(flat, self.settings.pool).permute(0, 2, 3, 1)
-        return pooled.unflatten(0, grids.shape[:2]).contiguous()
+        grids = tokens.reshape(count * views, height // PATCH, width // PATCH, channels)
+        if self.settings.pool is not None:
+            maps = grids.permute(0, 3, 1, 2)
+            grids = functional.adaptive_avg_pool2d(maps, self.settings.pool).permute(0, 2, 3, 1)
+        return grids.reshape(count, views, *grids.shape[1:])

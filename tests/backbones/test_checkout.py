@@ -97,7 +97,9 @@ def test_another_repository_is_refused_whatever_is_allowed(repository: Repositor
 
 def test_another_commit_is_refused_naming_both_unless_any_is_allowed(clone: Clone, repository: Repository) -> None:
     folder = clone(OTHER)  # with the very same files: a commit that was not tried is a question to the user
-    with pytest.raises(DataError, match=f"at commit {OTHER}, which was not tried; expected lab/net at {TRIED}") as error:
+    with pytest.raises(
+        DataError, match=f"at commit {OTHER}, which was not tried; expected lab/net at {TRIED}"
+    ) as error:
         open_checkout(repository, str(folder))
     assert f"git -C {folder} checkout {TRIED}" in str(error.value)
     assert "--set options.any_commit=true" in str(error.value)
@@ -192,7 +194,7 @@ def test_a_module_that_is_not_installed_is_named_with_its_command(clone: Clone, 
     ):
         load(checkout, "models.needy")
     named = open_checkout(replace(repository, packages={"yaml_of_that_name": "that-yaml"}), str(clone()))
-    with pytest.raises(MachineError, match="Try: pip install that-yaml$"):
+    with pytest.raises(MachineError, match=r"Try: pip install that-yaml$"):
         load(named, "models.needy")
 
 

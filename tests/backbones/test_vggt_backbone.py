@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from vla.featurize.backbones.base import Backbone
 from vla.featurize.backbones.checkout import open_checkout
 from vla.featurize.backbones.registry import BACKBONES, load_backbone_class, make_backbone, missing
+from vla.featurize.backbones.vggt import SCENE_PIXELS
 from vla.featurize.backbones.vggt_network import REPOSITORY, TINY, Architecture, build
 from vla.featurize.job import FeaturizeConfig, prepare, rebuild_backbone, run
 from vla.featurize.sources.synthetic import SyntheticSource
@@ -218,6 +219,17 @@ def test_a_context_ends_at_its_frame_and_the_network_sees_it_oldest_first(views:
             assert_close(made[step, camera].flatten(0, 1), layers[-1][0, place, first:])
 
 
+def test_scenes_are_encoded_a_few_at_a_time_to_the_same_features(code: Code, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone: Any = code.make(context=1)
+    windows, sizes = scenes(3, 2, 2), []
+    together = encode(backbone, windows)
+    plain = backbone._grids
+    monkeypatch.setattr(backbone, "_grids", lambda part: sizes.append(len(part)) or plain(part))
+    monkeypatch.setitem(SCENE_PIXELS, "cpu", 9 * SIZE[0] * SIZE[1])
+    assert_close(encode(backbone, windows), together)
+    assert sizes == [4, 2], "9 pictures hold 4 scenes of 2"
+
+
 def test_the_past_matters_and_no_more_of_it_than_was_asked_for(code: Code) -> None:
     backbone, windows = code.make(context=1), scenes(1, 2, 1)
     changed = windows.clone()
@@ -328,7 +340,9 @@ def test_a_published_file_loads_as_pt_or_safetensors_and_from_its_folder(code: C
 def test_the_sizes_of_the_network_are_read_from_the_file(code: Code, tmp_path: Path) -> None:
     wide = Architecture(width=128, depth=2, heads=8, vision_depth=2)
     network = build(open_checkout(REPOSITORY, code.options["checkout"], any_commit=True), wide)
-    save_file({f"aggregator.{name}": values for name, values in network.state_dict().items()}, tmp_path / "m.safetensors")
+    save_file(
+        {f"aggregator.{name}": values for name, values in network.state_dict().items()}, tmp_path / "m.safetensors"
+    )
     spec = code.make(weights=str(tmp_path / "m.safetensors")).spec()
     assert spec.features["vggt"].shape == (*GRID, 256)
     assert spec.identity["network"] == {"name": "vggt", **wide._asdict()}
@@ -371,9 +385,7 @@ def test_without_weights_the_error_says_how_to_supply_them(code: Code) -> None:
         ("facebook/VGGT-1B-Commercial", "VGGT-1B-Commercial: commercial use allowed, gated"),
     ],
 )
-def test_a_cached_model_is_found_by_its_hub_id_and_its_licence_recorded(
-    model: str, licence: str, code: Code
-) -> None:
+def test_a_cached_model_is_found_by_its_hub_id_and_its_licence_recorded(model: str, licence: str, code: Code) -> None:
     entry = Path(huggingface_hub.constants.HF_HUB_CACHE) / f"models--{model.replace('/', '--')}"
     (entry / "snapshots" / ("0" * 40)).mkdir(parents=True)
     (entry / "refs").mkdir()

@@ -92,17 +92,17 @@ def test_the_published_sizes_are_those_that_they_build_by_themselves(
     assert sum(values.numel() for values in ours.values()) // 10**6 == 909
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "size"), [(480, 640, [392, 518]), (270, 480, [294, 518]), (64, 64, 518)]
-)
+def to_tensor(picture: Picture.Image) -> torch.Tensor:
+    return torch.from_numpy(np.array(picture).transpose(2, 0, 1).copy()).div(255)
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(480, 640, [392, 518]), (270, 480, [294, 518]), (64, 64, 518)])
 def test_pictures_equal_those_of_their_loader_where_it_crops_nothing(
     height: int, width: int, size: Any, upstream: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transforms = ModuleType("torchvision.transforms")
     # All that its loader takes of torchvision, which need not be here.
-    transforms.ToTensor = lambda: lambda picture: torch.from_numpy(  # type: ignore[attr-defined]
-        np.array(picture).transpose(2, 0, 1).copy()
-    ).div(255)
+    transforms.ToTensor = lambda: to_tensor  # type: ignore[attr-defined]
     package = ModuleType("torchvision")
     package.transforms = transforms  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torchvision", package)
