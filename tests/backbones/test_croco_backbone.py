@@ -263,6 +263,7 @@ def test_features_live_equal_those_cached(code: Code, tmp_path: Path) -> None:
         "batch_size": 2,
     }
     job = prepare(FeaturizeConfig.build(config))
+    assert job.plan.to_json()["weights_licence"] == LICENCE, "printed with the plan"
     run(job, tmp_path / "s")
     store = open_store(tmp_path / "s")
     assert store.manifest.provenance["weights_licence"] == LICENCE
