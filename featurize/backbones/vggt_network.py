@@ -24,6 +24,7 @@ from vla.featurize.backbones.weights import (
     find_file,
     load_strictly,
     read_tensors,
+    require_fit,
     require_keys,
 )
 from vla.stores.errors import DataError
@@ -107,8 +108,14 @@ def load_aggregator(checkout: Checkout, weights: str | None) -> Aggregator:
     path = _find(name)
     tensors = _aggregator_tensors(read_tensors(path), path)
     architecture = read_architecture(tensors, path)
-    network = build(checkout, architecture)
-    load_strictly(network, tensors, path)
+    with torch.device("meta"):  # drawing 909 million random numbers to overwrite them took minutes
+        network = build(checkout, architecture)
+    require_fit(network, tensors, path)
+    load_strictly(network.to_empty(device="cpu"), tensors, path)
+    constants = dict(build(checkout, TINY).named_buffers())  # mean and std of pixels are in no file
+    for key, buffer in network.named_buffers():
+        if key not in tensors:
+            buffer.copy_(constants[key])
     licence = LICENCES.get(name, UNKNOWN_LICENCE)
     return Aggregator(network, architecture, {"weights_sha256": digest_files([path])}, licence)
 
@@ -143,6 +150,7 @@ def build(checkout: Checkout, architecture: Architecture, seed: int = 0) -> Any:
             interpolate_offset=0.0,
             block_chunks=0,
             init_values=1.0,
+            drop_path_uniform=True,  # of rate 0: nothing is dropped, and no number is read, which "meta" has not
         )
     return freeze(network)
 
