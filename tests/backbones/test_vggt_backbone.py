@@ -81,10 +81,11 @@ class Aggregator(nn.Module):
         )
         self.camera_token = nn.Parameter(torch.randn(1, 2, 1, embed_dim))
         self.position_getter = Positions()
+        self.register_buffer("mean", torch.full((1, 1, 3, 1, 1), 0.5), persistent=False)
 
     def forward(self, images):
         B, S, _, H, W = images.shape
-        tokens = self.patch_embed(images.view(B * S, 3, H, W))["x_norm_patchtokens"]
+        tokens = self.patch_embed((images - self.mean).view(B * S, 3, H, W))["x_norm_patchtokens"]
         tokens = tokens.unflatten(0, (B, S))
         camera = torch.cat([self.camera_token[:, :1], self.camera_token[:, 1:].expand(-1, S - 1, -1, -1)], 1)
         tokens = torch.cat([camera.expand(B, -1, self.first, -1), tokens], 2)
