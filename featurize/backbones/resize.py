@@ -27,9 +27,17 @@ RESAMPLING = {
 def resize_square(image: Image, size: int, resample: Filter) -> torch.Tensor:
     """Resize [H, W, 3] uint8 to [3, size, size] float32 in 0..255 (whole numbers: Pillow rounds to uint8).
 
+    Raises what `resize_exact` raises.
+    """
+    return resize_exact(image, size, size, resample)
+
+
+def resize_exact(image: Image, height: int, width: int, resample: Filter) -> torch.Tensor:
+    """Resize [H, W, 3] uint8 to [3, height, width] float32 in 0..255 (whole numbers).
+
     Raises `DataError` for anything but a non-empty uint8 RGB picture: a float picture in 0..1 would turn black.
     """
-    return _to_tensor(_to_picture(image).resize((size, size), RESAMPLING[resample]))
+    return _to_tensor(_to_picture(image).resize((width, height), RESAMPLING[resample]))
 
 
 def resize_with_pad(image: Image, size: int, resample: Filter) -> torch.Tensor:

@@ -93,14 +93,19 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_strictly(network: nn.Module, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Copy tensors into a network. Raises `DataError` for any missing, unexpected or misshapen one."""
+    """Copy tensors into a network. Raises what `require_fit` raises."""
+    require_fit(network, tensors, path)
+    network.load_state_dict(tensors)
+
+
+def require_fit(network: nn.Module, tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Raise `DataError` for any missing, unexpected or misshapen tensor."""
     wanted = network.state_dict()
     require_keys(sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys()), path)
     for name, values in tensors.items():
         if values.shape != wanted[name].shape:
             shapes = f"{tuple(values.shape)}, the network's is {tuple(wanted[name].shape)}"
             raise DataError(f"{path} does not fit: {name} is {shapes}")
-    network.load_state_dict(tensors)
 
 
 def require_keys(missing: Sequence[str], unexpected: Sequence[str], path: Path) -> None:

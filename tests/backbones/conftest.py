@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -96,3 +96,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple
         save_da3(made["da3"], root / "da3", "da3-tiny")
     yield {kind: (root / kind, model) for kind, model in made.items()}
     transformers.utils.logging.enable_progress_bar()
+
+
+@pytest.fixture
+def make_checkout(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`make_checkout(files, commit)` writes {path: text} as a checkout of a commit, or as a plain folder for None."""
+
+    def make(files: Mapping[str, str], commit: str | None) -> Path:
+        folder = tmp_path_factory.mktemp("checkout")
+        for name, text in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        if commit is not None:
+            (folder / ".git").mkdir()
+            (folder / ".git" / "HEAD").write_text(f"{commit}\n")
+        return folder
+
+    return make

@@ -18,8 +18,8 @@ from vla.featurize.backbones.registry import BACKBONES, load_backbone_class, mak
 from vla.stores.errors import DataError, UsageError
 from vla.stores.fingerprint import canonical, differences
 
-PICTURES = [name for name in BACKBONES if name not in ("text",)]
-"""Those that see pictures alone; the others have suites of their own."""
+PICTURES = [name for name, entry in BACKBONES.items() if name not in ("text",) and not entry.checkout]
+"""Those that see pictures alone and need no checkout; the others have suites of their own."""
 
 Pictures = list[NDArray[np.uint8]]
 Models = dict[str, tuple[Path, Any]]

@@ -25,7 +25,7 @@ BUILT: dict[str, dict[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", [name for name, entry in BACKBONES.items() if not entry.checkout])
 def test_the_features_listed_are_those_that_are_made(name: str) -> None:
     listed = dict(re.findall(r"(\w+) \[([^\]]*)\]", BACKBONES[name].features))
     made = make_backbone(name, **BUILT[name]).spec().features
