@@ -65,6 +65,14 @@ BACKBONES: dict[str, Entry] = {
         "Apache-2.0 (Qwen3), or the chosen model's own",
         hub=("Qwen/Qwen3-0.6B",),
     ),
+    "rgb2pc": Entry(
+        "vla.featurize.backbones.rgb2pc:Rgb2pc",
+        "cached grids of other backbones fused as `vla distill rgb2pc` trained it: --weights RUN, --source STORE",
+        "fused [1280]",
+        "what the run says: 58 M for four backbones at D = 1280",
+        "MIT",
+        "your own; those of its inputs and its teacher",
+    ),
     "pixels": Entry(
         "vla.featurize.backbones.pixels:Pixels",
         "32 x 32 RGB: the baseline that every learned backbone has to beat",

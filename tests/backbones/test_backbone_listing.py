@@ -19,6 +19,10 @@ BUILT = {
     "toy": {},
     "dino-siglip": {"weights": "random"},
     "text": {"weights": "random"},
+    "rgb2pc": {
+        "weights": "random",
+        "student": {"inputs": {"grid": [2, 2, 4]}, "teacher_dim": 4, "dim": 1280, "layers": 1},
+    },
 }
 
 
