@@ -109,7 +109,7 @@ class Rgb2pc:
     def encode(self, images: Tensor) -> dict[str, Tensor]:
         """Turn [B, V, K + 1, sum of C] into {"fused": [B, V, D], ...} float32."""
         flat = images.detach().to(self.device).flatten(0, 1)
-        parts = dict(zip(self._config.names, flat.split(self._widths, dim=-1), strict=True))
+        parts = dict(zip(self._config.names, torch.split(flat, self._widths, dim=-1), strict=True))
         with frozen_inference(self.device):
             fused = self._student.fuse({name: part[:, :-1] for name, part in parts.items()})
             made = {"fused": fused}
@@ -117,7 +117,7 @@ class Rgb2pc:
                 made["projected"] = self._student.project(fused)
         if self.settings.means:
             made |= {f"mean_{name}": part[:, -1].contiguous() for name, part in parts.items()}
-        return {name: values.unflatten(0, images.shape[:2]) for name, values in made.items()}
+        return {name: values.reshape(*images.shape[:2], -1) for name, values in made.items()}
 
     def to(self, device: torch.device) -> None:
         """See `Backbone.to`."""

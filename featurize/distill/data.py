@@ -123,7 +123,8 @@ class DistillSource:
         """How many steps have an embedding."""
         return self.teacher.report
 
-    def shuffled(self, index: PairedSteps, batch_size: int, seed: int, start: int = 0
+    def shuffled(
+        self, index: PairedSteps, batch_size: int, seed: int, start: int = 0
     ) -> Generator[StepBatch, None, None]:
         """Yield batches start, start + 1, … for ever; batch k is a function of (seed, k), valid until the next one."""
         batches = WindowBatches(
@@ -197,7 +198,7 @@ def _grid_of(stores: JoinedStores, name: str) -> tuple[int, int, int]:
         raise UsageError(
             f"{name!r} is {info.dtype} {info.shape}",
             expected="a grid [V, y, x, C]",
-            fix='--set data.features=\'["NAME", …]\'',
+            fix="--set data.features='[\"NAME\", …]'",
         )
     if views != {info.shape[0]}:
         raise UsageError(f"{name!r} has {info.shape[0]} views", expected=f"{max(views)}, as the other stores")

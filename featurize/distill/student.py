@@ -1,4 +1,4 @@
-"""The RGB2PC student: cached grids of frozen backbones in, one vector a view out that a point-cloud teacher agrees with.
+"""The RGB2PC student: cached grids of frozen backbones in, one vector a view out, drawn to a point-cloud teacher's.
 
 Letters: M backbones, y x C the grid of one, K = tokens of the common grid, D the fused width, E the teacher's.
 All grids are pooled to one common grid first, so that token k is the same place of the picture in every backbone.
@@ -103,9 +103,7 @@ class Student(nn.Module):
             top_k = min(config.top_k, len(config.names))
             self.fusion = MixtureFusion(len(config.names), D, config.gate_hidden, top_k)
         self.register_buffer("places", sinusoids(config.places, D), persistent=False)
-        layer = nn.TransformerEncoderLayer(
-            D, config.heads, 4 * D, config.dropout, activation="relu", batch_first=True
-        )
+        layer = nn.TransformerEncoderLayer(D, config.heads, 4 * D, config.dropout, activation="relu", batch_first=True)
         self.context = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
         self.projection = bottleneck(D, config.teacher_dim, hidden=2 * D)
 

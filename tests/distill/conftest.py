@@ -44,7 +44,9 @@ class World:
             "model": dict(MODEL),
             "train": {"steps": 6, "batch_size": 8, "device": "cpu", "lr": 1e-2, "checkpoint_every": 3, "log_every": 2},
         }
-        return DistillConfig.build({name: {**values.get(name, {}), **changes.get(name, {})} for name in values | changes})
+        return DistillConfig.build(
+            {name: {**values.get(name, {}), **changes.get(name, {})} for name in values | changes}
+        )
 
     def job(self, **changes: Any) -> DistillJob:
         return prepare(self.config(**changes))

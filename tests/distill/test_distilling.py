@@ -79,7 +79,7 @@ def test_bug_2_5_2_weights_load_to_the_last_key_or_are_refused(world: Any, tmp_p
     assert all(torch.equal(trained[name], saved[name]) for name in saved)
     lost = sorted(saved)[0]
     save_file({name: values for name, values in saved.items() if name != lost}, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="no complete checkpoint|damaged|differs"):
+    with pytest.raises(CheckpointError, match="differs"):
         load_student(folder)
     _reseal(folder)
     with pytest.raises(CheckpointError, match=f"does not fit its student: {lost}"):
@@ -188,7 +188,9 @@ def test_features_that_are_no_grids_have_no_places_to_share(world: Any, tmp_path
 
 
 def test_random_weights_are_not_taken_unasked(world: Any, tmp_path: Path, make_store: Any) -> None:
-    made = make_store(tmp_path / "store", features={"grid": ((1, 2, 2, 3), "float16")}, provenance={"random_weights": True})
+    made = make_store(
+        tmp_path / "store", features={"grid": ((1, 2, 2, 3), "float16")}, provenance={"random_weights": True}
+    )
     with pytest.raises(DataError, match="made with random weights"):
         world.job(data={"stores": [str(made.root)]})
 

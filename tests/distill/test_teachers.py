@@ -84,7 +84,9 @@ def test_a_store_is_a_teacher(tmp_path: Path, make_store: Callable[..., Any]) ->
 
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
 def test_a_store_of_any_dtype_is_a_teacher(tmp_path: Path, make_store: Callable[..., Any], dtype: str) -> None:
-    made = make_store(tmp_path / "pc", lengths=[3, 2], ids=list(EPISODES), features={"pc": ((2, 4), dtype)}, unit_rows=3)
+    made = make_store(
+        tmp_path / "pc", lengths=[3, 2], ids=list(EPISODES), features={"pc": ((2, 4), dtype)}, unit_rows=3
+    )
     found = pair(open_teacher(made.root), table(), np.ones(2, bool)).read(np.arange(5))
     np.testing.assert_allclose(found, made.features["pc"], atol=0.03)
 
@@ -124,8 +126,8 @@ def test_an_episode_without_embeddings_is_refused_never_paired_at_random(tmp_pat
     (root / "episode_1.npy").rename(root / "episode_2.npy")
     with pytest.raises(DataError, match="frame 0 of episode 'episode_000001' has no embedding"):
         paired(root)
+    (root / "episode_0.npy").rename(root / "episode_3.npy")
     with pytest.raises(DataError, match="no step has an embedding"):
-        (root / "episode_0.npy").rename(root / "episode_3.npy")
         paired(root, skip_unpaired=True)
 
 
@@ -187,7 +189,9 @@ def test_a_teachers_digest_is_of_its_bytes(tmp_path: Path) -> None:
         root = filled(tmp_path / write.__name__, write)
         before = open_teacher(root).digest()
         assert open_teacher(root).digest() == before
-        file = next(path for path in sorted(root.rglob("*")) if path.is_file() and path.name in ("0.0", "episode_0.npy"))
+        file = next(
+            path for path in sorted(root.rglob("*")) if path.is_file() and path.name in ("0.0", "episode_0.npy")
+        )
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
         file.write_bytes(content)
