@@ -307,7 +307,7 @@ def distill(
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Train a student on cached grids against a teacher's embeddings. --set model.KEY=…, loss., train. and data. too."""
+    """Train a student on cached grids against a teacher's embeddings. --set model.KEY=…, loss.KEY=…, train.KEY=…."""
     from vla.featurize.distill.train import DistillConfig, prepare
     from vla.featurize.distill.train import distill as run
     from vla.stores.memory import keep_freed_memory

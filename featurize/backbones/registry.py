@@ -69,7 +69,7 @@ BACKBONES: dict[str, Entry] = {
         "vla.featurize.backbones.rgb2pc:Rgb2pc",
         "cached grids of other backbones fused as `vla distill rgb2pc` trained it: --weights RUN, --source STORE",
         "fused [1280]",
-        "what the run says: 58 M for four backbones at D = 1280",
+        "what the run says: 74 M for the four of RGB2PC at D = 1280",
         "MIT",
         "your own; those of its inputs and its teacher",
     ),

@@ -13,6 +13,9 @@ from vla.featurize.distill.train import DistillConfig, distill
 from vla.featurize.distill.train import prepare as prepare_distill
 from vla.featurize.job import FeaturizeConfig, prepare, rebuild_backbone, run
 from vla.featurize.sources.synthetic import SyntheticSource
+from vla.heads.train import HeadTrainConfig, train_head
+from vla.rollout.envs.base import Observation
+from vla.rollout.policy import Policy
 from vla.stores.errors import FingerprintError
 from vla.stores.join import join_stores
 from vla.stores.store import open_store
@@ -62,6 +65,25 @@ def test_features_seen_live_equal_features_cached(made: tuple[Path, Path, Path, 
             cached = store.read(name, np.array([7 + frame]))[0].astype(np.float32)
             # One step of float16, where batches of another size round differently: 2^-10 of the value.
             np.testing.assert_allclose(seen[name][0].numpy(), cached, rtol=2**-10, atol=1e-4)
+
+
+def test_a_policy_sees_live_what_its_head_was_trained_on(made: tuple[Path, Path, Path, Path], tmp_path: Path) -> None:
+    values = {
+        "head": "mlp",
+        "data": {"stores": [str(made[3])], "features": ["fused"], "validation": 0.3},
+        "model": {"encoder": {"components": 4, "dim": 8}, "hidden": 8, "layers": 1},
+        "train": {"steps": 1, "batch_size": 4, "device": "cpu"},
+    }
+    train_head(HeadTrainConfig.build(values), tmp_path / "head")
+    policy, store = Policy.from_run(tmp_path / "head", device="cpu"), open_store(made[3])
+    source = SyntheticSource(episodes=3, length=(7, 7), cameras=2, image_size=16)
+    state = source.steps(2)["state"].astype(np.float32)
+    for frame, views in enumerate(source.frames(2, 0, 7)):
+        images = dict(zip(source.index().cameras, views, strict=True))
+        seen = policy._encode([policy._remember(Observation(images, state[frame], np.zeros(1, np.float32)))])["fused"]
+        assert seen.dtype == torch.float16
+        cached = store.read("fused", np.array([14 + frame]))[0].astype(np.float32)
+        np.testing.assert_allclose(seen.float().numpy(), cached, rtol=2**-10, atol=1e-4)
 
 
 def test_the_store_joins_with_those_it_was_made_from(made: tuple[Path, Path, Path, Path]) -> None:
