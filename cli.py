@@ -356,6 +356,46 @@ def train_head(
 
 
 @app.command()
+def distill(
+    student: Annotated[str, typer.Argument(help="rgb2pc")],
+    store: Annotated[list[str] | None, typer.Option(help="Grids of a backbone; repeat to join several.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Embeddings: a store, zarr arrays, or .npy files.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. Left out: runs/STUDENT.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    skip_unpaired: Annotated[
+        bool, typer.Option("--skip-unpaired", help="Leave steps without an embedding out; count them.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Pair and print the plan, write nothing.")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    config: Config = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Train a student on cached grids against a teacher's embeddings. --set model.KEY=…, loss.KEY=…, train.KEY=…."""
+    from vla.featurize.distill.train import DistillConfig, prepare
+    from vla.featurize.distill.train import distill as run
+    from vla.stores.memory import keep_freed_memory
+
+    overrides = [f"train.steps={steps}"] if steps is not None else []
+    overrides += [f"data.stores={json.dumps(store)}"] if store else []
+    overrides += [f"data.teacher={json.dumps(teacher)}"] if teacher else []
+    overrides += ["data.skip_unpaired=true"] if skip_unpaired else []
+    keep_freed_memory()
+    job = prepare(DistillConfig.from_sources(config, [*overrides, *(set_ or ())], student=student))
+    run_dir = out or Path("runs") / student
+    if dry_run:
+        _emit(job.to_json() | {"out": str(run_dir)}) if as_json else _table(job.to_json() | {"out": str(run_dir)})
+        return
+    with _training_progress() as progress:
+        report = run(job, run_dir, resume=resume, overwrite=overwrite, progress=progress)
+    if as_json:
+        _emit({"run": str(run_dir), "step": report.step, **report.metrics, "pairing": job.artefact.pairing})
+        return
+    _log().print(f"{run_dir}: step {report.step}, {_figures(report.metrics)}; steps: {_figures(job.artefact.pairing)}")
+
+
+@app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run of `vla train-head`, or one checkpoint.")],
     store: Annotated[list[str] | None, typer.Option(help="Other stores. Left out: held-out episodes.")] = None,
@@ -575,7 +615,7 @@ def _progress(title: str, unit: str, *, extra: bool = False) -> Iterator[Progres
 @contextmanager
 def _training_progress() -> Iterator[Callable[[int, int, Mapping[str, float]], None]]:
     """Like `_progress`, with loss, speed and data wait of the last log line beside the bar."""
-    shown = ("loss", "action_mae", "steps_per_s", "data_wait_share")
+    shown = ("loss", "action_mae", "sim_gap", "steps_per_s", "data_wait_share")
     with _progress("train", "steps", extra=True) as progress:
         yield lambda step, total, metrics: progress(
             step, total, _figures({name: metrics[name] for name in shown if name in metrics})

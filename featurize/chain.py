@@ -56,6 +56,7 @@ class Chain:
             last,
             identity={**last.identity, "inputs": inputs},
             inputs=("image",),
+            trained_on={},
             context=max(spec.context for spec in before.values()),
             parameters=last.parameters + sum(spec.parameters for spec in before.values()),
             random_weights=last.random_weights or any(spec.random_weights for spec in before.values()),

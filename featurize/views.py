@@ -10,6 +10,7 @@ from vla.featurize.backbones.base import BackboneSpec
 from vla.featurize.image import Image
 from vla.featurize.sources.base import Source, SourceIndex, ViewSource
 from vla.stores.errors import UsageError
+from vla.stores.fingerprint import require_equal
 
 IMAGE, INSTRUCTION = "image", "instruction"
 
@@ -17,7 +18,8 @@ IMAGE, INSTRUCTION = "image", "instruction"
 def with_inputs(spec: BackboneSpec, source: Source, index: SourceIndex) -> tuple[BackboneSpec, dict[str, Any]]:
     """Return `spec` with what its inputs depend on, and how a live policy makes them: {name: recipe}.
 
-    Raises `UsageError` naming the inputs of a backbone that a source does not have.
+    Raises `UsageError` naming the inputs of a backbone that a source does not have, `FingerprintError` where they were
+    made with something else than those that the backbone was trained on.
     """
     has = ((IMAGE,) if index.pictures else ()) + (INSTRUCTION, *index.extras)
     missing = [name for name in spec.inputs if name not in has]
@@ -30,6 +32,10 @@ def with_inputs(spec: BackboneSpec, source: Source, index: SourceIndex) -> tuple
     if not extras or not isinstance(source, ViewSource):
         return spec, {}
     record = source.describe(extras)
+    for name, wanted in spec.trained_on.items():
+        found = {key: record.identity.get(name, {}).get(key) for key in wanted}
+        fix = "the features that it was trained on"
+        require_equal(found, wanted, what=f"input {name!r} of backbone {spec.name!r}", fix=fix)
     if record.identity:
         random = spec.random_weights or record.random_weights
         spec = replace(spec, identity={**spec.identity, "inputs": record.identity}, random_weights=random)

@@ -7,7 +7,7 @@ seen live equal features cached.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -34,7 +34,8 @@ class BackboneSpec:
     preprocessing. Changing anything that changes a feature must change it; batch size and device must not.
     `context` is the number of past frames a feature depends on (0: its own time step only). `inputs` names what
     `preprocess` is given of each view; see there. `per` "instruction": the features depend on the instruction alone,
-    and the store has one row for each distinct one.
+    and the store has one row for each distinct one. `trained_on` {input: what it has to be made with}, for networks
+    that were trained on features: another backbone's grid of the same shape would be taken without a word.
     """
 
     name: str
@@ -47,6 +48,7 @@ class BackboneSpec:
     context: int = 0
     inputs: tuple[str, ...] = ("image",)
     per: Literal["frame", "instruction"] = "frame"
+    trained_on: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 class Backbone(Protocol):

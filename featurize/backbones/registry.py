@@ -106,6 +106,14 @@ BACKBONES: dict[str, Entry] = {
         "CC BY-NC-SA 4.0 (non-commercial)",
         checkout="https://github.com/naver/croco",
     ),
+    "rgb2pc": Entry(
+        "vla.featurize.backbones.rgb2pc:Rgb2pc",
+        "cached grids of other backbones fused as `vla distill rgb2pc` trained it: --weights RUN, --source STORE",
+        "fused [1280]",
+        "what the run says: 74 M for the four of RGB2PC at D = 1280",
+        "MIT",
+        "your own; those of its inputs and its teacher",
+    ),
     "pixels": Entry(
         "vla.featurize.backbones.pixels:Pixels",
         "32 x 32 RGB: the baseline that every learned backbone has to beat",

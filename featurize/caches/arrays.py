@@ -129,7 +129,7 @@ class ArraysCache:
         return {name: (shape[1:], dtype) for name, (shape, dtype) in sorted(shapes.items())}, length
 
 
-def _map_npy(path: Path) -> NDArray[Any]:
+def map_npy(path: Path) -> NDArray[Any]:
     """Map a .npy file. Pickled objects are refused, and so is a file that is longer or shorter than it says."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -142,7 +142,7 @@ def _map_npy(path: Path) -> NDArray[Any]:
 
 def _shapes(path: Path, feature: str) -> dict[str, tuple[tuple[int, ...], str]]:
     if path.suffix == ".npy":
-        array = _map_npy(path)
+        array = map_npy(path)
         return {feature: (array.shape, array.dtype.name)}
     with _Safe(path) as file:
         found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
@@ -153,7 +153,7 @@ def _shapes(path: Path, feature: str) -> dict[str, tuple[tuple[int, ...], str]]:
 
 def _read(path: Path, feature: str, names: Sequence[str], start: int, stop: int) -> dict[str, NDArray[Any]]:
     if path.suffix == ".npy":
-        return {feature: np.asarray(_map_npy(path)[start:stop])}
+        return {feature: np.asarray(map_npy(path)[start:stop])}
     with _Safe(path) as file:
         return {name: file.get_slice(name)[start:stop] for name in names}
 

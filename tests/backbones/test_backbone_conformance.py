@@ -18,7 +18,9 @@ from vla.featurize.backbones.registry import BACKBONES, load_backbone_class, mak
 from vla.stores.errors import DataError, UsageError
 from vla.stores.fingerprint import canonical, differences
 
-PICTURES = [name for name, entry in BACKBONES.items() if name not in ("text",) and not entry.checkout]
+PICTURES = [
+    name for name, entry in BACKBONES.items() if name not in ("text", "rgb2pc", "spatial") and not entry.checkout
+]
 """Those that see pictures alone and need no checkout; the others have suites of their own."""
 
 Pictures = list[NDArray[np.uint8]]

@@ -22,6 +22,10 @@ BUILT: dict[str, dict[str, str]] = {
     "dino-siglip": RANDOM,
     "siglip-prefix": RANDOM,
     "text": RANDOM,
+    "rgb2pc": {
+        "weights": "random",
+        "student": {"inputs": {"grid": [2, 2, 4]}, "teacher_dim": 4, "dim": 1280, "layers": 1},
+    },
 }
 
 

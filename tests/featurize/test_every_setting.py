@@ -118,7 +118,12 @@ SOURCE: dict[str, dict[str, Row]] = {
 CONFORMING = {"da3", "siglip-prefix"}
 """Each option of these is changed alone in backbones/test_backbone_conformance.py, as are those of the ones above."""
 
-OWN_BACKBONES = {"text": "backbones/test_text_backbone.py"}
+OWN_BACKBONES = {
+    "croco": "backbones/test_croco_backbone.py",
+    "rgb2pc": "backbones/test_rgb2pc_backbone.py",
+    "text": "backbones/test_text_backbone.py",
+    "vggt": "backbones/test_vggt_backbone.py",
+}
 """What does not look at pictures is tabled where it is tested."""
 
 OWN_SOURCES = {
