@@ -8,16 +8,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from vla.terminal.output import emit, figures, list_entries, open_log, show_facts, show_plan, show_rows
+from vla.terminal.progress import show_progress, show_training
 
 app = typer.Typer(
     help="Run a frozen backbone once over demonstrations; train heads from the cache; act.",
@@ -34,11 +31,6 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="One setting, such 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, the log on stderr.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an earlier run left.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-LOG_SECONDS = 30.0
-"""Off a terminal, progress is one line in this many seconds."""
-
-Progress = Callable[..., None]
-"""Called with done, total, and sometimes a text."""
 
 
 @app.command()
@@ -84,19 +76,19 @@ def featurize(
     job = prepare(settings)
     root = f"{out.rstrip('/')}/{name or settings.backbone}" if "://" in out else Path(out, name or settings.backbone)
     plan = job.plan.to_json() | {"out": str(root)}
-    log = _log()
+    log = open_log()
     if dry_run:
-        _show_plan(plan, as_json)
+        show_plan(plan, as_json)
         return
     if not as_json:
-        _show_plan(plan, False)
+        show_plan(plan, False)
     if job.plan.manifest.random_weights:
         log.print("[bold red]RANDOM WEIGHTS: these features test the pipeline, they carry no knowledge.[/]")
-    with _progress("featurize", "frames") as progress:
+    with show_progress("featurize", "frames") as progress:
         report = run(job, root, resume=resume, overwrite=overwrite, progress=progress)
     left_out = {**job.plan.skipped, **report.skipped}
     if as_json:
-        _emit({**report.to_json(), "skipped": left_out, "out": str(root)})
+        emit({**report.to_json(), "skipped": left_out, "out": str(root)})
         return
     if report.units:
         busy = ", ".join(f"{stage} {share:.0%}" for stage, share in report.busy.items())
@@ -132,18 +124,18 @@ def import_(
     job = prepare(settings)
     plan = job.plan.to_json() | {"out": str(out)}
     if dry_run or not as_json:
-        _show_plan(plan, as_json)
+        show_plan(plan, as_json)
     if dry_run:
         return
-    with _progress("import", "frames") as progress:
+    with show_progress("import", "frames") as progress:
         report = run(job, out, resume=resume, overwrite=overwrite, progress=progress)
     left_out = {**job.plan.skipped, **report.skipped}
     if as_json:
-        _emit({**report.__dict__, "skipped": left_out, "out": str(out)})
+        emit({**report.__dict__, "skipped": left_out, "out": str(out)})
         return
-    _log().print(f"{out}: {report.frames} frames in {report.units} units; {len(left_out)} episodes left out")
+    open_log().print(f"{out}: {report.frames} frames in {report.units} units; {len(left_out)} episodes left out")
     for episode, reason in left_out.items():
-        _log().print(f"left out {episode}: {reason}")
+        open_log().print(f"left out {episode}: {reason}")
 
 
 @app.command()
@@ -170,9 +162,9 @@ def inspect(
     if norm_stats is not None:
         write_norm_stats(norm_stats, norm_stats_of(open_store(store)))
     if as_json:
-        _emit(facts)
+        emit(facts)
         return
-    _table(facts)
+    show_facts(facts)
 
 
 def _check_source(source: str, norm_stats: Path | None, mapping: list[str], set_: list[str], as_json: bool) -> None:
@@ -180,18 +172,18 @@ def _check_source(source: str, norm_stats: Path | None, mapping: list[str], set_
     from vla.stores.norm_stats import write_norm_stats
 
     pairs = dict(_pair(text) for text in mapping)
-    with _progress("inspect", "episodes") as progress:
+    with show_progress("inspect", "episodes") as progress:
         report = check_source(CheckConfig.from_sources(None, set_, source=source, map=pairs or None), progress)
     if as_json:
-        _emit(report.to_json())
+        emit(report.to_json())
     else:
-        _table({name: fact for name, fact in report.facts.items() if name != "statistics"})
+        show_facts({name: fact for name, fact in report.facts.items() if name != "statistics"})
         statistics = report.facts.get("statistics", {})
         for name in ("action", "state"):
-            _show_rows(name, statistics.get(name, []))
+            show_rows(name, statistics.get(name, []))
         for finding in report.findings:
-            _log().print(f"{finding.check}: {finding.found}", highlight=False, markup=False)
-        _log().print(f"{source}: {len(report.findings) or 'no'} findings")
+            open_log().print(f"{finding.check}: {finding.found}", highlight=False, markup=False)
+        open_log().print(f"{source}: {len(report.findings) or 'no'} findings")
     if report.findings:
         raise typer.Exit(1)
     if norm_stats is not None:
@@ -210,17 +202,17 @@ def verify(
     if repair:
         _repair(store, as_json)
         return
-    with _progress("verify", "units") as progress:
+    with show_progress("verify", "units") as progress:
         report = verify_store(store, progress)
     if as_json:
-        _emit(report.to_json())
+        emit(report.to_json())
     elif not report.findings:
-        _log().print(
+        open_log().print(
             f"{store}: sound; {report.files} files, {report.bytes / 2**20:.1f} MiB compared with their commits"
         )
     else:
         for finding in report.findings:
-            _log().print(finding, highlight=False)
+            open_log().print(finding, highlight=False)
     if report.findings:
         raise typer.Exit(1)
 
@@ -229,18 +221,18 @@ def _repair(store: str, as_json: bool) -> None:
     from vla.stores.repair import repair_store
     from vla.stores.verify import ranges
 
-    with _progress("verify", "units") as progress:
+    with show_progress("verify", "units") as progress:
         report = repair_store(store, progress)
     if as_json:
-        _emit(report.to_json())
+        emit(report.to_json())
         return
     for finding in report.found.findings:
-        _log().print(finding, highlight=False)
+        open_log().print(finding, highlight=False)
     for path in report.removed:
-        _log().print(f"removed {path}", highlight=False)
+        open_log().print(f"removed {path}", highlight=False)
     dropped = f"dropped units {ranges(report.dropped)}" if report.dropped else "nothing was damaged"
     lacking = f"; units {ranges(report.pending)} are missing: the same `vla featurize` with --resume"
-    _log().print(f"{store}: {dropped}; free of damage{lacking if report.pending else ''}")
+    open_log().print(f"{store}: {dropped}; free of damage{lacking if report.pending else ''}")
 
 
 @app.command()
@@ -257,12 +249,12 @@ def convert(
     from vla.stores.convert import ConvertOptions, convert_store
 
     options = ConvertOptions.build({"format": format_, "compression": compression}, where="vla convert")
-    with _progress("convert", "units") as progress:
+    with show_progress("convert", "units") as progress:
         report = convert_store(store, out, options, resume=resume, overwrite=overwrite, progress=progress)
     if as_json:
-        _emit(report.to_json())
+        emit(report.to_json())
         return
-    _log().print(f"{out}: {report.rows} frames in {report.units} units, {report.bytes / 2**20:.1f} MiB, {format_}")
+    open_log().print(f"{out}: {report.rows} frames in {report.units} units, {report.bytes / 2**20:.1f} MiB, {format_}")
 
 
 @app.command()
@@ -289,7 +281,7 @@ def record(
             raise UsageError("--seed or --noise with robosuite", expected="neither: human demonstrations are fixed")
         _replay(task, out, as_json, episodes=episodes, cameras=camera, image_size=image_size, overwrite=overwrite)
         return
-    with _progress("record", "episodes") as progress:
+    with show_progress("record", "episodes") as progress:
         report = run(
             f"{simulator}:{task}",
             100 if episodes is None else episodes,
@@ -302,21 +294,23 @@ def record(
             progress=progress,
         )
     if as_json:
-        _emit(report.to_json())
+        emit(report.to_json())
         return
     dropped = len(report.failed_seeds)
-    _log().print(f"{out}: {report.episodes} episodes, {report.frames} frames; {dropped} failed attempts were dropped")
+    open_log().print(
+        f"{out}: {report.episodes} episodes, {report.frames} frames; {dropped} failed attempts were dropped"
+    )
 
 
 def _replay(task: str, out: Path, as_json: bool, **options: Any) -> None:
     from vla.rollout.replay import record_replay
 
-    with _progress("record", "frames") as progress:
+    with show_progress("record", "frames") as progress:
         report = record_replay(task, out, progress=progress, **options)
     if as_json:
-        _emit(report.to_json())
+        emit(report.to_json())
         return
-    _log().print(f"{out}: {report.episodes} episodes, {report.frames} frames in {report.seconds:.0f} s")
+    open_log().print(f"{out}: {report.episodes} episodes, {report.frames} frames in {report.seconds:.0f} s")
 
 
 @app.command()
@@ -347,12 +341,12 @@ def train_head(
     settings = HeadTrainConfig.from_sources(config, [*overrides, *(set_ or ())], head=head)
     run_dir = out or Path("runs") / "-".join([head, *(Path(path).name for path in settings.data.stores)])
     keep_freed_memory()
-    with _training_progress() as progress:
+    with show_training() as progress:
         report = run(settings, run_dir, resume=resume, overwrite=overwrite, progress=progress)
     if as_json:
-        _emit({"run": str(run_dir), "step": report.step, **report.metrics})
+        emit({"run": str(run_dir), "step": report.step, **report.metrics})
     else:
-        _log().print(f"{run_dir}: step {report.step}, {_figures(report.metrics)}")
+        open_log().print(f"{run_dir}: step {report.step}, {figures(report.metrics)}")
 
 
 @app.command()
@@ -385,14 +379,16 @@ def distill(
     job = prepare(DistillConfig.from_sources(config, [*overrides, *(set_ or ())], student=student))
     run_dir = out or Path("runs") / student
     if dry_run:
-        _emit(job.to_json() | {"out": str(run_dir)}) if as_json else _table(job.to_json() | {"out": str(run_dir)})
+        emit(job.to_json() | {"out": str(run_dir)}) if as_json else show_facts(job.to_json() | {"out": str(run_dir)})
         return
-    with _training_progress() as progress:
+    with show_training() as progress:
         report = run(job, run_dir, resume=resume, overwrite=overwrite, progress=progress)
     if as_json:
-        _emit({"run": str(run_dir), "step": report.step, **report.metrics, "pairing": job.artefact.pairing})
+        emit({"run": str(run_dir), "step": report.step, **report.metrics, "pairing": job.artefact.pairing})
         return
-    _log().print(f"{run_dir}: step {report.step}, {_figures(report.metrics)}; steps: {_figures(job.artefact.pairing)}")
+    open_log().print(
+        f"{run_dir}: step {report.step}, {figures(report.metrics)}; steps: {figures(job.artefact.pairing)}"
+    )
 
 
 @app.command()
@@ -410,7 +406,7 @@ def evaluate(
     error = evaluate_head(head, tuple(store) if store else None, seed=seed)
     facts = {"checkpoint": str(head.folder), "step": head.step, **error.to_json()}
     if as_json:
-        _emit(facts)
+        emit(facts)
         return
     from rich.console import Console
     from rich.table import Table
@@ -442,14 +438,14 @@ def rollout(
     policy = Policy.from_run(run, n_action=n_action)
     world = make_env(env, **policy.env_options())
     try:
-        with _progress("rollout", "episodes") as progress:
+        with show_progress("rollout", "episodes") as progress:
             report = roll_out(world, policy, episodes, seed=seed, video=video, progress=progress)
     finally:
         world.close()
     if as_json:
-        _emit(report.to_json())
+        emit(report.to_json())
         return
-    _log().print(f"{env}: success {report.success} (95 % Wilson interval); {_figures(report.latency)}")
+    open_log().print(f"{env}: success {report.success} (95 % Wilson interval); {figures(report.latency)}")
 
 
 @app.command()
@@ -473,7 +469,7 @@ def action_dims(
     )
     tasks = measure(settings)
     if as_json:
-        _emit(to_json(tasks))
+        emit(to_json(tasks))
         return
     from rich.console import Console
     from rich.table import Table
@@ -496,7 +492,7 @@ def backbones(as_json: Json = False) -> None:
 
     entries = {name: {**entry._asdict(), "missing": missing(name)} for name, entry in BACKBONES.items()}
     if as_json:
-        _emit(entries)
+        emit(entries)
         return
     table = Table("backbone", "features a view", "parameters", "licences (code; weights)", show_lines=True)
     table.add_column("missing here", overflow="fold")  # a command that is cut short cannot be typed
@@ -512,18 +508,7 @@ def heads(as_json: Json = False) -> None:
     """List the trainable heads."""
     from vla.heads.registry import HEADS, SUMMARIES
 
-    _list({name: SUMMARIES[name] for name in HEADS}, as_json)
-
-
-def _list(entries: dict[str, str], as_json: bool) -> None:
-    if as_json:
-        _emit(entries)
-    else:
-        _table(entries)
-
-
-def _figures(values: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+    list_entries({name: SUMMARIES[name] for name in HEADS}, as_json)
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -543,99 +528,6 @@ def _shipped() -> Path:
     if not path.is_dir():
         raise UsageError("no --source given", expected="a folder of demonstrations", fix="--source DIR")
     return path
-
-
-def _log() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True, soft_wrap=True)
-
-
-def _emit(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=1) + "\n")
-
-
-def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        _emit(plan)
-        return
-    features = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in plan["features"].items())
-    _log().print(
-        f"{plan['out']}: {plan['episodes']} episodes, {plan['frames']} frames x {plan['views']} views -> {features}; "
-        f"{plan['units']} units of {plan['unit_rows']} frames, {plan['bytes'] / 2**20:.1f} MiB in {plan['files']} files"
-        f"; weights: {plan['weights_licence']}"
-    )
-
-
-def _table(facts: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for key, value in facts.items():
-        table.add_row(key.replace("_", " "), value if isinstance(value, str) else json.dumps(value))
-    Console().print(table)
-
-
-def _show_rows(title: str, rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    if rows:
-        table = Table(title, *(key for key in rows[0] if key != "name"))
-        for row in rows:
-            table.add_row(*(value if isinstance(value, str) else f"{value:.4g}" for value in row.values()))
-        Console().print(table)
-
-
-@contextmanager
-def _progress(title: str, unit: str, *, extra: bool = False) -> Iterator[Progress]:
-    """Show a bar with time left on a terminal, one line per 30 s elsewhere."""
-    console = _log()
-    if not console.is_terminal:
-        yield _line_progress(title, unit, console)
-        return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit)]
-    columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
-    columns += [TextColumn("{task.fields[text]}")] if extra else []
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(title, total=None, text="")
-        yield lambda done, total, text="": bar.update(task, completed=done, total=total, text=text)
-
-
-@contextmanager
-def _training_progress() -> Iterator[Callable[[int, int, Mapping[str, float]], None]]:
-    """Like `_progress`, with loss, speed and data wait of the last log line beside the bar."""
-    shown = ("loss", "action_mae", "sim_gap", "steps_per_s", "data_wait_share")
-    with _progress("train", "steps", extra=True) as progress:
-        yield lambda step, total, metrics: progress(
-            step, total, _figures({name: metrics[name] for name in shown if name in metrics})
-        )
-
-
-def _line_progress(title: str, unit: str, console: Console) -> Progress:
-    began = last = time.monotonic()
-
-    def show(done: int, total: int, text: str = "") -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last < LOG_SECONDS and done < total:
-            return
-        last = now
-        rate = done / max(now - began, 1e-9)
-        left = f"{(total - done) / max(rate, 1e-9):.0f} s left"
-        console.print(f"{title}: {done}/{total} {unit}, {rate:.1f}/s, {left} {text}".rstrip())
-
-    return show
 
 
 def main() -> NoReturn:

@@ -1,0 +1,72 @@
+"""Tables, JSON and the log of the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # rich is imported when something is shown
+    from rich.console import Console
+
+
+def figures(values: Mapping[str, float]) -> str:
+    """Write named numbers in a row."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def list_entries(entries: dict[str, str], as_json: bool) -> None:
+    """Print names with what they mean."""
+    if as_json:
+        emit(entries)
+    else:
+        show_facts(entries)
+
+
+def open_log() -> Console:
+    """Return the console on stderr."""
+    from rich.console import Console
+
+    return Console(stderr=True, soft_wrap=True)
+
+
+def emit(value: Any) -> None:
+    """Print one JSON value on stdout."""
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+
+
+def show_plan(plan: dict[str, Any], as_json: bool) -> None:
+    """Print what `vla featurize` is about to write."""
+    if as_json:
+        emit(plan)
+        return
+    features = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in plan["features"].items())
+    open_log().print(
+        f"{plan['out']}: {plan['episodes']} episodes, {plan['frames']} frames x {plan['views']} views -> {features}; "
+        f"{plan['units']} units of {plan['unit_rows']} frames, {plan['bytes'] / 2**20:.1f} MiB in {plan['files']} files"
+        f"; weights: {plan['weights_licence']}"
+    )
+
+
+def show_facts(facts: dict[str, Any]) -> None:
+    """Print a table of two columns."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for key, value in facts.items():
+        table.add_row(key.replace("_", " "), value if isinstance(value, str) else json.dumps(value))
+    Console().print(table)
+
+
+def show_rows(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print a table whose columns are the keys of the first row; `title` heads the column of names."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if rows:
+        table = Table(title, *(key for key in rows[0] if key != "name"))
+        for row in rows:
+            table.add_row(*(value if isinstance(value, str) else f"{value:.4g}" for value in row.values()))
+        Console().print(table)

@@ -1,0 +1,69 @@
+"""Progress: bars on a terminal, one line in a while off it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from vla.terminal.output import figures, open_log
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LOG_SECONDS = 30.0
+"""Off a terminal, progress is one line in this many seconds."""
+
+Progress = Callable[..., None]
+"""Called with done, total, and sometimes a text."""
+
+
+@contextmanager
+def show_progress(title: str, unit: str, *, extra: bool = False) -> Iterator[Progress]:
+    """Show a bar with time left on a terminal, one line per 30 s elsewhere."""
+    console = open_log()
+    if not console.is_terminal:
+        yield _line_by_line(title, unit, console)
+        return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit)]
+    columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
+    columns += [TextColumn("{task.fields[text]}")] if extra else []
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=None, text="")
+        yield lambda done, total, text="": bar.update(task, completed=done, total=total, text=text)
+
+
+@contextmanager
+def show_training() -> Iterator[Callable[[int, int, Mapping[str, float]], None]]:
+    """Like `_progress`, with loss, speed and data wait of the last log line beside the bar."""
+    shown = ("loss", "action_mae", "sim_gap", "steps_per_s", "data_wait_share")
+    with show_progress("train", "steps", extra=True) as progress:
+        yield lambda step, total, metrics: progress(
+            step, total, figures({name: metrics[name] for name in shown if name in metrics})
+        )
+
+
+def _line_by_line(title: str, unit: str, console: Console) -> Progress:
+    began = last = time.monotonic()
+
+    def show(done: int, total: int, text: str = "") -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < LOG_SECONDS and done < total:
+            return
+        last = now
+        rate = done / max(now - began, 1e-9)
+        left = f"{(total - done) / max(rate, 1e-9):.0f} s left"
+        console.print(f"{title}: {done}/{total} {unit}, {rate:.1f}/s, {left} {text}".rstrip())
+
+    return show
