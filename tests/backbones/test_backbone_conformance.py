@@ -17,7 +17,7 @@ from vla.featurize.backbones.registry import BACKBONES, load_backbone_class, mak
 from vla.stores.errors import DataError, UsageError
 from vla.stores.fingerprint import canonical, differences
 
-PICTURES = [name for name in BACKBONES if name not in ("text",)]
+PICTURES = [name for name in BACKBONES if name not in ("text", "spatial")]
 """Those that see pictures alone; the others have suites of their own."""
 
 Pictures = list[NDArray[np.uint8]]

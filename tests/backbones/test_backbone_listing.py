@@ -19,6 +19,7 @@ BUILT = {
     "toy": {},
     "dino-siglip": {"weights": "random"},
     "text": {"weights": "random"},
+    "spatial": {"weights": "random"},
 }
 
 
