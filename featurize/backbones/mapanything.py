@@ -73,7 +73,7 @@ class MapAnything:
     def see(self, pictures: torch.Tensor) -> Scene:
         """Look at [B, V, 3, h, w] of [0, 1] values, normalised; h and w multiples of 14. Time steps do not mix."""
         kept: list[Any] = []
-        hook = self.network.info_sharing.register_forward_hook(  # type: ignore[union-attr,operator]
+        hook = self.network.info_sharing.register_forward_hook(  # type: ignore[union-attr]
             lambda module, given, made: kept.append(made)
         )
         views = [{"img": view, "data_norm_type": [self.norm]} for view in pictures.unbind(1)]
@@ -101,7 +101,7 @@ def nearest(grid: torch.Tensor, side: int) -> torch.Tensor:
 def pool_features(features: torch.Tensor, side: int) -> torch.Tensor:
     """Average [B, V, C, h, w] to [B, V, side, side, C]."""
     pooled = functional.adaptive_avg_pool2d(features.flatten(0, 1), side)
-    return pooled.permute(0, 2, 3, 1).unflatten(0, features.shape[:2])
+    return pooled.permute(0, 2, 3, 1).reshape(*features.shape[:2], side, side, -1)
 
 
 def load_mapanything(weights: str | None, checkout: str | None, *, any_commit: bool, seed: int) -> MapAnything:
@@ -116,7 +116,7 @@ def load_mapanything(weights: str | None, checkout: str | None, *, any_commit: b
     identity: dict[str, Any] = {**place.identity, "features": "info_sharing, last layer, normalised"}
     config, folder = tiny_config(), None
     if name != RANDOM:
-        fix = f"`hf download {name} --local-dir weights/mapanything`, then --set options.mapanything=weights/mapanything"
+        fix = f"`hf download {name} --local-dir weights/ma`, then --set options.mapanything=weights/ma"
         folder = find_model(name, fix)
         config = _read_config(folder / "config.json")
     identity["config_sha256"] = digest(_jsonable(config))
@@ -124,20 +124,20 @@ def load_mapanything(weights: str | None, checkout: str | None, *, any_commit: b
         torch.manual_seed(seed)
         module = load(REPOSITORY.entry)
         with _hub_answered_by(load("mapanything.models.external.dinov2.hub.backbones")):
-            network = _construct(module, config, folder)
+            network: Any = _construct(module, config, folder)
     if folder is None:
         identity |= {"weights": RANDOM, "seed": seed, "weights_sha256": digest_tensors(network.state_dict())}
     else:
         files = weight_files(folder)
         load_strictly(network, {key: value for file in files for key, value in read_tensors(file).items()}, folder)
         identity["weights_sha256"] = digest_files(files)
-    encoder: Any = network.encoder
-    if encoder.patch_size != PATCH:
-        raise UsageError(f"the encoder of {name} has patches of {encoder.patch_size} px", expected=f"{PATCH}")
+    patch = network.encoder.patch_size
+    if patch != PATCH:
+        raise UsageError(f"the encoder of {name} has patches of {patch} px", expected=f"{PATCH}")
     # Pictures alone go in: whatever chances of other inputs a file was trained with, none is drawn.
-    network.geometric_input_config.update({"overall_prob": 0.0, "dropout_prob": 1.0})  # type: ignore[union-attr,operator]
-    channels = int(network.info_sharing.dim)  # type: ignore[union-attr,arg-type]
-    return MapAnything(freeze(network), channels, str(encoder.data_norm_type), identity)
+    network.geometric_input_config.update({"overall_prob": 0.0, "dropout_prob": 1.0})
+    channels = int(network.info_sharing.dim)
+    return MapAnything(freeze(network), channels, str(network.encoder.data_norm_type), identity)
 
 
 def _construct(module: ModuleType, config: dict[str, Any], folder: Path | None) -> nn.Module:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image as Picture
 from pydantic import Field, model_validator
 
@@ -175,8 +176,11 @@ class Spatial:
                 positions, known = where[..., :3], where[..., 3] > 0
             else:
                 positions, known = nearest(scene.points, self._side), nearest(scene.known, self._side)
+                positions = torch.where(known[..., None], positions, 0)  # what is unknown may be infinite
             patches = self._parts.patches(_normalise(given["picture"].to(self.device), CLIP_STATISTICS).flatten(0, 1))
-            encoded = patches.unflatten(0, images.shape[:2]) + self._parts.position(positions.to(self.device))
+            encoded = patches.reshape(*images.shape[:2], *patches.shape[1:]) + self._parts.position(
+                positions.to(self.device)
+            )
             steps = [self._tokens(*step) for step in zip(encoded, positions, known, strict=True)]
             values = torch.stack([step.values for step in steps])
             mask = torch.stack([step.mask for step in steps])
@@ -215,10 +219,12 @@ class Spatial:
         return layout
 
     def _take_apart(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        pieces = images.split([math.prod(shape) for shape in self._layout.values()], dim=2)
-        return {
-            name: piece.unflatten(2, shape) for (name, shape), piece in zip(self._layout.items(), pieces, strict=True)
-        }
+        pieces, start = {}, 0
+        for name, shape in self._layout.items():
+            stop = start + math.prod(shape)
+            pieces[name] = images[:, :, start:stop].reshape(*images.shape[:2], *shape)
+            start = stop
+        return pieces
 
     def _identity(self) -> dict[str, Any]:
         settings = self.settings
@@ -244,8 +250,8 @@ class Spatial:
         return identity
 
 
-def _channels_first(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    return pixels.transpose(2, 0, 1).astype(np.float32) / 255
+def _channels_first(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    return pixels.transpose(2, 0, 1).astype(np.float32) / np.float32(255)
 
 
 def _normalise(pictures: torch.Tensor, statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> torch.Tensor:

@@ -95,5 +95,5 @@ def _checked(view: Mapping[str, Any], square: Square) -> tuple[NDArray[np.float6
     rotation = pose[:3, :3]
     rigid = np.abs(rotation @ rotation.T - np.eye(3)).max() < RIGID and np.linalg.det(rotation) > 0
     if not rigid or not np.array_equal(pose[3], [0, 0, 0, 1]):
-        raise DataError("a pose that is no rotation and translation", expected="[4, 4] camera to world, last row 0 0 0 1")
+        raise DataError("a pose that is no rotation and translation", expected="camera to world, last row 0 0 0 1")
     return depth, intrinsics, pose

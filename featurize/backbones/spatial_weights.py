@@ -29,7 +29,7 @@ POSITION = "model.video_tower.video_tower.positional_embedding.position_embeddin
 PROJECTOR = "model.mm_projector."
 """Where the parts stand in LLaVA-3D's checkpoint: the attributes of its classes, joined."""
 
-UNUSED = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "vision_model.embeddings.position_ids")
+UNUSED = ("text_", "visual_projection.", "logit_scale", "vision_model.embeddings.position_ids")
 """What a file of the whole CLIP holds besides its vision tower."""
 
 TINY_CLIP = {
@@ -41,7 +41,7 @@ TINY_CLIP = {
     "patch_size": 14,
 }
 TINY_WORDS = 48
-"""What `--weights random` builds: CLIP ViT-L/14-336's patches, narrow and shallow, and a narrow language model's width."""
+"""What `--weights random` builds: CLIP ViT-L/14-336's patches, narrow and shallow; a narrow language model's width."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def load_parts(weights: str | None, clip: str, llava: str, *, projector: bool) -
         clip, llava = str(folder / "clip"), str(folder / "llava-3d")
     ids = [name if is_hub_id(name) else default for name, default in ((clip, CLIP_ID), (llava, LLAVA_ID))]
     fix = (
-        f"`hf download {ids[0]} --local-dir weights/clip` and `hf download {ids[1]} --local-dir weights/llava-3d` where "
-        "there is a network, then --weights weights (or --weights random for a trial run)"
+        f"`hf download {ids[0]} --local-dir weights/clip` and `hf download {ids[1]} --local-dir weights/llava-3d` "
+        "where there is a network, then --weights weights (or --weights random for a trial run)"
     )
     tower, whole = find_model(clip, fix), find_model(llava, fix)
     kind, config_sha256 = read_model_config(tower)
@@ -121,12 +121,10 @@ def read_part(folder: Path, prefix: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def _load_part(
-    network: nn.Sequential, tensors: Mapping[str, torch.Tensor], prefix: str, folder: Path
-) -> nn.Sequential:
-    wanted = network.state_dict().keys()
-    missing, unexpected = ([prefix + key for key in sorted(keys)] for keys in (wanted - tensors.keys(), tensors.keys() - wanted))
-    require_keys(missing, unexpected, folder)
+def _load_part(network: nn.Sequential, tensors: Mapping[str, torch.Tensor], prefix: str, folder: Path) -> nn.Sequential:
+    wanted = {prefix + key for key in network.state_dict()}
+    found = {prefix + key for key in tensors}
+    require_keys(sorted(wanted - found), sorted(found - wanted), folder)
     load_strictly(network, tensors, folder)
     return network
 
