@@ -6,6 +6,7 @@ are at hand: while the model is built, torch.hub is answered with the copy of DI
 
 from __future__ import annotations
 
+import inspect
 import json
 import threading
 from collections.abc import Iterator, Mapping
@@ -129,7 +130,8 @@ def load_mapanything(weights: str | None, checkout: str | None, *, any_commit: b
         identity |= {"weights": RANDOM, "seed": seed, "weights_sha256": digest_tensors(network.state_dict())}
     else:
         files = weight_files(folder)
-        load_strictly(network, {key: value for file in files for key, value in read_tensors(file).items()}, folder)
+        tensors = {key: value for file in files for key, value in read_tensors(file).items()}
+        load_strictly(network, with_tied(tensors, network), folder)
         identity["weights_sha256"] = digest_files(files)
     patch = network.encoder.patch_size
     if patch != PATCH:
@@ -140,9 +142,21 @@ def load_mapanything(weights: str | None, checkout: str | None, *, any_commit: b
     return MapAnything(freeze(network), channels, str(network.encoder.data_norm_type), identity)
 
 
+def with_tied(tensors: Mapping[str, torch.Tensor], network: nn.Module) -> dict[str, torch.Tensor]:
+    """Add the other names of tied parameters: its heads have up to six for one, and a file keeps one of them."""
+    names: dict[tuple[int, tuple[int, ...]], list[str]] = {}
+    for name, values in network.state_dict().items():
+        if values.numel():
+            names.setdefault((values.data_ptr(), tuple(values.shape)), []).append(name)
+    tied = {name: tensors[known] for group in names.values() for known in group if known in tensors for name in group}
+    return {**tied, **tensors}
+
+
 def _construct(module: ModuleType, config: dict[str, Any], folder: Path | None) -> nn.Module:
+    # As its own from_pretrained: what a file says beside the arguments is left aside.
+    known = inspect.signature(module.MapAnything.__init__).parameters
     try:
-        network: nn.Module = module.MapAnything(**config)
+        network: nn.Module = module.MapAnything(**{name: part for name, part in config.items() if name in known})
     except (TypeError, KeyError, ValueError, AssertionError) as error:
         what = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         raise DataError(f"{folder} has a config.json that the checkout does not build: {what}") from None
