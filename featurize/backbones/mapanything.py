@@ -46,6 +46,9 @@ REPOSITORY = Repository(
     },
 )
 
+ELSEWHERE = ("pretrained_checkpoint_path", "torch_hub_force_reload")
+"""Arguments of the model that name other places to load from."""
+
 _building = threading.Lock()
 
 
@@ -172,7 +175,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise DataError(f"{path} holds a {type(config).__name__}", expected="the arguments of MapAnything")
     # Weights are loaded here, with every key accounted for, and never from a path that a file names.
-    return {**config, "pretrained_checkpoint_path": None, "torch_hub_force_reload": False}
+    return {name: part for name, part in config.items() if name not in ELSEWHERE}
 
 
 def _jsonable(value: Any) -> Any:
