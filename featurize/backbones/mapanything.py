@@ -208,89 +208,104 @@ def tiny_config() -> dict[str, Any]:
 
     The published configuration (its configs/model/mapanything.yaml, resolved) but for the sizes.
     """
-    free = {"vmin": float("-inf"), "vmax": float("inf")}
-    adaptor = "raydirs+depth+pose+confidence+mask+scale"
-    geometry: dict[str, Any] = {
-        f"{name}_config": {"name": name, "in_chans": channels, "encoder_str": kind, **more}
-        for name, channels, kind, more in (
-            ("ray_dirs_encoder", 3, "dense_rep_encoder", {"apply_pe": False}),
-            ("depth_encoder", 1, "dense_rep_encoder", {"apply_pe": False}),
-            ("cam_rot_encoder", 4, "global_rep_encoder", {}),
-            ("cam_trans_encoder", 3, "global_rep_encoder", {}),
-            ("scale_encoder", 1, "global_rep_encoder", {}),
-        )
+    encoder = {
+        "encoder_str": "dinov2",
+        "name": "dinov2_small_2_layers",
+        "data_norm_type": "dinov2",
+        "size": "small",
+        "with_registers": False,
+        "uses_torch_hub": True,
+        "gradient_checkpointing": False,
+        "norm_returned_features": False,
+        "keep_first_n_layers": 2,
     }
-    chances = ("overall", "ray_dirs", "depth", "cam", "sparse_depth", "depth_scale_norm_all", "pose_scale_norm_all")
-    geometry |= {f"{chance}_prob": 0 for chance in chances}
-    geometry |= {"dropout_prob": 1, "sparsification_removal_percent": 0}
+    layers = {
+        "name": "aat_4_layers",
+        "indices": [1, 2],
+        "norm_intermediate": True,
+        "size": "4_layers",
+        "depth": 4,
+        "distinguish_ref_and_non_ref_views": True,
+        "gradient_checkpointing": False,
+        "dim": 96,
+        "num_heads": 6,
+        "mlp_ratio": 4,
+        "qkv_bias": True,
+        "qk_norm": False,
+        "init_values": 1e-5,
+    }
     return {
         "name": "mapanything",
-        "encoder_config": {
-            "encoder_str": "dinov2",
-            "name": "dinov2_small_2_layers",
-            "data_norm_type": "dinov2",
-            "size": "small",
-            "with_registers": False,
-            "uses_torch_hub": True,
-            "gradient_checkpointing": False,
-            "norm_returned_features": False,
-            "keep_first_n_layers": 2,
-        },
+        "encoder_config": encoder,
         "info_sharing_config": {
             "model_type": "alternating_attention",
             "model_return_type": "intermediate_features",
             "custom_positional_encoding": None,
-            "module_args": {
-                "name": "aat_4_layers",
-                "indices": [1, 2],
-                "norm_intermediate": True,
-                "size": "4_layers",
-                "depth": 4,
-                "distinguish_ref_and_non_ref_views": True,
-                "gradient_checkpointing": False,
-                "dim": 96,
-                "num_heads": 6,
-                "mlp_ratio": 4,
-                "qkv_bias": True,
-                "qk_norm": False,
-                "init_values": 1e-5,
-            },
+            "module_args": layers,
         },
-        "pred_head_config": {
-            "type": "dpt+pose",
-            "gradient_checkpointing": False,
-            "feature_head": {"feature_dim": 16, "hooks": [0, 1, 2, 3], "checkpoint_gradient": False},
-            "regressor_head": {"output_dim": 6, "checkpoint_gradient": False},
-            "pose_head": {"num_resconv_block": 1, "rot_representation_dim": 4},
-            "scale_head": {"output_dim": 1},
-            "adaptor_type": "raydirs+depth+pose+confidence+mask",
-            "adaptor_config": {"input_dim": 6, "scene_rep_dim": 4, "scene_rep_type": "raydirs+depth+pose"},
-            "dpt_adaptor": {
-                "name": adaptor,
-                "ray_directions_mode": "linear",
-                "ray_directions_normalize_to_unit_sphere": True,
-                "ray_directions_normalize_to_unit_image_plane": False,
-                "ray_directions_clamp_min_of_z_dir": False,
-                "ray_directions_z_dir_min": float("-inf"),
-                **{f"ray_directions_{end}": value for end, value in free.items()},
-                "depth_mode": "exp",
-                "depth_vmin": 0,
-                "depth_vmax": float("inf"),
-                "confidence_type": "exp",
-                "confidence_vmin": 1,
-                "confidence_vmax": float("inf"),
-            },
-            "pose_adaptor": {
-                "name": adaptor,
-                "cam_trans_mode": "linear",
-                **{f"cam_trans_{end}": value for end, value in free.items()},
-                "quaternions_mode": "linear",
-                "quaternions_normalize": True,
-                **{f"quaternions_{end}": value for end, value in free.items()},
-            },
-            "scale_adaptor": {"name": adaptor, "mode": "exp", "vmin": 1e-8, "vmax": float("inf")},
-        },
-        "geometric_input_config": geometry,
+        "pred_head_config": _tiny_heads(),
+        "geometric_input_config": _no_geometry(),
         "use_register_tokens_from_encoder": True,
         "info_sharing_mlp_layer_str": "swiglufused",
+    }
+
+
+def _tiny_heads() -> dict[str, Any]:
+    """Rays, depth, pose, confidence, mask and scale, none of them bounded."""
+    adaptor = {"name": "raydirs+depth+pose+confidence+mask+scale"}
+    free = {"vmin": float("-inf"), "vmax": float("inf")}
+    return {
+        "type": "dpt+pose",
+        "gradient_checkpointing": False,
+        "feature_head": {"feature_dim": 16, "hooks": [0, 1, 2, 3], "checkpoint_gradient": False},
+        "regressor_head": {"output_dim": 6, "checkpoint_gradient": False},
+        "pose_head": {"num_resconv_block": 1, "rot_representation_dim": 4},
+        "scale_head": {"output_dim": 1},
+        "adaptor_type": "raydirs+depth+pose+confidence+mask",
+        "adaptor_config": {"input_dim": 6, "scene_rep_dim": 4, "scene_rep_type": "raydirs+depth+pose"},
+        "dpt_adaptor": {
+            **adaptor,
+            "ray_directions_mode": "linear",
+            "ray_directions_normalize_to_unit_sphere": True,
+            "ray_directions_normalize_to_unit_image_plane": False,
+            "ray_directions_clamp_min_of_z_dir": False,
+            "ray_directions_z_dir_min": float("-inf"),
+            **{f"ray_directions_{end}": value for end, value in free.items()},
+            "depth_mode": "exp",
+            "depth_vmin": 0,
+            "depth_vmax": float("inf"),
+            "confidence_type": "exp",
+            "confidence_vmin": 1,
+            "confidence_vmax": float("inf"),
+        },
+        "pose_adaptor": {
+            **adaptor,
+            "cam_trans_mode": "linear",
+            **{f"cam_trans_{end}": value for end, value in free.items()},
+            "quaternions_mode": "linear",
+            "quaternions_normalize": True,
+            **{f"quaternions_{end}": value for end, value in free.items()},
+        },
+        "scale_adaptor": {**adaptor, "mode": "exp", "vmin": 1e-8, "vmax": float("inf")},
+    }
+
+
+def _no_geometry() -> dict[str, Any]:
+    """Encoders of rays, depth and poses, and no chance of their being used."""
+    encoders = (
+        ("ray_dirs_encoder", 3, "dense_rep_encoder", {"apply_pe": False}),
+        ("depth_encoder", 1, "dense_rep_encoder", {"apply_pe": False}),
+        ("cam_rot_encoder", 4, "global_rep_encoder", {}),
+        ("cam_trans_encoder", 3, "global_rep_encoder", {}),
+        ("scale_encoder", 1, "global_rep_encoder", {}),
+    )
+    chances = ("overall", "ray_dirs", "depth", "cam", "sparse_depth", "depth_scale_norm_all", "pose_scale_norm_all")
+    return {
+        **{
+            f"{name}_config": {"name": name, "in_chans": channels, "encoder_str": kind, **more}
+            for name, channels, kind, more in encoders
+        },
+        **{f"{chance}_prob": 0 for chance in chances},
+        "dropout_prob": 1,
+        "sparsification_removal_percent": 0,
     }
