@@ -83,12 +83,12 @@ def test_two_cameras_that_see_one_point_agree_on_where_it_is() -> None:
 
 
 def test_a_patch_takes_the_depth_of_the_pixel_that_nearest_neighbour_resizing_picks() -> None:
-    depth = np.random.default_rng(0).uniform(1, 4, (14, 24)).astype(np.float32)
+    depth = np.random.default_rng(0).uniform(1, 4, (97, 131)).astype(np.float32)  # reduced: pixels are passed over
     for fit in ("crop", "square"):
-        square = make_square(14, 24, SIZE, fit)  # type: ignore[arg-type]
+        square = make_square(97, 131, SIZE, fit)  # type: ignore[arg-type]
         resized = np.asarray(Picture.fromarray(depth).resize(square.resized, Picture.Resampling.NEAREST))
         wanted = resized[square.top :: 7, square.left :: 7][:4, :4]
-        made = patch_positions(make_view(depth), square, 4).reshape(4, 4, 4)
+        made = patch_positions(make_view(depth, shape=depth.shape), square, 4).reshape(4, 4, 4)
         np.testing.assert_allclose(made[..., 2], wanted)
 
 
