@@ -114,6 +114,16 @@ BACKBONES: dict[str, Entry] = {
         "MIT",
         "your own; those of its inputs and its teacher",
     ),
+    "spatial": Entry(
+        "vla.featurize.backbones.spatial:Spatial",
+        "LLaVA-3D's 3-D tokens in voxels, from a source's depth or MapAnything's; MapAnything's features",
+        "spatial [256, 1024], spatial_mask [256], spatial_xyz [256, 3]",
+        "291 M + 1.1 M (MapAnything: 1229 M)",
+        "MIT (re-implemented) + Apache-2.0 (transformers, MapAnything)",
+        "CLIP: MIT; LLaVA-3D: CC BY-NC-SA 4.0; MapAnything: Apache-2.0 or CC BY-NC 4.0",
+        hub=("openai/clip-vit-large-patch14-336", "ChaimZhu/LLaVA-3D-7B"),
+        checkout="https://github.com/facebookresearch/map-anything",
+    ),
     "pixels": Entry(
         "vla.featurize.backbones.pixels:Pixels",
         "32 x 32 RGB: the baseline that every learned backbone has to beat",

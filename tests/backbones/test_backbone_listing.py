@@ -21,6 +21,7 @@ BUILT: dict[str, dict[str, str]] = {
     "da3": {**RANDOM, "model": "tiny"},
     "dino-siglip": RANDOM,
     "siglip-prefix": RANDOM,
+    "spatial": RANDOM,
     "text": RANDOM,
     "rgb2pc": {
         "weights": "random",

@@ -121,6 +121,7 @@ CONFORMING = {"da3", "siglip-prefix"}
 OWN_BACKBONES = {
     "croco": "backbones/test_croco_backbone.py",
     "rgb2pc": "backbones/test_rgb2pc_backbone.py",
+    "spatial": "backbones/test_spatial_backbone.py",
     "text": "backbones/test_text_backbone.py",
     "vggt": "backbones/test_vggt_backbone.py",
 }
