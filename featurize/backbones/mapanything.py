@@ -292,7 +292,7 @@ def _tiny_heads() -> dict[str, Any]:
 
 def _no_geometry() -> dict[str, Any]:
     """Encoders of rays, depth and poses, and no chance of their being used."""
-    encoders = (
+    encoders: tuple[tuple[str, int, str, dict[str, Any]], ...] = (
         ("ray_dirs_encoder", 3, "dense_rep_encoder", {"apply_pe": False}),
         ("depth_encoder", 1, "dense_rep_encoder", {"apply_pe": False}),
         ("cam_rot_encoder", 4, "global_rep_encoder", {}),
