@@ -19,7 +19,7 @@ lint: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	mkdir -p .venv/typing && ln -sfn "$(CURDIR)" .venv/typing/vla
-	MYPYPATH=.venv/typing $(BIN)/mypy -p vla.stores -p vla.training -p vla.featurize -p vla.heads -p vla.rollout -p vla.terminal -m vla.cli
+	MYPYPATH=.venv/typing $(BIN)/mypy -p vla.stores -p vla.training -p vla.featurize -p vla.heads -p vla.rollout -p vla.pretrained -p vla.terminal -m vla.cli
 	$(BIN)/lint-imports
 
 # An S3 server that is not ours, in an environment of its own: its pins are not those of the project.

@@ -18,7 +18,6 @@ from vla.featurize.sources.registry import open_source
 from vla.heads.batch import Batch
 from vla.heads.checkpoint import build_head
 from vla.heads.data import DataConfig, open_data
-from vla.heads.train import prepare_head
 from vla.training.loop import seed_everything
 
 BATCH = 16
@@ -40,7 +39,7 @@ def main() -> None:
     ]
     seed_everything(0)
     model = build_head("fm", {}, data.io)
-    prepare_head(model, data)
+    model.prepare(data)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     batches = data.batches(data.training, model.config.window, BATCH, pin=False)

@@ -21,7 +21,6 @@ from vla.heads.batch import Batch
 from vla.heads.checkpoint import build_head
 from vla.heads.data import DataConfig, HeadData, TensorBatches, open_data
 from vla.heads.model import HeadModel
-from vla.heads.train import prepare_head
 from vla.training.loop import seed_everything
 
 BATCH = 64
@@ -83,7 +82,7 @@ def main() -> None:
     data = open_data(DataConfig(stores=(str(root),)))
     seed_everything(0)
     model = build_head("fm", {}, data.io)
-    prepare_head(model, data)
+    model.prepare(data)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=False)
     batches = data.batches(data.training, model.config.window, BATCH, pin=False)

@@ -24,6 +24,8 @@ class FeatureIO(Settings):
     """Views first, e.g. (2, 14, 14, 112) for a grid, (2, 64, 1536) for tokens, (1, 1280) for one vector."""
     dims: tuple[str, ...]
     """("y", "x", "channel"), ("token", "channel") or ("channel",)."""
+    masked: bool = False
+    """Whether a store says which tokens are real: `Batch.feature_valid` then has this feature."""
 
     @model_validator(mode="after")
     def _agree(self) -> FeatureIO:
@@ -47,6 +49,17 @@ class FeatureIO(Settings):
         return self.shape[-1]
 
 
+class TextIO(Settings):
+    """What a text store holds of each instruction: token ids and mask [length], and embeddings [length, width].
+
+    `width` is 0 where there are ids alone. `side` is where the padding is.
+    """
+
+    length: int
+    width: int = 0
+    side: str = "left"
+
+
 class HeadIO(Settings):
     """All that a head knows about its data set. Saved in the checkpoint; a live policy must offer the same."""
 
@@ -57,6 +70,12 @@ class HeadIO(Settings):
     features: dict[str, FeatureIO] = {}
     tasks: tuple[str, ...] = ()
     """Distinct instructions; `Batch.task` indexes them."""
+    labels: tuple[dict[str, str], ...] = ()
+    """What else sources say of episodes, by name, such as high_level_task and subtask; `Batch.label` indexes them."""
+    text: TextIO | None = None
+    """The text store beside the features, where there is one."""
+    chunk: int | None = None
+    """Steps of the label that every row holds as a whole, such as 8 waypoints; None: windows of one action a row."""
 
     def state_columns(self, wanted: tuple[int | str, ...] | None) -> tuple[int, ...]:
         """Turn state columns given by index or by name into indices; None means all. Raises `UsageError`."""
@@ -83,7 +102,8 @@ class Batch:
     """B windows. Rows that a window lacks (before or after its episode) repeat the edge and are marked invalid."""
 
     features: Mapping[str, Tensor]
-    """name -> [B, N, V, *axes, C], float16, bfloat16, float32 or int8, as stored: read them through `feature`."""
+    """name -> [B, N, V, *axes, C], float16, bfloat16, float32 or int8, as stored: read them through `feature`. N
+    is what `HeadModel.reads` says of the feature: n_obs, or fewer, the last ones."""
     state: Tensor | None
     """[B, N, S] float32, in the data's units; None where the data set has no state."""
     task: Tensor
@@ -94,6 +114,8 @@ class Batch:
     """[B, H, A] float32, in the data's units; None at inference."""
     action_valid: Tensor | None = None
     """[B, H] bool; None: all valid."""
+    label: Tensor | None = None
+    """[B] int64, index into `HeadIO.labels`; None where there are none, and at inference."""
     action_dims: Tensor | None = None
     """[B, A] bool, False for dimensions that a task pads; None: all real."""
     feature_valid: Mapping[str, Tensor] = field(default_factory=dict)
@@ -121,6 +143,7 @@ class Batch:
             task=self.task.to(device, non_blocking=non_blocking),
             obs_valid=self.obs_valid.to(device, non_blocking=non_blocking),
             action=move(self.action),
+            label=move(self.label),
             action_valid=move(self.action_valid),
             action_dims=move(self.action_dims),
             feature_valid={k: value.to(device, non_blocking=non_blocking) for k, value in self.feature_valid.items()},
@@ -131,16 +154,19 @@ class Batch:
         return self.task.shape[0]
 
 
-def check_batch(batch: Batch, io: HeadIO, window: WindowSpec, features: tuple[str, ...], *, state: bool) -> None:
+def check_batch(batch: Batch, io: HeadIO, window: WindowSpec, reads: Mapping[str, int], *, state: bool) -> None:
     """Compare shapes with what the head was built for. Looks at no values, so it never waits for the device.
 
-    `features` are the names the head reads, `state` whether it reads the state.
+    `reads` are the features that the head reads and how many frames of each, `state` whether it reads the state.
     Raises `DataError` naming the tensor whose shape differs.
     """
     B = len(batch)
     wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {"obs_valid": (batch.obs_valid, (B, window.n_obs))}
-    for name in features:
-        wanted[f"feature {name!r}"] = (batch.features.get(name), (B, window.n_obs, *io.features[name].shape))
+    for name, frames in reads.items():
+        wanted[f"feature {name!r}"] = (batch.features.get(name), (B, frames, *io.features[name].shape))
+        if io.features[name].masked:
+            tokens = (B, frames, *io.features[name].shape[:-1])
+            wanted[f"mask of {name!r}"] = (batch.feature_valid.get(name), tokens)
     if state:
         wanted["state"] = (batch.state, (B, window.n_obs, io.state_dim))
     if batch.action is not None:

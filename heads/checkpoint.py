@@ -36,7 +36,10 @@ class StoreRecord(Settings):
 
 
 class Artefact(Settings):
-    """What a checkpoint keeps beside the weights: the resolved configuration and the stores' fingerprints."""
+    """What a checkpoint keeps beside the weights: the resolved configuration and the stores' fingerprints.
+
+    `frozen`: digests of the networks that the head runs without training them, whose weights stay where they were.
+    """
 
     head: str
     config: dict[str, Any]
@@ -45,6 +48,7 @@ class Artefact(Settings):
     state: tuple[str, ...]
     stores: tuple[StoreRecord, ...]
     training_episodes: int
+    frozen: dict[str, str] = {}
     vla_version: str
 
 
@@ -71,7 +75,8 @@ def build_head(name: str, values: dict[str, Any], io: HeadIO) -> HeadModel:
 
 def load_head(path: Path, *, which: str = "newest") -> TrainedHead:
     """Load a run folder or one checkpoint. Raises `CheckpointError` where weights and configuration do not fit;
-    what the configuration claims is compared with the weights before any memory is taken for it."""
+    what the configuration claims is compared with the weights before any memory is taken for it. Networks that the head
+    runs frozen are loaded from where they were; others raise `CheckpointError` too."""
     found = load_checkpoint(path, which=which)
     artefact = Artefact.build(found.artefact, where=f"{found.folder / 'artefact.json'}")
     wanted = _shapes(artefact, found.folder)
@@ -81,6 +86,13 @@ def load_head(path: Path, *, which: str = "newest") -> TrainedHead:
         raise CheckpointError(f"{found.folder} does not fit its head: {', '.join(wrong[:3])}")
     model = build_head(artefact.head, artefact.config, artefact.io)
     model.load_state_dict(found.weights)
+    for name, frozen in model.frozen.items():
+        if frozen.digest != artefact.frozen.get(name):
+            raise CheckpointError(
+                f"the weights of {name} are not those that {found.folder} was trained with",
+                expected=f"SHA-256 {artefact.frozen.get(name)}, found {frozen.digest}",
+                fix="the same weights folder",
+            )
     return TrainedHead(model.eval(), artefact, found.step, found.folder)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from vla.heads.batch import Batch, FeatureIO, HeadIO
-from vla.heads.storage import as_tensor
-from vla.stores.batches import Shuffle, WindowBatch, WindowBatches
-from vla.stores.dtypes import DtypeName
+from vla.heads.batch import HeadIO
+from vla.heads.columns import feature_io, label_columns, target_info
+from vla.heads.tensor_batches import TensorBatches
+from vla.heads.texts import TextTable, is_text_store
+from vla.stores.batches import Shuffle, WindowBatches
 from vla.stores.errors import DataError, UsageError
 from vla.stores.join import JoinedStores, join_stores
 from vla.stores.memory import memory_limit
@@ -37,7 +38,10 @@ class DataConfig(Settings):
     `verify`: when rows are compared with their checksums. `random_weights`: allow features of random weights.
     `shuffle`: "global" draws batches from all of the store, "blocks" from random places of it, which reads a store that
     exceeds memory far faster (vla.stores.shuffle); "auto" decides by the memory, and checkpoints keep its decision.
+    `target`: the step column that heads learn to predict. One number a dimension and row is a window's next actions;
+    a column [H, A] is a chunk that each row holds by itself (8 waypoints), valid where `<target>_valid` says so.
     `remote`: how stores on object stores are reached and cached.
+    A bool column `<target>_dims` [A] marks the dimensions that a task has, where tasks differ.
     `augment`: training batches draw each window from the plain features or from one of the augmented copies beside them
     (`vla featurize --augment`), where a store has any; all else reads plain features.
     """
@@ -45,6 +49,7 @@ class DataConfig(Settings):
     stores: tuple[str, ...]
     features: tuple[str, ...] | None = None
     state: tuple[str, ...] | None = None
+    target: str = "action"
     validation: float = Field(0.1, ge=0, lt=1)
     split_seed: int = 0
     verify: Verify = "first"
@@ -59,7 +64,8 @@ class DataConfig(Settings):
 class HeadData:
     """Opened stores and the split. `training` and `validation` are episode positions, int64.
 
-    `copies`: K, how many augmented copies training draws from; 0 where there are none, or none are wanted.
+    `copies`: K, how many augmented copies training draws from; 0 where there are none, or none are wanted. `texts`: the
+    text store that was given beside the demonstrations.
     """
 
     config: DataConfig
@@ -70,6 +76,7 @@ class HeadData:
     training: NDArray[np.int64]
     validation: NDArray[np.int64]
     copies: int = 0
+    texts: TextTable | None = None
 
     def rows(self, episodes: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return all rows of some episodes, in order."""
@@ -78,8 +85,18 @@ class HeadData:
         return np.concatenate([parts[episode] for episode in episodes.tolist()])
 
     def actions(self, episodes: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return the actions of some episodes, float32 [N, A], in the data's units."""
-        return self.stores.first.steps("action")[self.rows(episodes)].astype(np.float32)
+        """Return the actions of some episodes, float32 [N, A], in the data's units; of chunks every valid step."""
+        rows = self.rows(episodes)
+        actions = self._column("")[rows].astype(np.float32)
+        return actions if self.io.chunk is None else actions[self._column("_valid")[rows]]
+
+    def action_dims(self, episodes: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        """Return which dimensions of `actions` are real, bool [N, A]; None where all are."""
+        name = f"{self.config.target}_dims"
+        return self.stores.first.steps(name)[self.rows(episodes)] if name in self.stores.first.manifest.steps else None
+
+    def _column(self, suffix: str) -> NDArray[Any]:
+        return self.stores.first.steps(self.config.target + suffix)
 
     def states(self, episodes: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the state of some episodes, float32 [N, S]; S is 0 where none is used."""
@@ -87,55 +104,51 @@ class HeadData:
         columns = [self.stores.first.steps(name)[rows].reshape(len(rows), -1) for name in self.state]
         return np.concatenate([np.empty((len(rows), 0)), *columns], axis=1).astype(np.float32)
 
+    def channel_statistics(self, feature: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return mean and standard deviation [C] of a feature over its whole store."""
+        statistics = self.stores.stores[self.stores.owner[feature]].statistics(feature)
+        return statistics.mean, statistics.std
+
     def batches(
-        self, episodes: NDArray[np.int64], window: WindowSpec, batch_size: int, *, pin: bool, augment: bool = False
+        self,
+        episodes: NDArray[np.int64],
+        window: WindowSpec,
+        batch_size: int,
+        *,
+        pin: bool,
+        augment: bool = False,
+        reads: Mapping[str, int] | None = None,
     ) -> TensorBatches:
-        """Return batches over all windows of some episodes; with `augment`, shuffled ones draw from the copies."""
+        """Return batches over all windows of some episodes; with `augment`, shuffled ones draw from the copies.
+
+        `reads`: the features to read and how many frames of each; None: all of them, n_obs frames.
+        """
+        if self.io.chunk is not None:
+            if window.horizon != self.io.chunk or window.action_offset:
+                fix = f"--set model.horizon={self.io.chunk}"
+                raise UsageError(
+                    f"a horizon of {window.horizon} over {self.config.target!r}",
+                    expected=f"{self.io.chunk}, the steps that each row holds",
+                    fix=fix,
+                )
+            window = window.model_copy(update={"horizon": 1})
         index = WindowIndex(self.stores.first.episodes, episodes, window)
+        frames = dict.fromkeys(self.features, window.n_obs) if reads is None else dict(reads)
+        frames |= {f"{name}_mask": count for name, count in frames.items() if self.io.features[name].masked}
         batches = WindowBatches(
             self.stores,
             index,
-            features=self.features,
+            features=frames,
             obs_steps=self.state,
-            action_steps=("action",),
+            action_steps=label_columns(self.config.target, self.stores.first.manifest.steps),
             batch_size=batch_size,
             verify=self.config.verify,
             allocate=_allocate_pinned if pin else np.empty,
             shuffle="blocks" if self.config.shuffle == "blocks" else "global",
             copies=self.copies if augment else 0,
         )
-        dtypes = {name: self.stores.feature_info(name).dtype for name in self.features}
-        return TensorBatches(batches, self.state, dtypes)
-
-
-@dataclass(frozen=True)
-class TensorBatches:
-    """`WindowBatches` as torch batches. Features share memory with the ring: a batch is valid until the next one."""
-
-    batches: WindowBatches
-    state: tuple[str, ...]
-    dtypes: dict[str, DtypeName]
-
-    def shuffled(self, seed: int, start: int = 0) -> Iterator[Batch]:
-        """Yield batches start, start + 1, … for ever; batch k is a function of (seed, k)."""
-        return map(self._to_torch, self.batches.shuffled(seed, start))
-
-    def in_order(self) -> Iterator[Batch]:
-        """Yield every window once."""
-        return map(self._to_torch, self.batches.in_order())
-
-    def _to_torch(self, batch: WindowBatch) -> Batch:
-        B, N = batch.obs_valid.shape
-        state = [batch.obs_steps[name].reshape(B, N, -1).astype(np.float32) for name in self.state]
-        return Batch(
-            features={name: as_tensor(values, self.dtypes[name]) for name, values in batch.features.items()},
-            state=torch.from_numpy(np.concatenate(state, axis=2)) if state else None,
-            task=torch.from_numpy(batch.task),
-            obs_valid=torch.from_numpy(batch.obs_valid),
-            action=torch.from_numpy(batch.action_steps["action"].astype(np.float32)),
-            action_valid=torch.from_numpy(batch.action_valid),
-            scales={name: torch.from_numpy(values) for name, values in batch.scales.items()},
-        )
+        dtypes = {name: self.stores.feature_info(name).dtype for name in frames}
+        return TensorBatches(batches, self.state, dtypes, self.config.target, self.io)
 
 
 def open_data(config: DataConfig) -> HeadData:
@@ -146,45 +159,51 @@ def open_data(config: DataConfig) -> HeadData:
     """
     if not config.stores:
         raise UsageError("no store given", fix="--store stores/NAME")
-    stores = join_stores(
-        [open_store(path, allow_partial=config.allow_partial, remote=config.remote) for path in config.stores]
-    )
-    for store in stores.stores:
+    opened = [open_store(path, allow_partial=config.allow_partial, remote=config.remote) for path in config.stores]
+    texts = [TextTable(store) for store in opened if is_text_store(store)]
+    shown = [store for store in opened if not is_text_store(store)]
+    if not shown or len(texts) > 1:
+        found = f"{len(shown)} stores of demonstrations and {len(texts)} of instructions"
+        raise UsageError(found, expected="one or more of demonstrations, and at most one of instructions")
+    for store in opened:
         if store.manifest.random_weights and not config.random_weights:
             raise DataError(
                 f"{store.place} was made with random weights",
                 expected="features of trained weights",
                 fix="--set data.random_weights=true, if this is a test of the pipeline",
             )
+    stores = join_stores(shown)
     first = stores.first
     steps = first.manifest.steps
-    features = config.features if config.features is not None else tuple(stores.owner)
+    masks = {f"{name}_mask" for name in stores.owner} & stores.owner.keys()
+    features = config.features if config.features is not None else tuple(n for n in stores.owner if n not in masks)
     state = config.state if config.state is not None else tuple(name for name, s in steps.items() if s.role == "state")
     for name in state:
-        if name not in steps or steps[name].role == "action":
+        if name not in steps or steps[name].role == "action" or name == config.target:
             known = ", ".join(key for key, step in steps.items() if step.role != "action")
             raise UsageError(f"data.state names {name!r}", expected=f"one of {known}")
     training, validation = split_episodes(stores.usable, first.episodes.ids, config.validation, config.split_seed)
     widths = {name: int(np.prod(steps[name].shape)) for name in state}
-    if "action" not in steps:
-        found = f"{first.root} has no actions: it is a store of {first.manifest.fingerprint['backbone']['name']}"
-        raise UsageError(found, expected="a store of demonstrations as the first --store")
+    target = target_info(config.target, first)
     io = HeadIO(
-        action_dim=int(np.prod(steps["action"].shape)),
-        action_names=steps["action"].names,
+        action_dim=target.shape[-1],
+        action_names=target.names,
         state_dim=sum(widths.values()),
         state_names=tuple(
             f"{name}.{part}"
             for name in state
             for part in (steps[name].names or tuple(str(index) for index in range(widths[name])))
         ),
-        features={name: _feature_io(stores, name) for name in features},
+        features={name: feature_io(stores, name) for name in features},
         tasks=first.episodes.tasks,
+        labels=tuple(dict(label) for label in first.episodes.labels),
+        text=texts[0].io() if texts else None,
+        chunk=target.shape[0] if len(target.shape) == 2 else None,
     )
     copies = stores.copies(features) if config.augment else 0
     if config.shuffle == "auto":
         config = config.model_copy(update={"shuffle": _shuffle_for(stores, features, copies)})
-    data = HeadData(config, stores, io, features, state, training, validation, copies)
+    data = HeadData(config, stores, io, features, state, training, validation, copies, texts[0] if texts else None)
     if not np.isfinite(data.actions(np.flatnonzero(stores.usable))).all():
         raise DataError(f"{first.place} holds actions that are not finite", fix=f"vla verify {first.place}")
     return data
@@ -196,11 +215,6 @@ def _shuffle_for(stores: JoinedStores, features: tuple[str, ...], copies: int) -
         arrays = 1 + min(copies, stores.stores[stores.owner[name]].manifest.copies)
         size += stores.first.manifest.rows * stores.feature_info(name).row_bytes * arrays
     return "blocks" if size > CACHE_SHARE * memory_limit() else "global"
-
-
-def _feature_io(stores: JoinedStores, name: str) -> FeatureIO:
-    info = stores.feature_info(name)
-    return FeatureIO(shape=info.shape, dims=info.dims[1:])
 
 
 def _allocate_pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

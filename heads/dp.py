@@ -18,7 +18,8 @@ from pydantic import Field
 from torch import Tensor
 
 from vla.heads.batch import Batch, HeadIO
-from vla.heads.model import MAX_LAYERS, HeadConfig, HeadModel, noise_like, real_dims
+from vla.heads.encoded import EncodedConfig, EncodedHead
+from vla.heads.model import MAX_LAYERS, HeadConfig, noise_like, real_dims
 from vla.heads.nets.residual_mlp import ResidualMLP
 from vla.heads.nets.unet1d import ConditionalUnet1D, check_sizes
 from vla.stores.errors import UsageError
@@ -27,7 +28,7 @@ DDIM_STEPS = 16
 """Default of DDIM. The paper's robots take 10; 16 cost little more with these nets."""
 
 
-class DiffusionConfig(HeadConfig):
+class DiffusionConfig(EncodedConfig):
     """Diffusion Policy's settings; defaults are the published ones.
 
     `net`: "unet" (the published 1-D U-Net) or "mlp" (a residual MLP: ten times faster on a CPU). `down_dims`: channels
@@ -66,7 +67,7 @@ class DiffusionConfig(HeadConfig):
         return self.sample_steps or default
 
 
-class DiffusionHead(HeadModel):
+class DiffusionHead(EncodedHead):
     """Denoiser over [B, H, A]; see the module. Raises `UsageError` for settings that contradict each other."""
 
     Config: ClassVar[type[HeadConfig]] = DiffusionConfig

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import collections
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,14 @@ from vla.stores.fingerprint import require_equal
 BATCH = 64
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ActionError:
-    """Errors over the valid steps of all windows, from the present on.
+    """Errors over the valid steps and real dimensions of all windows, from the present on.
 
     `mae`, `mse` per dimension [A], in the data's units; `executed_mae` [A] over the `n_action` steps that a robot would
     execute; `baseline_mae` [A] of always predicting the training actions' mean. `windows` and `steps` count what was
-    compared. `predicted` and `true` [W, A] are the first action of every window, in order.
+    compared; `extra` is what the head itself measures (`HeadModel.measure`). `predicted` and `true` [W, A] are the
+    first action of every window, in order.
     """
 
     names: tuple[str, ...]
@@ -36,6 +38,7 @@ class ActionError:
     steps: int
     predicted: NDArray[np.float32]
     true: NDArray[np.float32]
+    extra: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """Return the means over dimensions."""
@@ -44,6 +47,7 @@ class ActionError:
             "horizon_mae": float(self.mae.mean()),
             "horizon_mse": float(self.mse.mean()),
             "baseline_mae": float(self.baseline_mae.mean()),
+            **self.extra,
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -59,42 +63,62 @@ class ActionError:
 
 
 def action_error(
-    model: HeadModel, data: HeadData, episodes: NDArray[np.int64], *, device: torch.device, seed: int = 0
+    model: HeadModel,
+    data: HeadData,
+    episodes: NDArray[np.int64],
+    *,
+    device: torch.device,
+    seed: int = 0,
+    tasks: torch.Tensor | None = None,
 ) -> ActionError:
-    """Sample a chunk for every window of `episodes` and compare it with the demonstrated one. Seeded."""
+    """Sample a chunk for every window of `episodes` and compare it with the demonstrated one. Seeded.
+
+    `tasks` int64 takes the data's numbers of instructions to the head's; None: they are the same.
+    """
     if not len(episodes):
         raise DataError("no episode to evaluate on", expected="at least one", fix="--set data.validation=0.1")
     generator = torch.Generator(device).manual_seed(seed)
     A, start = data.io.action_dim, -model.config.action_offset
-    mean = torch.from_numpy(data.actions(data.training).mean(axis=0))
+    dims = data.action_dims(data.training)
+    mean = torch.from_numpy(data.actions(data.training).mean(axis=0, where=True if dims is None else dims))
     sums = {key: torch.zeros(A, dtype=torch.float64) for key in ("mae", "mse", "executed_mae", "baseline_mae")}
-    count, executed = 0.0, 0.0
+    count, executed = torch.zeros(A, dtype=torch.float64), torch.zeros(A, dtype=torch.float64)
+    steps, measured = 0, collections.defaultdict(list)
     predicted, true = [], []
-    for batch in data.batches(episodes, model.config.window, BATCH, pin=False).in_order():
-        chunk = model.act(batch.to(device), generator).cpu()
+    for batch in data.batches(episodes, model.config.window, BATCH, pin=False, reads=model.reads).in_order():
+        batch = batch if tasks is None else dataclasses.replace(batch, task=tasks[batch.task], label=None)
+        there = batch.to(device)
+        chunk = model.act(there, generator)
+        for name, numbers in model.measure(there, chunk).items():
+            measured[name].append(numbers.cpu())
+        chunk = chunk.cpu()
         assert batch.action is not None
         assert batch.action_valid is not None
-        wanted, valid = batch.action[:, start:], batch.action_valid[:, start:, None].double()
+        wanted, stepped = batch.action[:, start:], batch.action_valid[:, start:]
+        real = torch.ones(len(batch), A, dtype=torch.bool) if batch.action_dims is None else batch.action_dims
+        valid = (stepped[..., None] & real[:, None]).double()
         error = (chunk - wanted).abs().double() * valid
         near = slice(0, model.config.n_action)
         sums["mae"] += error.sum((0, 1))
         sums["mse"] += (error**2).sum((0, 1))
         sums["executed_mae"] += error[:, near].sum((0, 1))
         sums["baseline_mae"] += ((mean - wanted).abs().double() * valid)[:, near].sum((0, 1))
-        count += float(valid.sum())
-        executed += float(valid[:, near].sum())
+        count += valid.sum((0, 1))
+        executed += valid[:, near].sum((0, 1))
+        steps += int(stepped.sum())
         predicted.append(chunk[:, 0].numpy())
         true.append(wanted[:, 0].numpy().copy())
     return ActionError(
         data.io.action_names or tuple(str(index) for index in range(A)),
-        (sums["mae"] / count).numpy(),
-        (sums["mse"] / count).numpy(),
-        (sums["executed_mae"] / executed).numpy(),
-        (sums["baseline_mae"] / executed).numpy(),
+        (sums["mae"] / count.clamp(min=1)).numpy(),
+        (sums["mse"] / count.clamp(min=1)).numpy(),
+        (sums["executed_mae"] / executed.clamp(min=1)).numpy(),
+        (sums["baseline_mae"] / executed.clamp(min=1)).numpy(),
         sum(len(part) for part in predicted),
-        int(count),
+        steps,
         np.concatenate(predicted),
         np.concatenate(true),
+        model.summarise({name: torch.cat(parts) for name, parts in measured.items()}),
     )
 
 
@@ -114,4 +138,15 @@ def evaluate_head(head: TrainedHead, stores: tuple[str, ...] | None = None, *, s
         require_equal(ours, theirs, what=store.place, fix=fix)
     episodes = data.validation if stores is None else data.training
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return action_error(head.model.to(device), data, episodes, device=device, seed=seed)
+    tasks = _task_numbers(data.io.tasks, head.artefact.io.tasks)
+    return action_error(head.model.to(device), data, episodes, device=device, seed=seed, tasks=tasks)
+
+
+def _task_numbers(theirs: tuple[str, ...], trained: tuple[str, ...]) -> torch.Tensor:
+    """Return, for each instruction of a data set, its number among those that the head was trained on."""
+    if len(trained) == 1:  # such a head reads no instruction
+        return torch.zeros(len(theirs), dtype=torch.int64)
+    unknown = [text for text in theirs if text not in trained]
+    if unknown:
+        raise DataError(f"the head was not trained on {unknown[0]!r}", expected=f"one of {'; '.join(trained)}")
+    return torch.tensor([trained.index(text) for text in theirs])

@@ -14,7 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from vla.heads.batch import Batch, HeadIO
-from vla.heads.model import MAX_LAYERS, SMALL_NET, HeadConfig, HeadModel, noise_like, real_dims
+from vla.heads.encoded import EncodedConfig, EncodedHead
+from vla.heads.model import MAX_LAYERS, SMALL_NET, HeadConfig, noise_like, real_dims
 from vla.heads.nets.action_expert import ActionExpert
 from vla.heads.nets.residual_mlp import ResidualMLP
 from vla.stores.errors import UsageError
@@ -23,7 +24,7 @@ TIME_SCALE = 1000.0
 """t in [0, 1] is embedded as 1000 t: the sinusoid's slowest rate is 1/10000 radian a unit."""
 
 
-class FlowConfig(HeadConfig):
+class FlowConfig(EncodedConfig):
     """Settings of the flow-matching head.
 
     `net`: "expert", a small transformer over feature tokens, proprioception and noisy actions; or "mlp", a residual
@@ -42,7 +43,7 @@ class FlowConfig(HeadConfig):
     sample_steps: int = Field(10, ge=1)
 
 
-class FlowHead(HeadModel):
+class FlowHead(EncodedHead):
     """Velocity net over [B, H, A]; see the module."""
 
     Config: ClassVar[type[HeadConfig]] = FlowConfig

@@ -9,11 +9,12 @@ from pydantic import Field
 from torch import Tensor
 
 from vla.heads.batch import Batch, HeadIO
-from vla.heads.model import MAX_LAYERS, SMALL_NET, HeadConfig, HeadModel
+from vla.heads.encoded import EncodedConfig, EncodedHead
+from vla.heads.model import MAX_LAYERS, SMALL_NET, HeadConfig
 from vla.heads.nets.residual_mlp import ResidualMLP
 
 
-class MlpConfig(HeadConfig):
+class MlpConfig(EncodedConfig):
     """Settings of the planner: `hidden`, `layers` and `dropout` of its residual MLP."""
 
     hidden: int = Field(512, ge=8)
@@ -21,7 +22,7 @@ class MlpConfig(HeadConfig):
     dropout: float = Field(0.0, ge=0, lt=1)
 
 
-class MlpHead(HeadModel):
+class MlpHead(EncodedHead):
     """Observation -> chunk, in one pass. Where demonstrations differ it predicts their mean: see `dp` and `fm`."""
 
     Config: ClassVar[type[HeadConfig]] = MlpConfig

@@ -1,22 +1,31 @@
-"""What all heads share: observation encoder, normalisers, masks. A head adds its errors and its sampler."""
+"""What all heads share: normalised labels, masked losses, sampled chunks. A head adds its errors and its sampler.
+
+Heads that read whatever features there are through an observation encoder build on encoded.py.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
 from vla.heads.batch import Batch, HeadIO, check_batch
-from vla.heads.encoders import EncoderConfig, ObservationEncoder, ProjectionReader
+from vla.heads.frozen import Frozen
+from vla.heads.needs import Need, check_needs
 from vla.heads.normalize import Mode, Normalizer
 from vla.stores.errors import DataError, UsageError
 from vla.stores.norm_stats import read_norm_stats
 from vla.stores.settings import Settings
 from vla.stores.windows import WindowSpec
+
+if TYPE_CHECKING:
+    from vla.heads.data import HeadData
 
 SMALL_NET = {"steps": 4000, "lr": 2e-3, "weight_decay": 1e-2, "betas": (0.9, 0.999), "warmup_steps": 100}
 """Training settings for nets of about a million parameters on thousands of frames, chosen on push-v3 (on other scenes
@@ -33,7 +42,6 @@ class HeadConfig(Settings):
     the next decision. `action_norm`: "limits" maps each dimension's range to [-1, 1] (what diffusion with clipping
     needs), "quantile" its 1st to 99th percentile, "zscore" mean and deviation. `state_norm`: likewise for the state.
     `norm_stats`: openpi's norm_stats.json, for both instead of the training split; then with "zscore" or "quantile".
-    `encoder`: see `EncoderConfig`.
     """
 
     n_obs: int = Field(1, ge=1)
@@ -42,7 +50,6 @@ class HeadConfig(Settings):
     action_norm: Mode = "limits"
     state_norm: Mode = "zscore"
     norm_stats: str | None = None
-    encoder: EncoderConfig = EncoderConfig()
 
     @property
     def window(self) -> WindowSpec:
@@ -63,22 +70,45 @@ class HeadConfig(Settings):
 class HeadModel(nn.Module):
     """Base of the heads: `loss` for training, `act` for a robot. Subclasses define `errors` and `sample`.
 
-    `tokens`: the head reads the observation as tokens rather than as one vector a frame.
+    `reads`: the features it reads, and the last how many of the observed frames of each. `columns`: the columns of the
+    state it reads. `state`: the normaliser of the state, None where none is read. `frozen`: networks that it runs and
+    does not train, by name (frozen.py).
     """
 
     Config: ClassVar[type[HeadConfig]] = HeadConfig
     train_defaults: ClassVar[dict[str, Any]] = {}
     """What this head is trained with where nothing else is said, over `TrainConfig`'s own defaults."""
 
-    def __init__(self, config: HeadConfig, io: HeadIO, *, tokens: bool = False) -> None:
+    def __init__(self, config: HeadConfig, io: HeadIO) -> None:
         super().__init__()
+        check_needs(type(self).__name__, self.needs(config), io)
         if config.n_action > config.n_action_max:
             raise UsageError(
                 f"n_action {config.n_action} of horizon {config.horizon}", expected=f"at most {config.n_action_max}"
             )
         self.config, self.io = config, io
-        self.encoder = ObservationEncoder(config.encoder, io, config.n_obs, tokens=tokens)
+        self.frozen: dict[str, Frozen] = {}
         self.action = Normalizer(io.action_dim)
+
+    @classmethod
+    def needs(cls, config: Any) -> tuple[Need, ...]:
+        """Return what the stores have to hold for a head of this configuration."""
+        return ()
+
+    @property
+    def reads(self) -> dict[str, int]:
+        """Return the features that the head reads and how many of the observed frames of each, the last ones."""
+        raise NotImplementedError
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Return which columns of the state the head reads."""
+        return ()
+
+    @property
+    def state(self) -> Normalizer | None:
+        """Return the normaliser of the state; None where the head reads none."""
+        return None
 
     def errors(self, batch: Batch, action: Tensor) -> Tensor:
         """Return the elementwise training error [B, H, A] for normalised actions [B, H, A]."""
@@ -94,19 +124,16 @@ class HeadModel(nn.Module):
         Padded steps and dimensions contribute neither to the loss nor to any gradient of it. What the batch holds
         there does not matter either: the nets see the nearest valid step and 0. Raises `DataError` without actions.
         """
-        self._check(batch)
+        self.check(batch)
+        action = self.labels(batch)
+        return masked_mean(self.errors(batch, action), batch)
+
+    def labels(self, batch: Batch) -> Tensor:
+        """Return the normalised actions [B, H, A] of a batch, edges repeated, 0 in padded dimensions."""
         if batch.action is None:
             raise DataError("the batch has no action", expected=f"[B, {self.config.horizon}, {self.io.action_dim}]")
         action, valid = batch.action, batch.action_valid
-        action = real_dims(batch, self.action(action if valid is None else repeat_edges(action, valid)))
-        errors = self.errors(batch, action)
-        counted = torch.ones_like(errors, dtype=torch.bool)
-        if valid is not None:
-            counted &= valid[..., None]
-        if batch.action_dims is not None:
-            counted &= batch.action_dims[:, None]
-        total = torch.where(counted, errors, 0.0).sum()
-        return total / counted.sum().clamp(min=1), {"mask_share": counted.float().mean()}
+        return real_dims(batch, self.action(action if valid is None else repeat_edges(action, valid)))
 
     @torch.inference_mode()
     def act(self, batch: Batch, generator: torch.Generator | None = None, *, whole: bool = False) -> Tensor:
@@ -115,7 +142,7 @@ class HeadModel(nn.Module):
         `whole`: the whole predicted horizon [B, H, A] instead. `generator` (on the model's device) seeds the sampler.
         Dropout and noise are off whatever mode the module is in.
         """
-        self._check(batch)
+        self.check(batch)
         training = self.training
         try:
             if training:
@@ -126,34 +153,83 @@ class HeadModel(nn.Module):
                 self.train()
         return chunk if whole else chunk[:, -self.config.action_offset :]
 
-    def _check(self, batch: Batch) -> None:
-        check_batch(batch, self.io, self.config.window, self.encoder.names, state=bool(self.encoder.columns))
+    def check(self, batch: Batch) -> None:
+        """Raise `DataError` where a batch does not have the shapes that the head was built for."""
+        check_batch(batch, self.io, self.config.window, self.reads, state=bool(self.columns))
 
-    def fit_normalisers(self, actions: np.ndarray[Any, Any], states: np.ndarray[Any, Any]) -> None:
+    def measure(self, batch: Batch, chunk: Tensor) -> dict[str, Tensor]:
+        """Return what else validation should report, from the chunk [B, n_action_max, A] that `act` gave: name -> [n].
+
+        The numbers of all batches are put behind each other, and `summarise` makes figures of them.
+        """
+        return {}
+
+    def summarise(self, measured: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return figures of all that `measure` gave: the mean of each."""
+        return {name: float(values.double().mean()) for name, values in measured.items() if len(values)}
+
+    def param_groups(self, lr: float) -> list[dict[str, Any]] | None:
+        """Return AdamW's parameter groups where some train at another rate than `lr`; None for one group of all."""
+        return None
+
+    def parameter_counts(self) -> dict[str, tuple[int, int]]:
+        """Return {part: (parameters, those of them that train)}, frozen networks among them."""
+        parts = dict(self.named_children()) | {name: frozen.module for name, frozen in self.frozen.items()}
+        counts = {}
+        for name, part in parts.items():
+            sizes = [(p.numel(), p.requires_grad) for p in part.parameters()]
+            if sizes:
+                counts[name] = (sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains))
+        return counts
+
+    def prepare(self, data: HeadData) -> None:
+        """Fit on the training split everything that is not trained. Called once, before the first step of a run."""
+        self.fit_normalisers(
+            data.actions(data.training), data.states(data.training), dims=data.action_dims(data.training)
+        )
+
+    def fit_normalisers(
+        self, actions: NDArray[Any], states: NDArray[Any], *, dims: NDArray[np.bool_] | None = None
+    ) -> None:
         """Fit on the training split: actions [N, A], states [N, S]. Raises `DataError` where they are not finite.
 
-        With `config.norm_stats` the statistics come from that file, which has to have as many components.
+        `dims` bool [N, A] marks the dimensions that are real. With `config.norm_stats` the statistics come from that
+        file, which has to have as many components.
         """
         if self.config.norm_stats is not None:
             self._fit_from_file(Path(self.config.norm_stats))
             return
-        self.action.fit(actions, self.config.action_norm)
-        if self.encoder.state is not None:
-            self.encoder.state.fit(states, self.config.state_norm)
+        self.action.fit(actions, self.config.action_norm, valid=dims)
+        if self.state is not None:
+            self.state.fit(states, self.config.state_norm)
 
     def _fit_from_file(self, path: Path) -> None:
         stats = read_norm_stats(path)
         wanted = {"actions": (self.action, self.config.action_norm)}
-        if self.encoder.state is not None:
-            wanted["state"] = (self.encoder.state, self.config.state_norm)
+        if self.state is not None:
+            wanted["state"] = (self.state, self.config.state_norm)
         for name, (normaliser, mode) in wanted.items():
             if name not in stats:
                 raise DataError(f"{path} has no {name!r}, only {', '.join(stats)}", expected="state and actions")
             normaliser.fit_from(stats[name], mode, f"{path}, {name},")
 
-    def projections(self) -> dict[str, ProjectionReader]:
-        """Return `{feature: reader}` of the projections that have to be fitted before training."""
-        return {name: r for name, r in self.encoder.readers.items() if isinstance(r, ProjectionReader)}
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """Take frozen networks along to another device."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for frozen in self.frozen.values():
+            frozen.to(self.action.centre.device)
+        return self
+
+
+def masked_mean(errors: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the mean of errors [B, H, A] over valid steps and real dimensions, and the share of them."""
+    counted = torch.ones_like(errors, dtype=torch.bool)
+    if batch.action_valid is not None:
+        counted &= batch.action_valid[..., None]
+    if batch.action_dims is not None:
+        counted &= batch.action_dims[:, None]
+    total = torch.where(counted, errors, 0.0).sum()
+    return total / counted.sum().clamp(min=1), {"mask_share": counted.float().mean()}
 
 
 def real_dims(batch: Batch, x: Tensor) -> Tensor:

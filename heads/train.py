@@ -25,8 +25,6 @@ from vla.training.config import TrainConfig
 from vla.training.loop import FitReport, Progress, fit, seed_everything
 from vla.training.run_folder import can_resume
 
-PROJECTION_BATCH = 64
-
 
 class HeadTrainConfig(Settings):
     """Everything that `vla train-head` can be told: `head` its name, `model` its own settings, `data`, `train`."""
@@ -53,10 +51,12 @@ def train_head(
     seed_everything(config.train.seed)
     model = build_head(config.head, config.model, data.io)
     if not (resume and can_resume(run_dir)):  # a checkpoint holds every statistic
-        prepare_head(model, data)
+        model.prepare(data)
     seed_everything(config.train.seed)
     pin = config.train.device != "cpu" and torch.cuda.is_available()
-    batches = data.batches(data.training, model.config.window, config.train.batch_size, pin=pin, augment=True)
+    batches = data.batches(
+        data.training, model.config.window, config.train.batch_size, pin=pin, augment=True, reads=model.reads
+    )
 
     def stream(first: int, stride: int) -> Iterator[Batch]:
         shuffled = batches.shuffled(config.train.seed, first)
@@ -73,6 +73,7 @@ def train_head(
         run_dir,
         artefact=artefact_of(config, model, data).model_dump(mode="json"),
         validate=validate if len(data.validation) else None,
+        param_groups=model.param_groups(config.train.lr),
         resume=resume,
         overwrite=overwrite,
         progress=progress,
@@ -89,35 +90,23 @@ def with_head_defaults(config: HeadTrainConfig) -> HeadTrainConfig:
     return config.model_copy(update={"train": train})
 
 
-def prepare_head(model: HeadModel, data: HeadData) -> None:
-    """Fit everything that is not trained: normalisers on the training split, feature scales, projections."""
-    model.fit_normalisers(data.actions(data.training), data.states(data.training))
-    for name, reader in model.encoder.readers.items():
-        statistics = data.stores.stores[data.stores.owner[name]].statistics(name)
-        reader.scaler.fit(statistics.mean, statistics.std)  # type: ignore[union-attr, operator]
-    for name, reader in model.projections().items():
-        window = model.config.window.model_copy(update={"n_obs": 1})
-        batches = data.batches(data.training, window, PROJECTION_BATCH, pin=False)
-        # Shuffled, so that a large store is sampled from end to end.
-        count = -(-len(batches.batches.index) // PROJECTION_BATCH)
-        frames = itertools.islice(batches.shuffled(seed=0), count)
-        reader.projection.fit(reader.scaler(batch.feature(name)[:, 0].float()).flatten(1, -2) for batch in frames)
-
-
 def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData) -> Artefact:
     """Collect what the checkpoint keeps beside the weights."""
+    masks = {f"{name}_mask" for name, feature in data.io.features.items() if feature.masked}
+    held = data.io.features.keys() | masks
+    texts = () if data.texts is None else (data.texts.store,)
     records = [
         StoreRecord(
             path=store.place,
             sha256=digest(store.manifest.fingerprint),
             fingerprint=store.manifest.fingerprint,
             recipe=store.manifest.provenance["backbone"],
-            features={name: info for name, info in store.manifest.features.items() if name in data.io.features},
+            features={name: info for name, info in store.manifest.features.items() if name in held},
             cameras=store.manifest.cameras,
             random_weights=store.manifest.random_weights,
             scales=largest_scales(store, data.io.features),
         )
-        for store in data.stores.stores
+        for store in (*data.stores.stores, *texts)
     ]
     return Artefact(
         head=config.head,
@@ -128,4 +117,5 @@ def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData) -> Ar
         stores=tuple(records),
         training_episodes=len(data.training),
         vla_version=__version__,
+        frozen={name: frozen.digest for name, frozen in model.frozen.items()},
     )

@@ -63,9 +63,11 @@ class Policy:
         self._model = head.model.to(self._device).eval()
         self._io = head.artefact.io
         self._backbones: list[tuple[Backbone, StoreRecord]] = []
-        self._read = self._model.encoder.names
+        self._reads = self._model.reads
+        self._masks = {name: f"{name}_mask" for name in self._reads if self._io.features[name].masked}
+        self._wanted = {*self._reads, *self._masks.values()}
         for store in head.artefact.stores:
-            if set(store.features) & set(self._read):
+            if set(store.features) & self._wanted:
                 backbone = rebuild_backbone(store.recipe, store.fingerprint["backbone"])
                 backbone.to(self._device)
                 self._backbones.append((backbone, store))
@@ -136,11 +138,16 @@ class Policy:
         encoded = time.perf_counter()
         names = self.head.artefact.state
         state = np.stack([np.concatenate([frame[name] for name in names]) for frame in frames]) if names else None
+
+        def window(name: str, count: int) -> torch.Tensor:
+            return torch.stack([frame["features"][name] for frame in frames[-count:]])[None]
+
         batch = Batch(
-            features={name: torch.stack([f["features"][name] for f in frames])[None] for name in self._read},
+            features={name: window(name, count) for name, count in self._reads.items()},
             state=torch.from_numpy(state.astype(np.float32))[None] if state is not None else None,
             task=torch.tensor([self._task]),
             obs_valid=torch.tensor([[False] * padding + [True] * (len(frames) - padding)]),
+            feature_valid={name: window(mask, self._reads[name]).bool() for name, mask in self._masks.items()},
         ).to(self._device)
         chunk = self._model.act(batch, generator=self._generator)[0, : self._n_action].cpu().numpy()
         self.latency.backbone.append(encoded - began)
@@ -159,7 +166,7 @@ class Policy:
             window = [past[0]] * (spec.context + 1 - len(past)) + past  # as the store repeats an episode's first frame
             inputs = torch.stack([frame["inputs"][number] for frame in window])
             for name, values in backbone.encode(inputs[None] if spec.context else inputs).items():
-                if name in self._read:
+                if name in self._wanted:
                     features[name] = through_storage(values[0], infos[name].dtype, scales.get(name))
         return features
 

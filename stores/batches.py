@@ -15,7 +15,7 @@ Rows are announced to the kernel a batch or a pool of blocks ahead, so that the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from vla.stores.background import iterate_ahead
 from vla.stores.copies import RowReader
+from vla.stores.errors import UsageError
 from vla.stores.join import JoinedStores
 from vla.stores.readahead import Readahead
 from vla.stores.reader import Verify
@@ -43,9 +44,10 @@ _Choice = tuple[_Draw, NDArray[np.int64]]
 class WindowBatch:
     """B windows in memory that is reused: valid until the next batch is asked for.
 
-    `features[name]` `[B, n_obs, *row shape]`, `obs_steps[name]` `[B, n_obs, *shape]` and `action_steps[name]`
-    `[B, H, *shape]` with their masks `obs_valid` [B, n_obs], `action_valid` [B, H]; `task` int64 [B]. Features are as
-    stored (uint16 is bfloat16); `scales[name]` float32 `[B, n_obs, C]` is what int8 ones are to be multiplied with.
+    `features[name]` `[B, frames, *row shape]`, `obs_steps[name]` `[B, n_obs, *shape]` and `action_steps[name]`
+    `[B, H, *shape]` with their masks `obs_valid` [B, n_obs], `action_valid` [B, H]; `task` and `label` int64 [B]. Of a
+    feature there are the last `frames` of the n_obs observed ones. Features are as stored (uint16 is bfloat16);
+    `scales[name]` float32 `[B, frames, C]` is what int8 ones are to be multiplied with.
     """
 
     features: dict[str, NDArray[Any]]
@@ -54,14 +56,17 @@ class WindowBatch:
     action_steps: dict[str, NDArray[Any]]
     action_valid: NDArray[np.bool_]
     task: NDArray[np.int64]
+    label: NDArray[np.int64]
     scales: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 class WindowBatches:
     """Batches over an index of windows of one or several stores.
 
-    `obs_steps` and `action_steps` name the step arrays to gather; they are held in memory (a million frames of a
-    14-d action are 56 MB), features are read from disk. `allocate` makes the ring's buffers (pinned, for a GPU).
+    `features` are names, or names and how many of the observed frames are read of each, the last ones (a history of
+    coarse tokens and one frame of fine ones). `obs_steps` and `action_steps` name the step arrays to gather; they are
+    held in memory (a million frames of a 14-d action are 56 MB), features are read from disk. `allocate` makes the
+    ring's buffers (pinned, for a GPU).
     `shuffle`: "blocks" for stores that exceed memory, see shuffle.py. `copies`: K, as `stores.copies(features)` says,
     to draw augmented copies in `shuffled`; `in_order` reads plain features whatever it is.
     """
@@ -75,7 +80,7 @@ class WindowBatches:
         stores: JoinedStores,
         index: WindowIndex,
         *,
-        features: tuple[str, ...],
+        features: tuple[str, ...] | Mapping[str, int],
         obs_steps: tuple[str, ...] = (),
         action_steps: tuple[str, ...] = (),
         batch_size: int,
@@ -85,7 +90,12 @@ class WindowBatches:
         copies: int = 0,
     ) -> None:
         self._stores, self.index, self.batch_size = stores, index, batch_size
-        self._features, self._verify, self._allocate, self._copies = features, verify, allocate, copies
+        self._verify, self._allocate, self._copies = verify, allocate, copies
+        n_obs = index.spec.n_obs
+        self._features = dict(features) if isinstance(features, Mapping) else dict.fromkeys(features, n_obs)
+        wrong = next((name for name, frames in self._features.items() if not 1 <= frames <= n_obs), None)
+        if wrong is not None:
+            raise UsageError(f"{self._features[wrong]} frames of {wrong!r}", expected=f"1 to n_obs = {n_obs}")
         self._obs_steps = {name: stores.first.steps(name) for name in obs_steps}
         self._action_steps = {name: stores.first.steps(name) for name in action_steps}
         if shuffle == "blocks":
@@ -192,11 +202,10 @@ class WindowBatches:
                 reader.close()
 
     def _buffers(self) -> dict[str, NDArray[Any]]:
-        size, spec = self.batch_size, self.index.spec
-        buffers = {}
-        for name in self._features:
+        size, buffers = self.batch_size, {}
+        for name, frames in self._features.items():
             info = self._stores.feature_info(name)
-            buffers[name] = self._allocate((size * spec.n_obs, *info.shape), info.stored)
+            buffers[name] = self._allocate((size * frames, *info.shape), info.stored)
         return buffers
 
     def _fill(self, draw: _Draw, buffers: dict[str, NDArray[Any]], readers: dict[str, RowReader]) -> WindowBatch:
@@ -204,12 +213,14 @@ class WindowBatches:
         count, n_obs = rows.obs.shape
         features, scales = {}, {}
         for name, reader in readers.items():
-            out = buffers[name][: count * n_obs]
-            reader.read(places, out)
-            features[name] = out.reshape(count, n_obs, *out.shape[1:])
-            factors = reader.scales(places)
+            frames = self._features[name]
+            wanted = places.reshape(count, n_obs)[:, n_obs - frames :].reshape(-1)
+            out = buffers[name][: count * frames]
+            reader.read(wanted, out)
+            features[name] = out.reshape(count, frames, *out.shape[1:])
+            factors = reader.scales(wanted)
             if factors is not None:
-                scales[name] = factors.reshape(count, n_obs, -1)
+                scales[name] = factors.reshape(count, frames, -1)
         return WindowBatch(
             features,
             {name: values[rows.obs] for name, values in self._obs_steps.items()},
@@ -217,5 +228,6 @@ class WindowBatches:
             {name: values[rows.action] for name, values in self._action_steps.items()},
             rows.action_valid,
             rows.task,
+            rows.label,
             scales,
         )

@@ -33,13 +33,17 @@ class WindowSpec(Settings):
 
 @dataclass(frozen=True)
 class WindowRows:
-    """Rows of B windows: `obs` int64 [B, n_obs], `action` int64 [B, H]; masks bool of the same shapes."""
+    """Rows of B windows: `obs` int64 [B, n_obs], `action` int64 [B, H]; masks bool of the same shapes.
+
+    `task` and `label` int64 [B] index the episode table's `tasks` and `labels` (0 where it has no labels).
+    """
 
     obs: NDArray[np.int64]
     obs_valid: NDArray[np.bool_]
     action: NDArray[np.int64]
     action_valid: NDArray[np.bool_]
     task: NDArray[np.int64]
+    label: NDArray[np.int64]
 
 
 class WindowIndex:
@@ -57,6 +61,7 @@ class WindowIndex:
         self._start = table.row_start[episodes]
         self._end = self._start + length
         self._task = table.task[episodes]
+        self._label = table.label[episodes] if table.labels else np.zeros(len(episodes), np.int64)
         self._episode = np.repeat(np.arange(len(episodes)), length)
         before = np.cumsum(length) - length
         self._row = np.arange(int(length.sum())) - before[self._episode] + self._start[self._episode]
@@ -81,6 +86,7 @@ class WindowIndex:
             np.clip(action, start, end - 1),
             (action >= start) & (action < end),
             self._task[episode],
+            self._label[episode],
         )
 
 

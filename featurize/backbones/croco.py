@@ -15,9 +15,10 @@ from torch.nn import functional
 
 from vla.featurize.backbones.base import BackboneSpec, FeatureSpec
 from vla.featurize.backbones.checkout import Checkout, Repository, open_checkout
-from vla.featurize.backbones.inference import count_parameters, freeze, frozen_inference
 from vla.featurize.backbones.resize import resize_exact
-from vla.featurize.backbones.weights import (
+from vla.featurize.image import Image
+from vla.pretrained.inference import count_parameters, freeze, frozen_inference
+from vla.pretrained.weights import (
     DAMAGE,
     RANDOM,
     digest_files,
@@ -26,7 +27,6 @@ from vla.featurize.backbones.weights import (
     load_strictly,
     require_fit,
 )
-from vla.featurize.image import Image
 from vla.stores.errors import DataError, MachineError
 from vla.stores.settings import Settings
 

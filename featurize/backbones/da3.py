@@ -20,9 +20,9 @@ from torch.nn import functional
 from vla.featurize.backbones.base import BackboneSpec, FeatureSpec
 from vla.featurize.backbones.da3_network import ARCHITECTURES, MODELS, build_network, load_network, quiet
 from vla.featurize.backbones.da3_resize import PATCH, resize_upper_bound, upper_bound_shape
-from vla.featurize.backbones.inference import count_parameters, frozen_inference
-from vla.featurize.backbones.weights import RANDOM, digest_tensors
 from vla.featurize.image import Image
+from vla.pretrained.inference import count_parameters, frozen_inference
+from vla.pretrained.weights import RANDOM, digest_tensors
 from vla.stores.errors import DataError, UsageError
 from vla.stores.settings import Settings, nearest
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from vla.featurize.backbones.hub import find_model, read_json, weight_files
-from vla.featurize.backbones.inference import freeze
-from vla.featurize.backbones.weights import digest_files, load_strictly, read_tensors
+from vla.pretrained.hub import find_model, read_json, weight_files
+from vla.pretrained.inference import freeze
+from vla.pretrained.weights import digest_files, load_strictly, read_tensors
 from vla.stores.errors import DataError, MachineError, UsageError
 from vla.stores.settings import nearest
 

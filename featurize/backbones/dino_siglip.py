@@ -16,12 +16,12 @@ from pydantic import Field, model_validator
 from torch.nn import functional
 
 from vla.featurize.backbones.base import BackboneSpec, FeatureSpec
-from vla.featurize.backbones.hub import find_model, is_hub_id
-from vla.featurize.backbones.inference import count_parameters, frozen_inference
 from vla.featurize.backbones.resize import resize_square
 from vla.featurize.backbones.towers import MEAN_STD, Role, load_towers, random_towers
-from vla.featurize.backbones.weights import RANDOM
 from vla.featurize.image import Image
+from vla.pretrained.hub import find_model, is_hub_id
+from vla.pretrained.inference import count_parameters, frozen_inference
+from vla.pretrained.weights import RANDOM
 from vla.stores.errors import UsageError
 from vla.stores.settings import Settings
 

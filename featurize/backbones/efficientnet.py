@@ -16,10 +16,10 @@ from torch import nn
 from torch.nn import functional
 
 from vla.featurize.backbones.base import BackboneSpec, FeatureSpec
-from vla.featurize.backbones.inference import count_parameters, freeze, frozen_inference
 from vla.featurize.backbones.resize import resize_square
-from vla.featurize.backbones.weights import RANDOM, digest_files, digest_tensors, find_file, load_strictly, read_tensors
 from vla.featurize.image import Image
+from vla.pretrained.inference import count_parameters, freeze, frozen_inference
+from vla.pretrained.weights import RANDOM, digest_files, digest_tensors, find_file, load_strictly, read_tensors
 from vla.stores.errors import MachineError, UsageError
 from vla.stores.settings import Settings
 

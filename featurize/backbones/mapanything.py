@@ -21,9 +21,9 @@ from torch import nn
 from torch.nn import functional
 
 from vla.featurize.backbones.checkout import Repository, open_checkout
-from vla.featurize.backbones.hub import find_model, weight_files
-from vla.featurize.backbones.inference import freeze
-from vla.featurize.backbones.weights import RANDOM, digest_files, digest_tensors, load_strictly, read_tensors
+from vla.pretrained.hub import find_model, weight_files
+from vla.pretrained.inference import freeze
+from vla.pretrained.weights import RANDOM, digest_files, digest_tensors, load_strictly, read_tensors
 from vla.stores.errors import DataError, UsageError
 from vla.stores.fingerprint import digest
 

@@ -14,10 +14,10 @@ from pydantic import Field
 from torch import Tensor
 
 from vla.featurize.backbones.base import BackboneSpec, FeatureSpec
-from vla.featurize.backbones.inference import count_parameters, freeze, frozen_inference
-from vla.featurize.backbones.weights import RANDOM, digest_tensors
 from vla.featurize.distill.checkpoint import load_student
 from vla.featurize.distill.student import Student, StudentConfig, pool_grid
+from vla.pretrained.inference import count_parameters, freeze, frozen_inference
+from vla.pretrained.weights import RANDOM, digest_tensors
 from vla.stores.errors import DataError, UsageError
 from vla.stores.settings import Settings
 

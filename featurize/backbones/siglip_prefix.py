@@ -18,12 +18,12 @@ from pydantic import Field
 from torch import nn
 
 from vla.featurize.backbones.base import BackboneSpec, FeatureSpec
-from vla.featurize.backbones.hub import fill_model, find_model
-from vla.featurize.backbones.inference import count_parameters, freeze, frozen_inference
-from vla.featurize.backbones.paligemma import VISION_FIELDS, Prefix, read_prefix
 from vla.featurize.backbones.resize import resize_with_pad
-from vla.featurize.backbones.weights import RANDOM, digest_tensors, load_strictly
 from vla.featurize.image import Image
+from vla.pretrained.hub import fill_model, find_model
+from vla.pretrained.inference import count_parameters, freeze, frozen_inference
+from vla.pretrained.paligemma import VISION_FIELDS, Prefix, read_prefix
+from vla.pretrained.weights import RANDOM, digest_tensors, load_strictly
 from vla.stores.settings import Settings
 
 MODEL_ID = "google/paligemma-3b-pt-224"

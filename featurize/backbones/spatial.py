@@ -18,13 +18,13 @@ from PIL import Image as Picture
 from pydantic import Field, model_validator
 
 from vla.featurize.backbones.base import BackboneSpec, FeatureSpec
-from vla.featurize.backbones.inference import count_parameters, frozen_inference
 from vla.featurize.backbones.mapanything import IMAGENET, MapAnything, load_mapanything, nearest, pool_features
 from vla.featurize.backbones.spatial_geometry import GEOMETRY, Fit, cut_square, make_square, patch_positions
 from vla.featurize.backbones.spatial_tokens import Tokens, keep_patches, pool_voxels
 from vla.featurize.backbones.spatial_weights import CLIP_ID, LLAVA_ID, load_parts, random_parts
-from vla.featurize.backbones.weights import RANDOM
 from vla.featurize.image import Image
+from vla.pretrained.inference import count_parameters, frozen_inference
+from vla.pretrained.weights import RANDOM
 from vla.stores.settings import Settings
 
 CLIP_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))

@@ -16,10 +16,10 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from vla.featurize.backbones.hub import find_model, is_hub_id, load_model, read_model_config, weight_files
-from vla.featurize.backbones.inference import freeze
 from vla.featurize.backbones.spatial_tokens import make_position_encoder, make_projector
-from vla.featurize.backbones.weights import RANDOM, digest_files, digest_tensors, load_strictly, require_keys
+from vla.pretrained.hub import find_model, is_hub_id, load_model, read_model_config, weight_files
+from vla.pretrained.inference import freeze
+from vla.pretrained.weights import RANDOM, digest_files, digest_tensors, load_strictly, require_keys
 from vla.stores.errors import DataError
 from vla.stores.fingerprint import digest
 

@@ -18,9 +18,9 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from vla.featurize.backbones.base import BackboneSpec, FeatureSpec
-from vla.featurize.backbones.hub import TOKENIZER_FILES, find_model, load_model, read_model_config, weight_files
-from vla.featurize.backbones.inference import count_parameters, frozen_inference
-from vla.featurize.backbones.weights import RANDOM, digest_files, digest_tensors
+from vla.pretrained.hub import TOKENIZER_FILES, find_model, load_model, read_model_config, weight_files
+from vla.pretrained.inference import count_parameters, frozen_inference
+from vla.pretrained.weights import RANDOM, digest_files, digest_tensors
 from vla.stores.errors import DataError, MachineError, UsageError
 from vla.stores.settings import Settings
 

@@ -15,9 +15,9 @@ import torch
 import transformers
 from torch import nn
 
-from vla.featurize.backbones.hub import load_model, read_model_config, weight_files
-from vla.featurize.backbones.inference import freeze
-from vla.featurize.backbones.weights import RANDOM, digest_files, digest_tensors
+from vla.pretrained.hub import load_model, read_model_config, weight_files
+from vla.pretrained.inference import freeze
+from vla.pretrained.weights import RANDOM, digest_files, digest_tensors
 from vla.stores.errors import DataError, UsageError
 from vla.stores.fingerprint import digest
 

@@ -18,11 +18,11 @@ from torch.nn import functional
 
 from vla.featurize.backbones.base import BackboneSpec, FeatureSpec
 from vla.featurize.backbones.checkout import open_checkout
-from vla.featurize.backbones.inference import count_parameters, frozen_inference
 from vla.featurize.backbones.resize import resize_exact
 from vla.featurize.backbones.vggt_network import PATCH, REPOSITORY, load_aggregator, random_aggregator, truncate
-from vla.featurize.backbones.weights import RANDOM
 from vla.featurize.image import Image
+from vla.pretrained.inference import count_parameters, frozen_inference
+from vla.pretrained.weights import RANDOM
 from vla.stores.errors import UsageError
 from vla.stores.settings import Settings
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 
 from vla.featurize.backbones.checkout import Checkout, Repository
-from vla.featurize.backbones.hub import find_model, is_hub_id, weight_files
-from vla.featurize.backbones.inference import freeze
-from vla.featurize.backbones.weights import (
+from vla.pretrained.hub import find_model, is_hub_id, weight_files
+from vla.pretrained.inference import freeze
+from vla.pretrained.weights import (
     RANDOM,
     digest_files,
     digest_tensors,

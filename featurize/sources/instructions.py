@@ -19,7 +19,8 @@ VIEW = "instruction"
 
 
 class Instructions:
-    """What is told in `source`: an episode for each distinct instruction, in the order of their first use.
+    """What is told in `source`: an episode for each distinct instruction and each other text that it tells of an
+    episode (a high-level task, a subtask), in the order of their first use.
 
     Its id is the text itself, so that a row is found by its text. The digest is that of the texts alone: sources that
     tell the same things share what was made of them.
@@ -38,7 +39,9 @@ class Instructions:
         mute = next((episode.id for episode in index.episodes if not episode.task.strip()), None)
         if mute is not None:
             raise SourceError(f"episode {mute!r} of {index.root} has no instruction", expected="a text")
-        texts = dict.fromkeys(episode.task for episode in index.episodes)
+        texts = dict.fromkeys(
+            text for episode in index.episodes for text in (episode.task, *episode.texts.values()) if text.strip()
+        )
         told = tuple(Episode(text, 1, text) for text in texts)
         return replace(
             index,

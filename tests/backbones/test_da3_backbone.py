@@ -16,11 +16,12 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from vla.featurize.backbones import da3, hub
+from vla.featurize.backbones import da3
 from vla.featurize.backbones.da3 import DepthAnything3
 from vla.featurize.backbones.da3_network import ARCHITECTURES, INSTALL, MODELS, build_network
-from vla.featurize.backbones.weights import digest_files
 from vla.featurize.job import FeaturizeConfig, prepare, rebuild_backbone, run
+from vla.pretrained import hub
+from vla.pretrained.weights import digest_files
 from vla.stores.errors import DataError, FingerprintError, MachineError, UsageError
 from vla.stores.store import open_store
 

@@ -18,9 +18,9 @@ from huggingface_hub.errors import GatedRepoError
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from vla.featurize.backbones import hub
 from vla.featurize.backbones.dino_siglip import DINO_ID, SIGLIP_ID, DinoSiglip, DinoSiglipSettings
 from vla.featurize.backbones.towers import make_tower
+from vla.pretrained import hub
 from vla.stores.errors import DataError, MachineError, UsageError
 
 Pictures = list[NDArray[np.uint8]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vla.featurize.backbones.inference import count_parameters, freeze, frozen_inference
+from vla.pretrained.inference import count_parameters, freeze, frozen_inference
 
 
 def flags() -> tuple[object, ...]:

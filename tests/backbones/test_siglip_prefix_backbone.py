@@ -17,9 +17,9 @@ from huggingface_hub.errors import GatedRepoError
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from vla.featurize.backbones import hub, paligemma
 from vla.featurize.backbones.resize import resize_with_pad
 from vla.featurize.backbones.siglip_prefix import MODEL_ID, SiglipPrefix, SiglipPrefixSettings
+from vla.pretrained import hub, paligemma
 from vla.stores.errors import DataError, MachineError
 
 Pictures = list[NDArray[np.uint8]]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from vla.featurize.backbones.weights import digest_files, digest_tensors, read_tensors
+from vla.pretrained.weights import digest_files, digest_tensors, read_tensors
 from vla.stores.errors import DataError
 
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from vla.featurize.backbones.weights import read_tensors
 from vla.featurize.caches import arrays, opentrackvla, replay_buffer  # noqa: F401  # before the fork, not in it
 from vla.featurize.caches.job import ImportConfig
 from vla.featurize.caches.job import prepare as prepare_import
@@ -26,6 +25,7 @@ from vla.featurize.job import FeaturizeConfig, prepare
 from vla.featurize.sources import lerobot  # noqa: F401
 from vla.heads.checkpoint import load_head
 from vla.heads.registry import head_class
+from vla.pretrained.weights import read_tensors
 from vla.stores.errors import VlaError
 from vla.stores.settings import read_config
 from vla.stores.store import open_store

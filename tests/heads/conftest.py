@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,9 +12,15 @@ import torch
 
 from vla.heads.batch import Batch, FeatureIO, HeadIO
 from vla.heads.checkpoint import build_head
+from vla.heads.encoded import EncodedHead
 from vla.heads.model import HeadModel
+from vla.heads.registry import head_class
 
 GRID = (2, 4, 4, 3)
+FEATURES: dict[str, dict[str, FeatureIO]] = {}
+"""What the toy data set shows to heads that need features of their own, by head; all others see `grid`. Features have
+16 cells or tokens in their last-but-one axes, or a divisor of it."""
+
 SMALL: dict[str, dict[str, Any]] = {
     "mlp": {"hidden": 64, "layers": 2},
     "fm-mlp": {"net": "mlp", "width": 96, "layers": 2},
@@ -31,21 +38,35 @@ def _own_random_state() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def toy_io() -> HeadIO:
-    """Two views of a 4 x 4 grid of 3 channels, a state of 3, an action of 2, two instructions."""
+def io_of(head: str) -> HeadIO:
+    """What the toy data set is for a head: its features, a state of 3, an action of 2, two instructions."""
     return HeadIO(
         action_dim=2,
         action_names=("x", "y"),
         state_dim=3,
         state_names=("a", "b", "c"),
-        features={"grid": FeatureIO(shape=GRID, dims=("y", "x", "channel"))},
+        features=FEATURES.get(head, {"grid": FeatureIO(shape=GRID, dims=("y", "x", "channel"))}),
         tasks=("go there", "go away"),
     )
 
 
 @pytest.fixture(scope="session")
-def toy_batch(toy_io: HeadIO) -> Callable[..., Batch]:
+def toy_io() -> HeadIO:
+    """Two views of a 4 x 4 grid of 3 channels, a state of 3, an action of 2, two instructions."""
+    return io_of("mlp")
+
+
+def _show(cell: np.ndarray[Any, Any], frames: int, feature: FeatureIO, rng: np.random.Generator) -> torch.Tensor:
+    """Light up a cell [B] in view 0 of a feature [B, frames, V, *layout, C], of 16 cells or of a divisor of it."""
+    count, cells = len(cell), math.prod(feature.layout)
+    values = rng.normal(0, 0.1, (count, frames, *feature.shape)).astype(np.float32)
+    flat = values.reshape(count, frames, feature.views, cells, feature.channels)
+    flat[np.arange(count), :, 0, cell * cells // 16] += 3.0
+    return torch.from_numpy(values).half()
+
+
+@pytest.fixture(scope="session")
+def toy_batch() -> Callable[..., Batch]:
     """`toy_batch(model or (n_obs, horizon, offset), count, seed)`.
 
     View 0 shows where to go, view 1 noise; the second instruction turns the direction round; the state is noise.
@@ -56,35 +77,48 @@ def toy_batch(toy_io: HeadIO) -> Callable[..., Batch]:
         N, H = window.n_obs, window.horizon
         rng = np.random.default_rng(seed)
         cell = rng.integers(0, 16, count)
-        grid = rng.normal(0, 0.1, (count, N, *GRID)).astype(np.float32)
-        grid.reshape(count, N, 2, 16, 3)[np.arange(count), :, 0, cell] += 3.0
+        features = {name: _show(cell, frames, model.io.features[name], rng) for name, frames in model.reads.items()}
         target = np.stack([cell % 4, cell // 4], axis=1) / 3 * 2 - 1
         task = rng.integers(0, 2, count)
         direction = target * np.where(task, -1.0, 1.0)[:, None]
         steps = np.arange(1, H + 1) / H
         return Batch(
-            features={"grid": torch.from_numpy(grid).half()},
+            features=features,
             state=torch.from_numpy(rng.normal(size=(count, N, 3)).astype(np.float32)),
             task=torch.from_numpy(task),
             obs_valid=torch.ones(count, N, dtype=torch.bool),
             action=torch.from_numpy((5 + 10 * direction[:, None] * steps[:, None]).astype(np.float32)),
             action_valid=torch.ones(count, H, dtype=torch.bool),
+            feature_valid={
+                name: torch.ones(values.shape[:-1], dtype=torch.bool)
+                for name, values in features.items()
+                if model.io.features[name].masked
+            },
         )
 
     return make
 
 
 @pytest.fixture(scope="session")
-def toy_head(toy_io: HeadIO, toy_batch: Callable[..., Batch]) -> Callable[..., HeadModel]:
+def toy_head(toy_batch: Callable[..., Batch]) -> Callable[..., HeadModel]:
     """`toy_head("dp-unet", encoder={...}, **settings)`: a small head with every statistic fitted. Seeded."""
 
     def make(
-        name: str, *, encoder: dict[str, Any] | None = None, io: HeadIO = toy_io, fitted: bool = True, **settings: Any
+        name: str,
+        *,
+        encoder: dict[str, Any] | None = None,
+        io: HeadIO | None = None,
+        fitted: bool = True,
+        **settings: Any,
     ) -> HeadModel:
         torch.manual_seed(0)
+        head = name.partition("-")[0]
         small = {"dim": 64, "components": 48, "queries": 4, "noise": 0.0}
-        values = {"horizon": 4, "n_action": 2, **SMALL[name], "encoder": {**small, **(encoder or {})}, **settings}
-        model = build_head(name.partition("-")[0], values, io)
+        encoded = issubclass(head_class(head), EncodedHead)
+        reading = {"encoder": {**small, **(encoder or {})}} if encoded else {}
+        values = {"horizon": 4, "n_action": 2, **SMALL[name], **reading, **settings}
+        io = io or io_of(head)
+        model = build_head(head, values, io)
         if not fitted:
             return model
         sample = toy_batch(model, 256, seed=99)
@@ -92,10 +126,11 @@ def toy_head(toy_io: HeadIO, toy_batch: Callable[..., Batch]) -> Callable[..., H
         assert sample.state is not None
         actions, states = sample.action.flatten(0, 1).numpy(), sample.state.flatten(0, 1).numpy()
         model.fit_normalisers(np.resize(actions, (len(actions), io.action_dim)), states[:, : io.state_dim])
-        for reader in model.encoder.readers.values():
-            reader.scaler.fit(np.full(3, 0.1), np.full(3, 0.6))  # type: ignore[union-attr, operator]
-        for reader in model.projections().values():
-            reader.projection.fit([reader.scaler(sample.features["grid"][:, 0]).flatten(1, -2)])
+        if isinstance(model, EncodedHead):
+            for reader in model.encoder.readers.values():
+                reader.scaler.fit(np.full(3, 0.1), np.full(3, 0.6))  # type: ignore[union-attr, operator]
+            for reader in model.projections().values():
+                reader.projection.fit([reader.scaler(sample.features["grid"][:, 0]).flatten(1, -2)])
         return model
 
     return make

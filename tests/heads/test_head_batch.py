@@ -35,7 +35,7 @@ def good() -> Batch:
 
 
 def test_a_batch_that_fits_is_accepted() -> None:
-    check_batch(good(), IO, WINDOW, ("grid",), state=True)
+    check_batch(good(), IO, WINDOW, {"grid": 2}, state=True)
 
 
 @pytest.mark.parametrize(
@@ -55,11 +55,11 @@ def test_a_batch_that_fits_is_accepted() -> None:
 )
 def test_a_tensor_of_another_shape_is_refused_by_name(name: str, wrong: Any) -> None:
     with pytest.raises(DataError, match="grid" if name == "features" else name):
-        check_batch(replace(good(), **{name: wrong}), IO, WINDOW, ("grid",), state=True)
+        check_batch(replace(good(), **{name: wrong}), IO, WINDOW, {"grid": 2}, state=True)
 
 
 def test_what_the_head_does_not_read_need_not_be_there() -> None:
-    check_batch(replace(good(), features={}, state=None, action=None), IO, WINDOW, (), state=False)
+    check_batch(replace(good(), features={}, state=None, action=None), IO, WINDOW, {}, state=False)
 
 
 def test_a_batch_moves_with_everything_in_it() -> None:

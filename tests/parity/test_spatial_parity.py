@@ -28,8 +28,8 @@ from vla.featurize.backbones.mapanything import REPOSITORY, load_mapanything, ti
 from vla.featurize.backbones.registry import make_backbone
 from vla.featurize.backbones.spatial_geometry import cut_square, make_square, patch_positions
 from vla.featurize.backbones.spatial_tokens import make_position_encoder, pool_voxels
-from vla.featurize.backbones.weights import digest_tensors
 from vla.featurize.views import live_view
+from vla.pretrained.weights import digest_tensors
 from vla.stores.errors import DataError
 from vla.stores.fingerprint import canonical
 

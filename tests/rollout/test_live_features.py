@@ -10,6 +10,7 @@ import pytest
 
 from vla.featurize.job import FeaturizeConfig, prepare, run
 from vla.heads.train import HeadTrainConfig, train_head
+from vla.rollout.envs.base import Observation
 from vla.rollout.policy import Policy
 from vla.stores.store import open_store
 
@@ -32,7 +33,8 @@ def test_features_seen_live_equal_features_cached_to_the_rounding_of_the_store(n
     policy = Policy.from_run(tmp_path / "run", device="cpu")
     store, cameras = open_store(tmp_path / "store"), job.source.index().cameras
     for frame, views in enumerate(job.source.frames(0, 0, 4)):
-        live = policy._encode(dict(zip(cameras, views, strict=True)))
+        seen = Observation(dict(zip(cameras, views, strict=True)), np.zeros(0, np.float32), np.zeros(0, np.float32))
+        live = policy._encode([policy._remember(seen)])
         assert live.keys() == job.backbone.spec().features.keys()
         for feature, tokens in live.items():
             cached = store.read(feature, np.array([frame]))[0]

@@ -456,7 +456,7 @@ def dying(at: int, after: bool) -> Iterator[list[str]]:
 @pytest.mark.parametrize(
     ("examples", "steps"),
     [
-        pytest.param(300, 5, id="", marks=pytest.mark.timeout(300)),
+        *(pytest.param(75, 5, id=str(part), marks=pytest.mark.timeout(300)) for part in range(4)),
         pytest.param(500, 100, id="long", marks=[pytest.mark.long, pytest.mark.timeout(7200)]),
     ],
 )

@@ -17,8 +17,8 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 
-from vla.featurize.backbones.hub import read_json, weight_files
-from vla.featurize.backbones.weights import DAMAGE
+from vla.pretrained.hub import read_json, weight_files
+from vla.pretrained.weights import DAMAGE
 from vla.stores.errors import DataError
 
 TOWER = re.compile(r"(?:^|\.)vision_tower\.(?:vision_model\.)?+(?!head\.)(.+)")

@@ -24,8 +24,8 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError:
 from torch import nn
 from transformers.utils import logging
 
-from vla.featurize.backbones.inference import freeze
-from vla.featurize.backbones.weights import DAMAGE, require_keys
+from vla.pretrained.inference import freeze
+from vla.pretrained.weights import DAMAGE, require_keys
 from vla.stores.errors import DataError, MachineError
 from vla.stores.fingerprint import digest
 

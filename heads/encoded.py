@@ -1,0 +1,67 @@
+"""Heads over whatever features the stores hold, read by an observation encoder: `dp`, `fm`, `mlp`."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+from vla.heads.batch import HeadIO
+from vla.heads.encoders import EncoderConfig, ObservationEncoder, ProjectionReader
+from vla.heads.model import HeadConfig, HeadModel
+from vla.heads.normalize import Normalizer
+
+if TYPE_CHECKING:
+    from vla.heads.data import HeadData
+
+PROJECTION_BATCH = 64
+
+
+class EncodedConfig(HeadConfig):
+    """Settings of a head with an observation encoder. `encoder`: see `EncoderConfig`."""
+
+    encoder: EncoderConfig = EncoderConfig()
+
+
+class EncodedHead(HeadModel):
+    """A head that reads every feature it is given, the state and the task. `tokens`: as tokens, not one vector a frame.
+
+    Raises `UsageError` where there is nothing to read.
+    """
+
+    config: EncodedConfig
+
+    def __init__(self, config: EncodedConfig, io: HeadIO, *, tokens: bool = False) -> None:
+        super().__init__(config, io)
+        self.encoder = ObservationEncoder(config.encoder, io, config.n_obs, tokens=tokens)
+
+    @property
+    def reads(self) -> dict[str, int]:
+        """See `HeadModel.reads`."""
+        return dict.fromkeys(self.encoder.names, self.config.n_obs)
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """See `HeadModel.columns`."""
+        return self.encoder.columns
+
+    @property
+    def state(self) -> Normalizer | None:
+        """See `HeadModel.state`."""
+        return self.encoder.state
+
+    def prepare(self, data: HeadData) -> None:
+        """Fit normalisers, feature scales and projections."""
+        super().prepare(data)
+        for name, reader in self.encoder.readers.items():
+            reader.scaler.fit(*data.channel_statistics(name))  # type: ignore[union-attr, operator]
+        for name, reader in self.projections().items():
+            window = self.config.window.model_copy(update={"n_obs": 1})
+            batches = data.batches(data.training, window, PROJECTION_BATCH, pin=False, reads={name: 1})
+            # Shuffled, so that a large store is sampled from end to end.
+            count = -(-len(batches.batches.index) // PROJECTION_BATCH)
+            frames = itertools.islice(batches.shuffled(seed=0), count)
+            reader.projection.fit(reader.scaler(batch.feature(name)[:, 0].float()).flatten(1, -2) for batch in frames)
+
+    def projections(self) -> dict[str, ProjectionReader]:
+        """Return `{feature: reader}` of the projections that have to be fitted before training."""
+        return {name: r for name, r in self.encoder.readers.items() if isinstance(r, ProjectionReader)}

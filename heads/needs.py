@@ -1,0 +1,51 @@
+"""What a head needs of the stores, and what to type where it is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vla.heads.batch import HeadIO
+from vla.stores.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Need:
+    """One feature by name: its `layout` axes between view and channel, and the `backbone` that makes it.
+
+    `masked`: it has to come with its mask, `<feature>_mask`. The feature "text" stands for a text store; `embeddings`
+    says that ids alone are not enough.
+    """
+
+    feature: str
+    backbone: str
+    layout: tuple[str, ...] = ("token",)
+    masked: bool = False
+    embeddings: bool = False
+
+    def lacking(self, io: HeadIO) -> str | None:
+        """Return what is wrong with the stores for this need, or None."""
+        if self.feature == "text":
+            if io.text is None:
+                return "no text store is among them"
+            return "the text store has ids without embeddings" if self.embeddings and not io.text.width else None
+        found = io.features.get(self.feature)
+        if found is None:
+            return f"they hold {', '.join(io.features) or 'no feature'}"
+        if found.dims[:-1] != self.layout:
+            return f"{self.feature!r} has the axes {found.dims}"
+        return f"{self.feature!r} comes without its mask" if self.masked and not found.masked else None
+
+
+def check_needs(head: str, needs: Sequence[Need], io: HeadIO) -> None:
+    """Raise `UsageError` naming the first need that the stores do not meet, and the command that would."""
+    for need in needs:
+        wrong = need.lacking(io)
+        if wrong is not None:
+            options = " --set options.embedding=table" if need.embeddings else ""
+            what = "a text store" if need.feature == "text" else f"the feature {need.feature!r}"
+            raise UsageError(
+                f"{head} needs {what}, and of the stores given {wrong}",
+                expected=f"a store of the backbone {need.backbone}",
+                fix=f"vla featurize --backbone {need.backbone} on the same --source{options}, then --store of it too",
+            )
