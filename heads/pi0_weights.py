@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import GemmaModel
 
 from vla.heads.nets.prefix import PrefixModel
 from vla.heads.prompts import ByteTokenizer
 from vla.pretrained.hub import fill_model, find_model
+from vla.pretrained.paligemma import read_prefix
 from vla.pretrained.pi0 import Pi0Sizes, gemma_config, read_part, read_sizes
-from vla.pretrained.weights import RANDOM
+from vla.pretrained.weights import RANDOM, digest_tensors, load_strictly
+from vla.stores.errors import UsageError
+
+if TYPE_CHECKING:
+    from vla.heads.data import HeadData
 
 TINY_LANGUAGE = (64, 128, 2, 4, 1, 16)
 """Width, MLP, layers, heads, key heads, head width: as wide as the image tokens of `siglip-prefix --weights random`."""
@@ -50,3 +57,47 @@ def load_language(weights: str, seed: int = 0) -> PrefixModel:
             return PrefixModel(sizes.language)
     folder = weights_folder(weights)
     return PrefixModel(sizes.language, fill_model(GemmaModel, sizes.language, read_part(folder, "language"), folder))
+
+
+def load_expert(net: nn.Module, weights: str) -> None:
+    """Load expert and projections of a folder into a velocity net (nets/pi0_expert.py), every key accounted for.
+
+    A folder without an expert (PaliGemma) leaves the fresh one, as "random" does. Raises `DataError` where the files
+    do not hold exactly the parameters of the net.
+    """
+    if weights == RANDOM or network_sizes(weights).expert is None:
+        return
+    folder = weights_folder(weights)
+    expert = {f"expert.{name}": values for name, values in read_part(folder, "expert").items()}
+    load_strictly(net, expert | read_part(folder, "projections"), folder)
+
+
+def check_backbones(data: HeadData, weights: str, geom_model_id: str | None) -> None:
+    """Compare the stores' networks with the head's. Raises `UsageError` naming both where they are not the same.
+
+    Image tokens have to come from the vision tower and projector of `weights`; rays from `geom_model_id` (None: none).
+    """
+    images = _backbone(data, "siglip")
+    if weights != RANDOM and images.get("weights") != RANDOM:
+        prefix = read_prefix(weights_folder(weights))
+        tower = {f"vision_tower.{name}": values for name, values in prefix.tower.items()}
+        if digest_tensors(tower | prefix.projector) != images.get("weights_sha256"):
+            raise UsageError(
+                f"the image tokens are of another vision tower than that of {weights}",
+                expected="image tokens of the same checkpoint",
+                fix=f"vla featurize --backbone siglip-prefix --weights {weights}",
+            )
+    if geom_model_id is not None:
+        network = _backbone(data, "ray").get("network")
+        if network != geom_model_id.rpartition("/")[2]:
+            raise UsageError(
+                f"the rays of the store are of {network}",
+                expected=f"{geom_model_id}, the model.geom_model_id",
+                fix=f"--set model.geom_model_id={network}, if that is meant",
+            )
+
+
+def _backbone(data: HeadData, feature: str) -> dict[str, Any]:
+    """Return the identity of the backbone that made a feature."""
+    store = data.stores.stores[data.stores.owner[feature]]
+    return dict(store.manifest.fingerprint["backbone"])

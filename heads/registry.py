@@ -15,6 +15,8 @@ HEADS: dict[str, str] = {
     "dp": "vla.heads.dp:DiffusionHead",
     "fm": "vla.heads.fm:FlowHead",
     "mlp": "vla.heads.mlp:MlpHead",
+    "pi0": "vla.heads.pi0:Pi0Head",
+    "pi05": "vla.heads.pi05:Pi05Head",
 }
 """Name -> "module:Class", a `HeadModel`."""
 
@@ -22,6 +24,8 @@ SUMMARIES = {
     "dp": "Diffusion Policy: noise prediction by a 1-D U-Net or an MLP; DDIM or DDPM sampling",
     "fm": "flow matching in pi0's convention, a small transformer expert or an MLP",
     "mlp": "masked MSE on a chunk of actions: the plain baseline",
+    "pi0": "pi0: PaliGemma over cached image tokens, instruction and DA3 geometry; flow-matching action expert",
+    "pi05": "pi0.5: as pi0, with the state in the prompt and the time in the expert's norms",
 }
 
 

@@ -17,7 +17,13 @@ from vla.heads.model import HeadModel
 from vla.heads.registry import head_class
 
 GRID = (2, 4, 4, 3)
-FEATURES: dict[str, dict[str, FeatureIO]] = {}
+FEATURES: dict[str, dict[str, FeatureIO]] = {
+    head: {
+        "siglip": FeatureIO(shape=(2, 16, 64), dims=("token", "channel")),
+        "ray": FeatureIO(shape=(2, 4, 4, 6), dims=("y", "x", "channel")),
+    }
+    for head in ("pi0", "pi05")
+}
 """What the toy data set shows to heads that need features of their own, by head; all others see `grid`. Features have
 16 cells or tokens in their last-but-one axes, or a divisor of it."""
 
@@ -26,6 +32,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "fm-mlp": {"net": "mlp", "width": 96, "layers": 2},
     "fm-expert": {"net": "expert", "width": 32, "layers": 2, "heads": 4},
     "dp-mlp": {"net": "mlp", "hidden": 96, "layers": 2},
+    "pi0-rgb": {"weights": "random"},
+    "pi0-rays": {"weights": "random", "use_geom_prefix": True, "geom_target_hw": [4, 4]},
+    "pi05-rays": {"weights": "random", "use_geom_prefix": True, "geom_target_hw": [4, 4]},
     "dp-unet": {"net": "unet", "down_dims": [16, 32], "diffusion_step_embed_dim": 32},
 }
 """Every head with every net, at sizes that train in a second. The name is "head-net"."""
