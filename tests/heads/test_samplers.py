@@ -16,7 +16,7 @@ from vla.heads import dp, fm
 from vla.heads.batch import Batch, HeadIO
 from vla.heads.checkpoint import build_head
 from vla.heads.dp import noise_schedule, sampling_steps
-from vla.heads.flow import integrate
+from vla.heads.fm import integrate
 from vla.heads.model import HeadModel
 from vla.stores.errors import UsageError
 
