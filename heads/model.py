@@ -242,13 +242,26 @@ def check_lengths(config: HeadConfig) -> None:
 
 def masked_mean(errors: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the mean of errors [B, H, A] over valid steps and real dimensions, and the share of them."""
+    counted = _counted(errors, batch)
+    total = torch.where(counted, errors, 0.0).sum()
+    return total / counted.sum().clamp(min=1), {"mask_share": counted.float().mean()}
+
+
+def masked_windows(errors: Tensor, batch: Batch) -> Tensor:
+    """Return the mean of errors [B, H, A] over each window's valid steps and real dimensions, [n] of n with any."""
+    counted = _counted(errors, batch)
+    count = counted.sum((1, 2))
+    means = torch.where(counted, errors, 0.0).sum((1, 2)) / count.clamp(min=1)
+    return means[count > 0]
+
+
+def _counted(errors: Tensor, batch: Batch) -> Tensor:
     counted = torch.ones_like(errors, dtype=torch.bool)
     if batch.action_valid is not None:
         counted &= batch.action_valid[..., None]
     if batch.action_dims is not None:
         counted &= batch.action_dims[:, None]
-    total = torch.where(counted, errors, 0.0).sum()
-    return total / counted.sum().clamp(min=1), {"mask_share": counted.float().mean()}
+    return counted
 
 
 def real_dims(batch: Batch, x: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ from transformers import GemmaConfig
 
 from vla.heads.batch import Batch, HeadIO
 from vla.heads.checkpoint import TrainedHead
-from vla.heads.flow import FlowMatching, FlowSettings, Velocity
+from vla.heads.flow import Sampler, TimeDistribution, Velocity, flow_errors, flow_sample
 from vla.heads.frozen import Frozen
-from vla.heads.model import HeadConfig
+from vla.heads.model import HeadConfig, HeadModel
 from vla.heads.needs import Need
 from vla.heads.nets.geometry import GeometryTokenAdapter
 from vla.heads.nets.pi0_expert import Pi0Net
@@ -41,14 +41,14 @@ IMAGES, RAYS, RAY_CHANNELS = "siglip", "ray", 6
 _tokenizer = functools.lru_cache(maxsize=4)(load_tokenizer)
 
 
-class Pi0Config(FlowSettings):
-    """Settings of `pi0`, beside those of every flow-matching head.
+class Pi0Config(HeadConfig):
+    """Settings of `pi0`, beside those of every head.
 
     `weights`: the folder or hub id of a pi0 or PaliGemma checkpoint (a PaliGemma gets a fresh expert), or "random" for
     tiny networks. `tokenizer`: the folder with PaliGemma's tokenizer.json; None: `weights`. `max_tokens`: the longest
     prompt; a longer one is refused. `seed`: of a random language model. `freeze_language_model`: false trains it too,
     and puts it into every checkpoint. `freeze_vision_tower`: has to stay true. `expert_width`, `expert_mlp`: of a
-    fresh expert (pi0's own sizes).
+    fresh expert (pi0's own sizes). `time`, `sampler`, `sample_steps`: as of `fm` (flow.py).
 
     `use_geom_prefix`: add geometry tokens from DA3's `ray` to the prefix; can be switched off for a trained head as
     well. `geom_model_id`: the model that the store's rays have to come from. `geom_target_hw`: rows and columns that
@@ -69,6 +69,9 @@ class Pi0Config(FlowSettings):
     freeze_vision_tower: bool = True
     expert_width: int = Field(1024, ge=2, multiple_of=2)
     expert_mlp: int = Field(4096, ge=1)
+    time: TimeDistribution = "beta"
+    sampler: Sampler = "euler"
+    sample_steps: int = Field(10, ge=1)
     use_geom_prefix: bool = False
     geom_model_id: str = "depth-anything/DA3-LARGE"
     geom_target_hw: tuple[int, int] = (14, 14)
@@ -93,7 +96,7 @@ class Pi0Config(FlowSettings):
         return value
 
 
-class Pi0Head(FlowMatching):
+class Pi0Head(HeadModel):
     """See the module. `net` is the velocity net, `geometry` the adapter (None without)."""
 
     Config: ClassVar[type[HeadConfig]] = Pi0Config
@@ -106,7 +109,7 @@ class Pi0Head(FlowMatching):
         "weight_decay": 0.01,
         "warmup_steps": 1000,
     }
-    adjustable: ClassVar[frozenset[str]] = FlowMatching.adjustable | {"use_geom_prefix"}
+    adjustable: ClassVar[frozenset[str]] = HeadModel.adjustable | {"use_geom_prefix", "sampler", "sample_steps"}
     kind: ClassVar[Literal["pi0", "pi05"]] = "pi0"
     config: Pi0Config
 
@@ -162,8 +165,26 @@ class Pi0Head(FlowMatching):
         """Return what each row is told."""
         return [plain_prompt(self.io.tasks[task]) for task in batch.task.tolist()]
 
+    def errors(self, batch: Batch, action: Tensor) -> Tensor:
+        """Squared error of the velocity."""
+        return flow_errors(self.velocity(batch), batch, action, self.config.time)
+
+    def sample(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
+        """Integrate from noise; the prefix is computed once."""
+        config = self.config
+        shape = (len(batch), config.horizon, self.io.action_dim)
+        return flow_sample(
+            self.velocity(batch),
+            batch,
+            shape,
+            self.action.centre,
+            generator,
+            steps=config.sample_steps,
+            sampler=config.sampler,
+        )
+
     def velocity(self, batch: Batch) -> Velocity:
-        """See `FlowMatching.velocity`."""
+        """Return the velocity for the observations of a batch; what depends on those alone is computed here."""
         prefix = self.prefix(batch)
         state = self.present_state(batch)
 

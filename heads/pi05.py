@@ -59,7 +59,7 @@ class Pi05Head(Pi0Head):
         return [action_prompt(self.io.tasks[task], row) for task, row in zip(batch.task.tolist(), bins, strict=True)]
 
     def velocity(self, batch: Batch) -> Velocity:
-        """See `FlowMatching.velocity`."""
+        """See `Pi0Head.velocity`."""
         prefix = self.prefix(batch)
 
         def velocity(x_t: Tensor, t: Tensor) -> Tensor:
