@@ -19,13 +19,13 @@ from vla.heads.registry import head_class
 
 GRID = (2, 4, 4, 3)
 FEATURES: dict[str, dict[str, FeatureIO]] = {
-    **dict.fromkeys(
-        ("pi0", "pi05"),
-        {
+    **{
+        head: {
             "siglip": FeatureIO(shape=(2, 16, 64), dims=("token", "channel")),
             "ray": FeatureIO(shape=(2, 4, 4, 6), dims=("y", "x", "channel")),
-        },
-    ),
+        }
+        for head in ("pi0", "pi05")
+    },
     "spatial": {
         "spatial": FeatureIO(shape=(2, 16, 3), dims=("token", "channel"), masked=True),
         "spatial_xyz": FeatureIO(shape=(2, 16, 3), dims=("token", "channel")),
