@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from transformers import GemmaModel
 
 from vla.heads.nets.prefix import PrefixModel
 from vla.heads.prompts import ByteTokenizer
-from vla.pretrained.hub import fill_model, find_model
+from vla.pretrained.hub import fill_model, find_model, is_hub_id
 from vla.pretrained.paligemma import read_prefix
 from vla.pretrained.pi0 import Pi0Sizes, gemma_config, read_part, read_sizes
 from vla.pretrained.weights import RANDOM, digest_tensors, load_strictly
@@ -88,13 +89,28 @@ def check_backbones(data: HeadData, weights: str, geom_model_id: str | None) -> 
                 fix=f"vla featurize --backbone siglip-prefix --weights {weights}",
             )
     if geom_model_id is not None:
-        network = _backbone(data, "ray").get("network")
-        if network != geom_model_id.rpartition("/")[2]:
-            raise UsageError(
-                f"the rays of the store are of {network}",
-                expected=f"{geom_model_id}, the model.geom_model_id",
-                fix=f"--set model.geom_model_id={network}, if that is meant",
-            )
+        store = data.stores.stores[data.stores.owner["ray"]]
+        check_geometry_model(geom_model_id, _backbone(data, "ray"), store.manifest.provenance["backbone"])
+
+
+def check_geometry_model(wanted: str, identity: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
+    """Raise `UsageError` where a store's rays are of another model than `wanted`, a name such as the hub's.
+
+    `identity` and `recipe` are what the store says of its backbone. Where that is a folder of weights, only the
+    architecture is known: a version behind the name ("-1.1") is then not compared.
+    """
+    weights, model = recipe.get("weights"), recipe.get("options", {}).get("model")
+    name = wanted.rpartition("/")[2].lower()
+    if weights and is_hub_id(weights):
+        model = weights.rpartition("/")[2]
+    network = str(identity.get("network", identity["name"]))
+    known = (network, f"{network}-1.1") if model is None else (model.lower(), f"da3-{model.lower()}")
+    if name not in known:
+        raise UsageError(
+            f"the rays of the store are of {model or network}",
+            expected=f"{wanted}, the model.geom_model_id",
+            fix=f"--set model.geom_model_id={model or network}, if that is meant",
+        )
 
 
 def _backbone(data: HeadData, feature: str) -> dict[str, Any]:
