@@ -73,12 +73,19 @@ def toy_io() -> HeadIO:
     return io_of("mlp")
 
 
-def _show(cell: np.ndarray[Any, Any], frames: int, feature: FeatureIO, rng: np.random.Generator) -> torch.Tensor:
-    """Light up a cell [B] in view 0 of a feature [B, frames, V, *layout, C], of 16 cells or of a divisor of it."""
+def _show(
+    cell: np.ndarray[Any, Any], frames: int, feature: FeatureIO, rng: np.random.Generator, *, places: bool = False
+) -> torch.Tensor:
+    """Light up a cell [B] in view 0 of a feature [B, frames, V, *layout, C], of 16 cells or of a divisor of it.
+
+    `places`: every cell also tells where it is, as SigLIP's tokens and DA3's rays do.
+    """
     count, cells = len(cell), math.prod(feature.layout)
     values = rng.normal(0, 0.1, (count, frames, *feature.shape)).astype(np.float32)
     flat = values.reshape(count, frames, feature.views, cells, feature.channels)
     flat[np.arange(count), :, 0, cell * cells // 16] += 3.0
+    if places:
+        flat += np.random.default_rng(1).normal(size=(cells, feature.channels)).astype(np.float32)
     return torch.from_numpy(values).half()
 
 
@@ -104,7 +111,7 @@ def toy_batch() -> Callable[..., Batch]:
         features = {
             name: _places(count, frames, model.io.features[name])
             if name.endswith("_xyz")
-            else _show(cell, frames, model.io.features[name], rng)
+            else _show(cell, frames, model.io.features[name], rng, places=name in ("siglip", "ray"))
             for name, frames in model.reads.items()
         }
         target = np.stack([cell % 4, cell // 4], axis=1) / 3 * 2 - 1

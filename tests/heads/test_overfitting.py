@@ -24,6 +24,8 @@ RowsOf = Callable[[Batch, torch.Tensor], Batch]
         ("dp-mlp", 300, 16, 5e-3, 5),
         ("dp-unet", 300, 16, 1e-2, 3),  # 16 channels learn slowly: other seeds reach 5 to 8
         ("spatial-net", 200, 8, 5e-3, 5),
+        ("pi0-rgb", 150, 4, 8e-3, 5),
+        ("pi05-rays", 80, 4, 1e-2, 5),
     ],
 )
 def test_a_head_learns_eight_windows_by_heart(

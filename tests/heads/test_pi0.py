@@ -210,7 +210,7 @@ def test_pi05_can_do_without_a_state(toy_head: MakeHead, toy_batch: MakeBatch) -
 @pytest.mark.parametrize("name", ["freeze_vision_tower", "freeze_geom_model"])
 def test_what_a_cache_has_frozen_is_not_unfrozen(name: str) -> None:
     with pytest.raises(UsageError, match=f"{name} = False: .*the store holds what that network made"):
-        built(**{name: False})
+        built("pi0", None, **{name: False})
 
 
 @pytest.mark.parametrize(
