@@ -76,7 +76,8 @@ def load_expert(net: nn.Module, weights: str) -> None:
 def check_backbones(data: HeadData, weights: str, geom_model_id: str | None) -> None:
     """Compare the stores' networks with the head's. Raises `UsageError` naming both where they are not the same.
 
-    Image tokens have to come from the vision tower and projector of `weights`; rays from `geom_model_id` (None: none).
+    Image tokens have to come from the vision tower and projector of `weights`; rays from `geom_model_id` (None: none),
+    and of the same pictures: augmented copies of one feature beside plain ones of the other would not fit together.
     """
     images = _backbone(data, "siglip")
     if weights != RANDOM and images.get("weights") != RANDOM:
@@ -89,8 +90,15 @@ def check_backbones(data: HeadData, weights: str, geom_model_id: str | None) -> 
                 fix=f"vla featurize --backbone siglip-prefix --weights {weights}",
             )
     if geom_model_id is not None:
-        store = data.stores.stores[data.stores.owner["ray"]]
-        check_geometry_model(geom_model_id, _backbone(data, "ray"), store.manifest.provenance["backbone"])
+        rays, pictures = (data.stores.stores[data.stores.owner[name]].manifest for name in ("ray", "siglip"))
+        check_geometry_model(geom_model_id, _backbone(data, "ray"), rays.provenance["backbone"])
+        if data.copies and bool(rays.copies) != bool(pictures.copies):
+            which = "image tokens" if pictures.copies else "rays"
+            raise UsageError(
+                f"only the {which} have augmented copies",
+                expected="rays and image tokens of the same pictures",
+                fix="the same --augment for both stores, or --set data.augment=false",
+            )
 
 
 def check_geometry_model(wanted: str, identity: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:

@@ -183,6 +183,17 @@ def test_image_tokens_of_another_checkpoints_tower_are_refused(root: Path) -> No
         train_head(config_of(root, "pi0", ("images",), weights=str(root / "other-weights")), root / "other")
 
 
+def test_geometry_and_images_are_augmented_alike_or_not_at_all(root: Path) -> None:
+    """The origin augmented what pi0.5 saw, and gave it the geometry of the plain picture."""
+    values = {"source": SOURCE, "backbone": "siglip-prefix", "weights": str(root / "weights"), "augment": {"copies": 1}}
+    run(prepare(FeaturizeConfig.build(values)), root / "augmented")
+    config = config_of(root, stores=("augmented", "rays"))
+    with pytest.raises(UsageError, match=r"only the image tokens have augmented copies; .* --set data.augment=false"):
+        train_head(config, root / "unlike")
+    plain = config.model_copy(update={"data": config.data.model_copy(update={"augment": False})})
+    train_head(plain, root / "plain")
+
+
 def test_a_language_model_that_was_exchanged_after_training_is_refused(root: Path) -> None:
     shutil.copytree(root / "weights", root / "exchanged")
     config = config_of(root, "pi0", ("images",), weights=str(root / "exchanged"), state_norm="zscore")
