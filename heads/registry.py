@@ -15,6 +15,9 @@ HEADS: dict[str, str] = {
     "dp": "vla.heads.dp:DiffusionHead",
     "fm": "vla.heads.fm:FlowHead",
     "mlp": "vla.heads.mlp:MlpHead",
+    "pi0": "vla.heads.pi0:Pi0Head",
+    "pi05": "vla.heads.pi05:Pi05Head",
+    "spatial": "vla.heads.spatial:SpatialHead",
 }
 """Name -> "module:Class", a `HeadModel`."""
 
@@ -22,6 +25,9 @@ SUMMARIES = {
     "dp": "Diffusion Policy: noise prediction by a 1-D U-Net or an MLP; DDIM or DDPM sampling",
     "fm": "flow matching in pi0's convention, a small transformer expert or an MLP",
     "mlp": "masked MSE on a chunk of actions: the plain baseline",
+    "pi0": "pi0: PaliGemma over cached image tokens, instruction and DA3 geometry; flow-matching action expert",
+    "pi05": "pi0.5: as pi0, with the state in the prompt and the time in the expert's norms",
+    "spatial": "SpatialVLA: a connector MLP and a flow-matching expert over cached 3-D tokens",
 }
 
 
