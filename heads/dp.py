@@ -9,7 +9,8 @@ other (16 of 100 steps shift a Gaussian's mean by 1 %; tests/heads/test_dp.py).
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -22,7 +23,12 @@ from vla.heads.encoded import EncodedConfig, EncodedHead
 from vla.heads.model import MAX_LAYERS, HeadConfig, noise_like, real_dims
 from vla.heads.nets.residual_mlp import ResidualMLP
 from vla.heads.nets.unet1d import ConditionalUnet1D, check_sizes
+from vla.pretrained.diffusion_policy import read_unet
+from vla.pretrained.weights import load_strictly
 from vla.stores.errors import UsageError
+
+if TYPE_CHECKING:
+    from vla.heads.data import HeadData
 
 DDIM_STEPS = 16
 """Default of DDIM. The paper's robots take 10; 16 cost little more with these nets."""
@@ -36,6 +42,8 @@ class DiffusionConfig(EncodedConfig):
     shift rather than shift alone. `hidden`, `layers`, `dropout`: of the MLP. `train_steps`: diffusion steps in
     training. `sampler`, `sample_steps`: DDIM needs few steps (None: 16), DDPM all of them (None: `train_steps`).
     `clip_sample`: keep each step's estimate of the action in [-1, 1], where `action_norm` "limits" puts actions.
+    `weights`: start the U-Net from a published checkpoint of Diffusion Policy, a workspace's .ckpt or a state dict
+    (pretrained/diffusion_policy.py); what it is conditioned on has to be as wide: `n_obs` times `encoder.dim`.
     """
 
     n_obs: int = Field(2, ge=1)
@@ -54,6 +62,7 @@ class DiffusionConfig(EncodedConfig):
     sampler: Literal["ddim", "ddpm"] = "ddim"
     sample_steps: int | None = Field(None, ge=1)
     clip_sample: bool = True
+    weights: str | None = None
 
     @property
     def action_offset(self) -> int:
@@ -83,6 +92,10 @@ class DiffusionHead(EncodedHead):
                 expected="actions in [-1, 1]",
                 fix="--set model.action_norm=limits, or model.clip_sample=false",
             )
+        if config.weights is not None and config.net != "unet":
+            raise UsageError(
+                f"weights for net {config.net!r}", expected="the published U-Net", fix="--set model.net=unet"
+            )
         cond = config.n_obs * config.encoder.dim
         if config.net == "unet":
             check_sizes(config.horizon, config.down_dims, config.kernel_size, config.n_groups)
@@ -101,6 +114,12 @@ class DiffusionHead(EncodedHead):
                 config.horizon, io.action_dim, cond, config.hidden, config.layers, config.dropout, time_scale=1.0
             )
         self._noising = noise_schedule(config.train_steps, clip_sample=config.clip_sample)
+
+    def prepare(self, data: HeadData) -> None:
+        """See `EncodedHead.prepare`; and load published weights. Raises `DataError` where they do not fit."""
+        super().prepare(data)
+        if self.config.weights is not None:
+            load_strictly(self.net, read_unet(Path(self.config.weights)), Path(self.config.weights))
 
     def errors(self, batch: Batch, action: Tensor) -> Tensor:
         """Squared error of the predicted noise."""
