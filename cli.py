@@ -26,7 +26,7 @@ app = typer.Typer(
 Source = Annotated[
     str | None, typer.Option("--source", help="Raw demonstrations: a folder, or synthetic. Left out: examples/push.")
 ]
-Config = Annotated[Path | None, typer.Option("--config", help="TOML or JSON file with any setting.")]
+Config = Annotated[Path | None, typer.Option("--config", help="TOML, JSON or YAML file with any setting.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="One setting, such as --set batch_size=32.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, the log on stderr.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an earlier run left.")]

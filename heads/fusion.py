@@ -39,7 +39,7 @@ class MeanFusion(nn.Module):
             found = "no vector among the features" if not views else f"vectors of {sorted(views)} views"
             raise UsageError(f"encoder kind fusion: {found}", expected="vectors of equal views", fix=HOW)
         # The student's logits are in the order of its names, which have no prefix.
-        self.names, self.views = tuple(sorted(features, key=adapter_key)), views.pop()
+        self.names, self.views = tuple(sorted(features, key=lambda name: name.removeprefix(MEAN))), views.pop()
         self.adapters = nn.ModuleDict(
             {adapter_key(name): _adapter(features[name].channels, dim) for name in self.names}
         )

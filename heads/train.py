@@ -18,6 +18,7 @@ from vla.heads.data import DataConfig, HeadData, open_data
 from vla.heads.evaluate import action_error
 from vla.heads.model import HeadModel
 from vla.heads.registry import head_class
+from vla.heads.start import start_from
 from vla.heads.storage import largest_scales
 from vla.stores.fingerprint import digest
 from vla.stores.settings import Settings
@@ -27,12 +28,16 @@ from vla.training.run_folder import can_resume
 
 
 class HeadTrainConfig(Settings):
-    """Everything that `vla train-head` can be told: `head` its name, `model` its own settings, `data`, `train`."""
+    """Everything that `vla train-head` can be told: `head` its name, `model` its own settings, `data`, `train`.
+
+    `init_from`: a run of the same head whose weights and statistics this one starts from (start.py).
+    """
 
     head: str
     data: DataConfig
     model: dict[str, Any] = {}
     train: TrainConfig = TrainConfig()
+    init_from: str | None = None
 
 
 def train_head(
@@ -50,8 +55,12 @@ def train_head(
     data = open_data(config.data)
     seed_everything(config.train.seed)
     model = build_head(config.head, config.model, data.io)
+    artefact = artefact_of(config, model, data)
     if not (resume and can_resume(run_dir)):  # a checkpoint holds every statistic
-        model.prepare(data)
+        if config.init_from is None:
+            model.prepare(data)
+        else:
+            start_from(Path(config.init_from), model, artefact)
     seed_everything(config.train.seed)
     pin = config.train.device != "cpu" and torch.cuda.is_available()
     batches = data.batches(
@@ -71,7 +80,7 @@ def train_head(
         stream,
         config.train,
         run_dir,
-        artefact=artefact_of(config, model, data).model_dump(mode="json"),
+        artefact=artefact.model_dump(mode="json"),
         validate=validate if len(data.validation) else None,
         param_groups=model.param_groups(config.train.lr),
         resume=resume,
