@@ -28,12 +28,8 @@ def start_from(run: Path, model: HeadModel, artefact: Artefact) -> None:
     if theirs.head != artefact.head:
         raise UsageError(f"{run} is a run of head {theirs.head!r}", expected=f"one of {artefact.head!r}")
     fix = "the data and settings of that run, or no --from"
-    require_equal(
-        artefact.io.model_dump(mode="json"),
-        theirs.io.model_dump(mode="json"),
-        what=f"the data, beside those of {run},",
-        fix=fix,
-    )
+    ours, others = (kept.io.model_dump(mode="json") for kept in (artefact, theirs))
+    require_equal(ours, others, what=f"the data, beside those of {run},", fix=fix)
     for mine, store in zip(artefact.stores, theirs.stores, strict=False):
         pair = [{k: v for k, v in record.fingerprint.items() if k != "source"} for record in (mine, store)]
         require_equal(*pair, what=f"{mine.path}, beside {store.path},", fix=fix)

@@ -55,12 +55,11 @@ def train_head(
     data = open_data(config.data)
     seed_everything(config.train.seed)
     model = build_head(config.head, config.model, data.io)
-    artefact = artefact_of(config, model, data)
     if not (resume and can_resume(run_dir)):  # a checkpoint holds every statistic
         if config.init_from is None:
             model.prepare(data)
         else:
-            start_from(Path(config.init_from), model, artefact)
+            start_from(Path(config.init_from), model, artefact_of(config, model, data))
     seed_everything(config.train.seed)
     pin = config.train.device != "cpu" and torch.cuda.is_available()
     batches = data.batches(
@@ -80,7 +79,7 @@ def train_head(
         stream,
         config.train,
         run_dir,
-        artefact=artefact.model_dump(mode="json"),
+        artefact=artefact_of(config, model, data).model_dump(mode="json"),
         validate=validate if len(data.validation) else None,
         param_groups=model.param_groups(config.train.lr),
         resume=resume,
@@ -125,6 +124,7 @@ def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData) -> Ar
         state=data.state,
         stores=tuple(records),
         training_episodes=len(data.training),
+        init_from=config.init_from,
         vla_version=__version__,
         frozen={name: frozen.digest for name, frozen in model.frozen.items()},
     )

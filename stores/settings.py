@@ -33,7 +33,7 @@ class Settings(BaseModel):
 
     @classmethod
     def from_sources(cls, file: Path | None = None, overrides: Iterable[str] = (), **explicit: Any) -> Self:
-        """Merge defaults, a `file` (config_files.py), explicit keyword values that are not None, and `a.b=c` strings."""
+        """Merge defaults, a configuration `file`, explicit keyword values that are not None, and `a.b=c` strings."""
         values: dict[str, Any] = read_config(file) if file is not None else {}
         values |= {key: value for key, value in explicit.items() if value is not None}
         for text in overrides:
