@@ -61,7 +61,10 @@ def _of_workspace(path: Path) -> Mapping[str, torch.Tensor]:
         with torch.serialization.safe_globals([(Inert, name) for name in named]):
             payload = torch.load(path, "cpu", weights_only=True)
     except DAMAGE as error:
-        raise DataError(f"{path} is not a checkpoint: {str(error).partition(chr(10))[0]}") from None
+        # torch's message begins with the advice to read the file unsafely; the reason follows.
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+        expected = "a workspace's .ckpt, or its ema_model saved as .safetensors"
+        raise DataError(f"{path} is not a checkpoint: {reason}", expected=expected) from None
     networks = payload.get("state_dicts") if isinstance(payload, dict) else None
     if not isinstance(networks, dict):
         raise DataError(f"{path} has no state_dicts", expected="a checkpoint of a Diffusion Policy workspace")

@@ -231,7 +231,7 @@ def test_a_groups_policy_refuses_the_tasks_of_other_groups(grouped: Path) -> Non
     policy = Policy.from_run(grouped / "dim-14", device="cpu")
     policy.reset(seed=0, task="stack")
     assert policy.act(_observation(16)).shape == (14,)
-    with pytest.raises(UsageError, match="not trained on 'pour'.*one of lift; stack"):
+    with pytest.raises(UsageError, match=r"not trained on 'pour'.*one of lift; stack"):
         policy.reset(seed=0, task="pour")
 
 
