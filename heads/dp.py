@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vla.heads.batch import Batch, HeadIO
 from vla.heads.encoded import EncodedConfig, EncodedHead
-from vla.heads.model import MAX_LAYERS, HeadConfig, noise_like, real_dims
+from vla.heads.model import MAX_LAYERS, HeadConfig, masked_windows, noise_like, real_dims
 from vla.heads.nets.residual_mlp import ResidualMLP
 from vla.heads.nets.unet1d import ConditionalUnet1D, check_sizes
 from vla.pretrained.diffusion_policy import read_unet
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 DDIM_STEPS = 16
 """Default of DDIM. The paper's robots take 10; 16 cost little more with these nets."""
+
+EPS_STEPS = 5
+"""Diffusion steps, evenly spaced, at which validation compares noise: the same ones for every checkpoint."""
 
 
 class DiffusionConfig(EncodedConfig):
@@ -128,6 +131,25 @@ class DiffusionHead(EncodedHead):
         noisy = self._noising.add_noise(action, eps, k)
         predicted: Tensor = self.net(noisy, k, self.encoder.frames(batch).flatten(1))
         return (predicted - eps) ** 2
+
+    @torch.no_grad()
+    def measure(self, batch: Batch, chunk: Tensor) -> dict[str, Tensor]:
+        """Return the noise prediction's mean squared error `eps_mse` of each window, at fixed steps and fixed noise."""
+        training, action = self.training, self.labels(batch)
+        steps = sampling_steps(self.config.train_steps, min(EPS_STEPS, self.config.train_steps))
+        generator = torch.Generator().manual_seed(0)
+        errors = []
+        try:
+            self.eval()
+            cond = self.encoder.frames(batch).flatten(1)
+            for step in steps:
+                eps = real_dims(batch, torch.randn(action.shape, generator=generator).to(action))
+                k = torch.full((len(batch),), step, device=action.device)
+                predicted = self.net(self._noising.add_noise(action, eps, k), k, cond)
+                errors.append(masked_windows((predicted - eps) ** 2, batch))
+        finally:
+            self.train(training)
+        return {"eps_mse": torch.stack(errors).mean(0)}
 
     def sample(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
         """Denoise from x_T ~ N(0, I)."""

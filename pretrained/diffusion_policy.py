@@ -61,8 +61,12 @@ def _of_workspace(path: Path) -> Mapping[str, torch.Tensor]:
         with torch.serialization.safe_globals([(Inert, name) for name in named]):
             payload = torch.load(path, "cpu", weights_only=True)
     except DAMAGE as error:
-        # torch's message begins with the advice to read the file unsafely; the reason follows.
-        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+        # Of torch's restricted unpickler the last line says why; the first advises to read the file unsafely.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = next(
+            (line for line in reversed(lines) if "weights_only" not in line and "http" not in line), "damaged"
+        )
+        reason = reason.removeprefix("WeightsUnpickler error:").strip()
         expected = "a workspace's .ckpt, or its ema_model saved as .safetensors"
         raise DataError(f"{path} is not a checkpoint: {reason}", expected=expected) from None
     networks = payload.get("state_dicts") if isinstance(payload, dict) else None

@@ -17,6 +17,7 @@ from vla.featurize.sources.padding import joint_names, placed, real_columns
 from vla.featurize.sources.registry import open_source
 from vla.heads.checkpoint import load_head
 from vla.heads.data import DataConfig, open_data
+from vla.heads.evaluate import action_error
 from vla.heads.groups import action_groups
 from vla.heads.train import HeadTrainConfig
 from vla.rollout.envs.base import EnvSpec, Observation
@@ -176,6 +177,23 @@ def test_the_unified_model_is_evaluated_over_real_entries_alone(unified: Path) -
     facts = call("evaluate", str(unified), "--json")
     assert len(facts["per_dimension"]["mae"]) == 16
     assert np.isfinite(list(facts["per_dimension"]["mae"].values())).all()
+
+
+def test_each_tasks_error_is_that_over_its_own_episodes_and_dimensions(
+    unified: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = load_head(unified)
+    data = open_data(head.artefact.data)
+    still = torch.zeros(1, head.config.n_action_max, 16)
+    monkeypatch.setattr(head.model, "act", lambda batch, generator: still.expand(len(batch), -1, -1))
+    table = data.stores.first.episodes
+    together = action_error(head.model, data, np.arange(8), device=torch.device("cpu"))
+    assert together.per_task.keys() == set(table.tasks)
+    for number, task in enumerate(table.tasks):
+        alone = action_error(head.model, data, np.flatnonzero(table.task == number), device=torch.device("cpu"))
+        real = list(data.io.task_dims[number])
+        assert together.per_task[task] == pytest.approx(alone.executed_mae[real].mean())
+        assert (alone.executed_mae[~np.array(real)] == 0).all()
 
 
 def test_equal_dimensions_make_one_group(padded: Path) -> None:
