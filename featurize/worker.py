@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vla.featurize.job import FeaturizeConfig, prepare
+from vla.featurize.job import FeaturizeConfig, Job, prepare
 from vla.featurize.units import UnitMaker, open_unit_maker
 from vla.stores.fingerprint import canonical
 
@@ -17,8 +17,19 @@ TOPIC = "vla-featurize"
 """Under which running tasks tell how far they are."""
 REPORT_SECONDS = 1.0
 
-_ready: dict[bytes, tuple[ExitStack, UnitMaker]] = {}
-_loading = threading.Lock()
+
+@dataclass
+class _Kept:
+    """What a worker has ready: one backbone and one store at a time, as a cluster may outlive many runs."""
+
+    held: ExitStack = field(default_factory=ExitStack)
+    config: bytes = b""
+    root: str = ""
+    job: Job | None = None
+    maker: UnitMaker | None = None
+
+
+_kept, _loading = _Kept(), threading.Lock()
 
 
 def make_on_worker(config: dict[str, Any], root: str, units: list[int]) -> dict[str, Any]:
@@ -39,12 +50,12 @@ def make_on_worker(config: dict[str, Any], root: str, units: list[int]) -> dict[
 
 
 def _maker(config: dict[str, Any], root: str) -> UnitMaker:
-    key = canonical({"root": root, "config": config})
-    if key not in _ready:
-        for held, _ in _ready.values():  # a cluster that outlives runs: one backbone at a time
-            held.close()
-        _ready.clear()
-        held = ExitStack()
-        job = prepare(FeaturizeConfig.build(config, where="the run"))
-        _ready[key] = held, held.enter_context(open_unit_maker(job, Path(root)))
-    return _ready[key][1]
+    """Return the maker of a store, the last one if it is the same; of another, at least the backbone stays loaded."""
+    asked = canonical(config)
+    if (asked, root) != (_kept.config, _kept.root) or _kept.maker is None:
+        _kept.held.close()
+        if asked != _kept.config or _kept.job is None:
+            _kept.job = prepare(FeaturizeConfig.build(config, where="the run"))
+        _kept.held, _kept.config, _kept.root = ExitStack(), asked, root
+        _kept.maker = _kept.held.enter_context(open_unit_maker(_kept.job, Path(root)))
+    return _kept.maker
