@@ -26,7 +26,7 @@ app = typer.Typer(
 Source = Annotated[
     str | None, typer.Option("--source", help="Raw demonstrations: a folder, or synthetic. Left out: examples/push.")
 ]
-Config = Annotated[Path | None, typer.Option("--config", help="TOML or JSON file with any setting.")]
+Config = Annotated[Path | None, typer.Option("--config", help="TOML, JSON or YAML file with any setting.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="One setting, such as --set batch_size=32.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, the log on stderr.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an earlier run left.")]
@@ -332,6 +332,8 @@ def train_head(
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     features: Annotated[str | None, typer.Option(help="Comma-separated names. Left out: all of the store's.")] = None,
     cache: Annotated[str | None, typer.Option(help="Folder that caches what comes from s3:// stores.")] = None,
+    from_: Annotated[str | None, typer.Option("--from", help="A run whose weights to start from.")] = None,
+    group_by: Annotated[str | None, typer.Option(help="action-dim: one model for each set, in OUT/dim-N.")] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     config: Config = None,
@@ -349,15 +351,34 @@ def train_head(
     overrides += [f"data.stores={json.dumps(store)}"] if store else []
     overrides += [f"data.features={json.dumps(features.split(','))}"] if features else []
     overrides += [f"data.remote.cache={json.dumps(cache)}"] if cache else []
-    settings = HeadTrainConfig.from_sources(config, [*overrides, *(set_ or ())], head=head)
+    settings = HeadTrainConfig.from_sources(config, [*overrides, *(set_ or ())], head=head, init_from=from_)
     run_dir = out or Path("runs") / "-".join([head, *(Path(path).name for path in settings.data.stores)])
     keep_freed_memory()
+    if group_by is not None:
+        _train_groups(settings, run_dir, group_by, resume, overwrite, as_json)
+        return
     with show_training() as progress:
         report = run(settings, run_dir, resume=resume, overwrite=overwrite, progress=progress)
     if as_json:
         emit({"run": str(run_dir), "step": report.step, **report.metrics})
     else:
         open_log().print(f"{run_dir}: step {report.step}, {figures(report.metrics)}")
+
+
+def _train_groups(settings: Any, out: Path, by: str, resume: bool, overwrite: bool, as_json: bool) -> None:
+    from vla.heads.groups import train_groups
+    from vla.stores.errors import UsageError
+
+    if by != "action-dim":
+        raise UsageError(f"--group-by {by!r}", expected="action-dim")
+    with show_training() as progress:
+        reports = train_groups(settings, out, resume=resume, overwrite=overwrite, progress=lambda group: progress)
+    if as_json:
+        groups = {name: {"run": str(r.run_dir), "step": r.step, **r.metrics} for name, r in reports.items()}
+        emit({"run": str(out), "groups": groups})
+        return
+    for report in reports.values():
+        open_log().print(f"{report.run_dir}: step {report.step}, {figures(report.metrics)}")
 
 
 @app.command()

@@ -36,10 +36,11 @@ class FeaturizeConfig(Settings):
 
     `source` is a folder or `synthetic:…`; `map` {our name: their column}; `backbone` a name of `vla backbones`;
     `weights` a folder, a hub id or "random" (None: the backbone's own); `options` and `source_options` go to the
-    backbone and the source. `augment` caches augmented copies beside the plain features. `batch_size` counts time
-    steps, each augmented copy as one more; "auto" tries what an accelerator holds (another batch may round the last bit
-    of a feature differently there). `threads` 0 leaves torch's own choice. `remote`: how a store on an object store is
-    reached.
+    backbone and the source. `pad_actions` takes tasks of different action dimensions into one store, of sources that
+    know the names of their components: padded with 0, and the column `action_dims` says what is real. `augment` caches
+    augmented copies beside the plain features. `batch_size` counts time steps, each augmented copy as one more; "auto"
+    tries what an accelerator holds (another batch may round the last bit of a feature differently there). `threads` 0
+    leaves torch's own choice. `remote`: how a store on an object store is reached.
     """
 
     source: str
@@ -49,6 +50,7 @@ class FeaturizeConfig(Settings):
     map: dict[str, str] = {}
     source_options: dict[str, Any] = {}
     skip_bad: bool = False
+    pad_actions: bool = False
     store: StoreOptions = StoreOptions()
     augment: AugmentConfig = NO_COPIES
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = ON_CPU
@@ -69,7 +71,8 @@ class Job:
 
 def prepare(config: FeaturizeConfig) -> Job:
     """Index the source, load the backbone and lay out the store. Raises what they raise."""
-    source = open_source(config.source, map=config.map, skip_bad=config.skip_bad, **config.source_options)
+    common = {"map": config.map, "skip_bad": config.skip_bad, "pad_actions": config.pad_actions}
+    source = open_source(config.source, **{**common, **config.source_options})
     backbone = make_backbone(config.backbone, weights=config.weights, **config.options)
     if backbone.spec().per == "instruction":
         source = Instructions(source)

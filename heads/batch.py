@@ -74,6 +74,9 @@ class HeadIO(Settings):
     """What else sources say of episodes, by name, such as high_level_task and subtask; `Batch.label` indexes them."""
     text: TextIO | None = None
     """The text store beside the features, where there is one."""
+    task_dims: tuple[tuple[bool, ...], ...] = ()
+    """Which action dimensions each of `tasks` has, [A] each, or () where that is not one answer; () where all have all:
+    tasks of different dimensions in one store (`pad_actions` of `vla featurize`)."""
     chunk: int | None = None
     """Steps of the label that every row holds as a whole, such as 8 waypoints; None: windows of one action a row."""
 

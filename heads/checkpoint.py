@@ -40,6 +40,7 @@ class Artefact(Settings):
     """What a checkpoint keeps beside the weights: the resolved configuration and the stores' fingerprints.
 
     `frozen`: digests of the networks that the head runs without training them, whose weights stay where they were.
+    `init_from`: the run that it started from.
     """
 
     head: str
@@ -50,6 +51,7 @@ class Artefact(Settings):
     stores: tuple[StoreRecord, ...]
     training_episodes: int
     frozen: dict[str, str] = {}
+    init_from: str | None = None
     vla_version: str
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vla.heads.batch import FeatureIO
-from vla.stores.errors import UsageError
+from vla.stores.errors import DataError, UsageError
 from vla.stores.join import JoinedStores
 from vla.stores.manifest import StepInfo
 from vla.stores.store import Store
@@ -42,3 +45,26 @@ def feature_io(stores: JoinedStores, name: str) -> FeatureIO:
     mask = stores.feature_info(f"{name}_mask") if f"{name}_mask" in stores.owner else None
     masked = mask is not None and mask.dtype == "uint8" and mask.shape == info.shape[:-1]
     return FeatureIO(shape=info.shape, dims=info.dims[1:], masked=masked)
+
+
+def episode_dims(target: str, store: Store) -> NDArray[np.bool_] | None:
+    """Return which dimensions of the label each episode has, bool [episodes, A]; None where all have all.
+
+    Raises `DataError` where they change within an episode.
+    """
+    name = f"{target}_dims"
+    if name not in store.manifest.steps:
+        return None
+    dims = store.steps(name).astype(np.bool_)
+    table = store.episodes
+    begun = np.repeat(table.row_start, table.length)
+    if not (dims[: len(begun)] == dims[begun]).all():
+        raise DataError(f"{store.place}: {name} changes within an episode", expected="one answer an episode")
+    return dims[table.row_start]
+
+
+def task_dims(dims: NDArray[np.bool_], tasks: NDArray[np.int64], count: int) -> tuple[tuple[bool, ...], ...]:
+    """Return the dimensions [A] of each of `count` tasks, from those of episodes [E, A] and their tasks [E]; () for a
+    task whose episodes differ, or that has none."""
+    of_task = [np.unique(dims[tasks == task], axis=0) for task in range(count)]
+    return tuple(tuple(map(bool, rows[0])) if len(rows) == 1 else () for rows in of_task)

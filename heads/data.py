@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from vla.heads.batch import HeadIO
-from vla.heads.columns import feature_io, label_columns, target_info
+from vla.heads.columns import episode_dims, feature_io, label_columns, target_info, task_dims
 from vla.heads.tensor_batches import TensorBatches
 from vla.heads.texts import TextTable, is_text_store
 from vla.stores.batches import Shuffle, WindowBatches
@@ -22,7 +22,7 @@ from vla.stores.memory import memory_limit
 from vla.stores.reader import Verify
 from vla.stores.remote.options import RemoteOptions
 from vla.stores.settings import Settings
-from vla.stores.store import open_store
+from vla.stores.store import Store, open_store
 from vla.stores.windows import WindowIndex, WindowSpec, split_episodes
 
 CACHE_SHARE = 0.7
@@ -41,7 +41,9 @@ class DataConfig(Settings):
     `target`: the step column that heads learn to predict. One number a dimension and row is a window's next actions;
     a column [H, A] is a chunk that each row holds by itself (8 waypoints), valid where `<target>_valid` says so.
     `remote`: how stores on object stores are reached and cached.
-    A bool column `<target>_dims` [A] marks the dimensions that a task has, where tasks differ.
+    A bool column `<target>_dims` [A] marks the dimensions that a task has, where tasks differ. `dims`: only episodes
+    that have exactly these dimensions, and no others of the label (`--group-by action-dim` sets it; None: everything,
+    masked).
     `augment`: training batches draw each window from the plain features or from one of the augmented copies beside them
     (`vla featurize --augment`), where a store has any; all else reads plain features.
     """
@@ -50,6 +52,7 @@ class DataConfig(Settings):
     features: tuple[str, ...] | None = None
     state: tuple[str, ...] | None = None
     target: str = "action"
+    dims: tuple[int, ...] | None = None
     validation: float = Field(0.1, ge=0, lt=1)
     split_seed: int = 0
     verify: Verify = "first"
@@ -88,11 +91,15 @@ class HeadData:
         """Return the actions of some episodes, float32 [N, A], in the data's units; of chunks every valid step."""
         rows = self.rows(episodes)
         actions = self._column("")[rows].astype(np.float32)
+        if self.config.dims is not None:
+            actions = actions[..., list(self.config.dims)]
         return actions if self.io.chunk is None else actions[self._column("_valid")[rows]]
 
     def action_dims(self, episodes: NDArray[np.int64]) -> NDArray[np.bool_] | None:
         """Return which dimensions of `actions` are real, bool [N, A]; None where all are."""
         name = f"{self.config.target}_dims"
+        if self.config.dims is not None:
+            return None
         return self.stores.first.steps(name)[self.rows(episodes)] if name in self.stores.first.manifest.steps else None
 
     def _column(self, suffix: str) -> NDArray[Any]:
@@ -148,7 +155,7 @@ class HeadData:
             copies=self.copies if augment else 0,
         )
         dtypes = {name: self.stores.feature_info(name).dtype for name in frames}
-        return TensorBatches(batches, self.state, dtypes, self.config.target, self.io)
+        return TensorBatches(batches, self.state, dtypes, self.config.target, self.io, self.config.dims)
 
 
 def open_data(config: DataConfig) -> HeadData:
@@ -182,12 +189,15 @@ def open_data(config: DataConfig) -> HeadData:
         if name not in steps or steps[name].role == "action" or name == config.target:
             known = ", ".join(key for key, step in steps.items() if step.role != "action")
             raise UsageError(f"data.state names {name!r}", expected=f"one of {known}")
-    training, validation = split_episodes(stores.usable, first.episodes.ids, config.validation, config.split_seed)
-    widths = {name: int(np.prod(steps[name].shape)) for name in state}
     target = target_info(config.target, first)
+    dims = episode_dims(config.target, first)
+    usable = stores.usable if config.dims is None else stores.usable & _of_group(config, dims, target.shape[-1], first)
+    training, validation = split_episodes(usable, first.episodes.ids, config.validation, config.split_seed)
+    widths = {name: int(np.prod(steps[name].shape)) for name in state}
+    columns = range(target.shape[-1]) if config.dims is None else config.dims
     io = HeadIO(
-        action_dim=target.shape[-1],
-        action_names=target.names,
+        action_dim=len(columns),
+        action_names=tuple(target.names[column] for column in columns) if target.names else (),
         state_dim=sum(widths.values()),
         state_names=tuple(
             f"{name}.{part}"
@@ -198,15 +208,29 @@ def open_data(config: DataConfig) -> HeadData:
         tasks=first.episodes.tasks,
         labels=tuple(dict(label) for label in first.episodes.labels),
         text=texts[0].io() if texts else None,
+        task_dims=()
+        if dims is None
+        else task_dims(dims[usable][:, list(columns)], first.episodes.task[usable], len(first.episodes.tasks)),
         chunk=target.shape[0] if len(target.shape) == 2 else None,
     )
     copies = stores.copies(features) if config.augment else 0
     if config.shuffle == "auto":
         config = config.model_copy(update={"shuffle": _shuffle_for(stores, features, copies)})
     data = HeadData(config, stores, io, features, state, training, validation, copies, texts[0] if texts else None)
-    if not np.isfinite(data.actions(np.flatnonzero(stores.usable))).all():
+    if not np.isfinite(data.actions(np.flatnonzero(usable))).all():
         raise DataError(f"{first.place} holds actions that are not finite", fix=f"vla verify {first.place}")
     return data
+
+
+def _of_group(config: DataConfig, dims: NDArray[np.bool_] | None, width: int, store: Store) -> NDArray[np.bool_]:
+    """Return which episodes have exactly the dimensions `config.dims`."""
+    wanted = np.isin(np.arange(width), config.dims or ())
+    found = np.ones((len(store.episodes), width), bool) if dims is None else dims
+    chosen: NDArray[np.bool_] = (found == wanted).all(axis=1)
+    if not chosen.any() or wanted.sum() != len(config.dims or ()):
+        sets = sorted({tuple(np.flatnonzero(row).tolist()) for row in found})
+        raise UsageError(f"no episode of {store.place} has the action dimensions {config.dims}", expected=f"of {sets}")
+    return chosen
 
 
 def _shuffle_for(stores: JoinedStores, features: tuple[str, ...], copies: int) -> Shuffle:

@@ -9,7 +9,8 @@ other (16 of 100 steps shift a Gaussian's mean by 1 %; tests/heads/test_dp.py).
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -19,13 +20,21 @@ from torch import Tensor
 
 from vla.heads.batch import Batch, HeadIO
 from vla.heads.encoded import EncodedConfig, EncodedHead
-from vla.heads.model import MAX_LAYERS, HeadConfig, noise_like, real_dims
+from vla.heads.model import MAX_LAYERS, HeadConfig, masked_windows, noise_like, real_dims
 from vla.heads.nets.residual_mlp import ResidualMLP
 from vla.heads.nets.unet1d import ConditionalUnet1D, check_sizes
+from vla.pretrained.diffusion_policy import read_unet
+from vla.pretrained.weights import load_strictly
 from vla.stores.errors import UsageError
+
+if TYPE_CHECKING:
+    from vla.heads.data import HeadData
 
 DDIM_STEPS = 16
 """Default of DDIM. The paper's robots take 10; 16 cost little more with these nets."""
+
+EPS_STEPS = 5
+"""Diffusion steps, evenly spaced, at which validation compares noise: the same ones for every checkpoint."""
 
 
 class DiffusionConfig(EncodedConfig):
@@ -36,6 +45,8 @@ class DiffusionConfig(EncodedConfig):
     shift rather than shift alone. `hidden`, `layers`, `dropout`: of the MLP. `train_steps`: diffusion steps in
     training. `sampler`, `sample_steps`: DDIM needs few steps (None: 16), DDPM all of them (None: `train_steps`).
     `clip_sample`: keep each step's estimate of the action in [-1, 1], where `action_norm` "limits" puts actions.
+    `weights`: start the U-Net from a published checkpoint of Diffusion Policy, a workspace's .ckpt or a state dict
+    (pretrained/diffusion_policy.py); what it is conditioned on has to be as wide: `n_obs` times `encoder.dim`.
     """
 
     n_obs: int = Field(2, ge=1)
@@ -54,6 +65,7 @@ class DiffusionConfig(EncodedConfig):
     sampler: Literal["ddim", "ddpm"] = "ddim"
     sample_steps: int | None = Field(None, ge=1)
     clip_sample: bool = True
+    weights: str | None = None
 
     @property
     def action_offset(self) -> int:
@@ -83,6 +95,10 @@ class DiffusionHead(EncodedHead):
                 expected="actions in [-1, 1]",
                 fix="--set model.action_norm=limits, or model.clip_sample=false",
             )
+        if config.weights is not None and config.net != "unet":
+            raise UsageError(
+                f"weights for net {config.net!r}", expected="the published U-Net", fix="--set model.net=unet"
+            )
         cond = config.n_obs * config.encoder.dim
         if config.net == "unet":
             check_sizes(config.horizon, config.down_dims, config.kernel_size, config.n_groups)
@@ -102,6 +118,12 @@ class DiffusionHead(EncodedHead):
             )
         self._noising = noise_schedule(config.train_steps, clip_sample=config.clip_sample)
 
+    def prepare(self, data: HeadData) -> None:
+        """See `EncodedHead.prepare`; and load published weights. Raises `DataError` where they do not fit."""
+        super().prepare(data)
+        if self.config.weights is not None:
+            load_strictly(self.net, read_unet(Path(self.config.weights)), Path(self.config.weights))
+
     def errors(self, batch: Batch, action: Tensor) -> Tensor:
         """Squared error of the predicted noise."""
         eps = real_dims(batch, torch.randn_like(action))
@@ -109,6 +131,25 @@ class DiffusionHead(EncodedHead):
         noisy = self._noising.add_noise(action, eps, k)
         predicted: Tensor = self.net(noisy, k, self.encoder.frames(batch).flatten(1))
         return (predicted - eps) ** 2
+
+    @torch.no_grad()
+    def measure(self, batch: Batch, chunk: Tensor) -> dict[str, Tensor]:
+        """Return the noise prediction's mean squared error `eps_mse` of each window, at fixed steps and fixed noise."""
+        training, action = self.training, self.labels(batch)
+        steps = sampling_steps(self.config.train_steps, min(EPS_STEPS, self.config.train_steps))
+        generator = torch.Generator().manual_seed(0)
+        errors = []
+        try:
+            self.eval()
+            cond = self.encoder.frames(batch).flatten(1)
+            for step in steps:
+                eps = real_dims(batch, torch.randn(action.shape, generator=generator).to(action))
+                k = torch.full((len(batch),), step, device=action.device)
+                predicted = self.net(self._noising.add_noise(action, eps, k), k, cond)
+                errors.append(masked_windows((predicted - eps) ** 2, batch))
+        finally:
+            self.train(training)
+        return {"eps_mse": torch.stack(errors).mean(0)}
 
     def sample(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
         """Denoise from x_T ~ N(0, I)."""

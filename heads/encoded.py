@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vla.heads.batch import HeadIO
 from vla.heads.encoders import EncoderConfig, ObservationEncoder, ProjectionReader
 from vla.heads.model import HeadConfig, HeadModel
 from vla.heads.normalize import Normalizer
+from vla.stores.errors import UsageError
 
 if TYPE_CHECKING:
     from vla.heads.data import HeadData
@@ -17,9 +19,15 @@ PROJECTION_BATCH = 64
 
 
 class EncodedConfig(HeadConfig):
-    """Settings of a head with an observation encoder. `encoder`: see `EncoderConfig`."""
+    """Settings of a head with an observation encoder.
+
+    `encoder`: see `EncoderConfig`. `freeze_encoder`: what turns features into numbers keeps its weights, which then
+    have to come from somewhere: another run (`--from`) or `encoder.student`. What mixes its output with state and task
+    trains all the same.
+    """
 
     encoder: EncoderConfig = EncoderConfig()
+    freeze_encoder: bool = False
 
 
 class EncodedHead(HeadModel):
@@ -33,6 +41,10 @@ class EncodedHead(HeadModel):
     def __init__(self, config: EncodedConfig, io: HeadIO, *, tokens: bool = False) -> None:
         super().__init__(config, io)
         self.encoder = ObservationEncoder(config.encoder, io, config.n_obs, tokens=tokens)
+        if config.freeze_encoder:
+            self.encoder.readers.requires_grad_(False)
+            if self.encoder.fusion is not None:
+                self.encoder.fusion.requires_grad_(False)
 
     @property
     def reads(self) -> dict[str, int]:
@@ -50,7 +62,16 @@ class EncodedHead(HeadModel):
         return self.encoder.state
 
     def prepare(self, data: HeadData) -> None:
-        """Fit normalisers, feature scales and projections."""
+        """Fit normalisers, feature scales and projections; take a student's weights. Raises `UsageError` where an
+        encoder is to be frozen whose weights would be random."""
+        if self.config.freeze_encoder and self.config.encoder.student is None:
+            raise UsageError(
+                "model.freeze_encoder of an encoder with random weights",
+                expected="one that was trained",
+                fix="--from RUN of `vla train-head`, or --set model.encoder.student=RUN of `vla distill rgb2pc`",
+            )
+        if self.config.encoder.student is not None and self.encoder.fusion is not None:
+            self.encoder.fusion.load_student(Path(self.config.encoder.student))
         super().prepare(data)
         for name, reader in self.encoder.readers.items():
             reader.scaler.fit(*data.channel_statistics(name))  # type: ignore[union-attr, operator]

@@ -1,11 +1,12 @@
 """From a window's observation to what a head is conditioned on. Grids keep their layout; nothing is pooled globally.
 
-Three ways to read a grid or a set of tokens:
+Ways to read a grid or a set of tokens:
 - `keypoints`: spatial softmax (Levine et al. 2016): each learned heat map's expected position and value; grids only.
   What it learns about a thing it knows at every place, and so it is the default for grids;
 - `attention`: learned queries attend to the projected cells with their positions;
 - `projection`: a fixed whitening projection (principal components of the channels, then of the whole grid), fitted on
   the training episodes before the first step: the fastest to train.
+Vectors of several backbones can also be fused (fusion.py): `fusion`, each by its adapter, then a weighted mean.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import math
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vla.heads.batch import Batch, FeatureIO, HeadIO
+from vla.heads.fusion import MeanFusion
 from vla.heads.normalize import ChannelScaler, Normalizer
 from vla.heads.projection import WhiteningProjection
 from vla.stores.errors import DataError, UsageError
@@ -35,10 +37,11 @@ class EncoderConfig(Settings):
     two stages. `queries`: attention queries or heat maps a view. `noise`: standard deviation of Gaussian noise on the
     standardised features while training (an augmentation that a cache allows; 0.3 suits the projection). `dropout`: on
     the encoded frame. `use_features`, `use_state`, `use_task`: which inputs are read; the instruction is read where
-    there is more than one. `state_columns`: columns of the state by name or index (None: all).
+    there is more than one. `state_columns`: columns of the state by name or index (None: all). `fusion_dim`: width of
+    the fused vector, and `student`: a run of `vla distill rgb2pc` whose adapters and weights the fusion starts from.
     """
 
-    kind: Literal["auto", "keypoints", "attention", "projection"] = "auto"
+    kind: Literal["auto", "keypoints", "attention", "projection", "fusion"] = "auto"
     dim: int = Field(512, ge=8)
     components: int = Field(512, ge=1)
     channel_components: int = Field(16, ge=1)
@@ -49,6 +52,14 @@ class EncoderConfig(Settings):
     use_state: bool = True
     use_task: bool = True
     state_columns: tuple[int | str, ...] | None = None
+    fusion_dim: int = Field(1280, ge=1)
+    student: str | None = None
+
+    @model_validator(mode="after")
+    def _a_student_is_for_a_fusion(self) -> EncoderConfig:
+        if self.student is not None and self.kind != "fusion":
+            raise ValueError(f"a student, and encoder.kind {self.kind!r}: it is for 'fusion'")
+        return self
 
 
 class ObservationEncoder(nn.Module):
@@ -65,24 +76,35 @@ class ObservationEncoder(nn.Module):
         if not self.names and not self.columns:
             raise UsageError("the head has no input", expected="features, a state, or both")
         self.state = Normalizer(io.state_dim) if self.columns else None
-        self.readers = nn.ModuleDict({name: _reader(config, io.features[name]) for name in self.names})
+        fused = [name for name in self.names if config.kind == "fusion" and not io.features[name].layout]
+        self.fusion = (
+            MeanFusion({name: io.features[name] for name in fused}, config.fusion_dim)
+            if config.kind == "fusion"
+            else None
+        )
+        self.readers = nn.ModuleDict({n: _reader(config, io.features[n]) for n in self.names if n not in fused})
         self.task = nn.Embedding(len(io.tasks), config.dim) if config.use_task and len(io.tasks) > 1 else None
         if tokens:
             self.to_token = nn.ModuleDict(
                 {name: nn.Linear(reader.token_width, config.dim) for name, reader in self.readers.items()}  # type: ignore[arg-type]
             )
+            self.fused_token = nn.Linear(config.fusion_dim, config.dim) if self.fusion is not None else None
             self.state_token = nn.Linear(len(self.columns), config.dim) if self.columns else None
             # Which frame and which of its tokens: without it two heat maps that peak at one place are the same.
             per_frame = sum(reader.tokens for reader in self.readers.values()) + bool(self.columns)  # type: ignore[misc]
+            per_frame += 0 if self.fusion is None else self.fusion.views
             self.identity = nn.Parameter(torch.randn(n_obs, per_frame, config.dim) * IDENTITY_STD)
             self.token_dropout = nn.Dropout(config.dropout)
         else:
             width = sum(reader.width for reader in self.readers.values()) + len(self.columns)  # type: ignore[misc]
+            width += 0 if self.fusion is None else self.fusion.views * config.fusion_dim
             self.mix = nn.Sequential(nn.Linear(width, config.dim), nn.SiLU(), nn.Dropout(config.dropout))
 
     def frames(self, batch: Batch) -> Tensor:
         """Return [B, N, dim]."""
-        parts = [self._read(name, batch).flatten(2) for name in self.names]
+        parts = [self._read(name, batch).flatten(2) for name in self.readers]
+        if self.fusion is not None:
+            parts.append(self._fused(batch).flatten(2))
         if self.columns:
             parts.append(self._state(batch))
         encoded: Tensor = self.mix(torch.cat(parts, dim=-1))
@@ -91,7 +113,9 @@ class ObservationEncoder(nn.Module):
     def tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return tokens [B, L, dim] of all frames, state and task among them, and which are real, bool [B, L]."""
         B, N = batch.obs_valid.shape
-        parts = [self.to_token[name](self._read(name, batch)) for name in self.names]
+        parts = [self.to_token[name](self._read(name, batch)) for name in self.readers]
+        if self.fused_token is not None:
+            parts.append(self.fused_token(self._fused(batch)))
         if self.state_token is not None:
             parts.append(self.state_token(self._state(batch))[:, :, None])
         sequence = self.token_dropout(torch.cat(parts, dim=2) + self.identity).flatten(1, 2)
@@ -104,6 +128,11 @@ class ObservationEncoder(nn.Module):
     def _read(self, name: str, batch: Batch) -> Tensor:
         read: Tensor = self.readers[name](batch.feature(name), batch.feature_valid.get(name))
         return read
+
+    def _fused(self, batch: Batch) -> Tensor:
+        assert self.fusion is not None
+        fused: Tensor = self.fusion({name: batch.feature(name) for name in self.fusion.names})
+        return fused
 
     def _state(self, batch: Batch) -> Tensor:
         assert self.state is not None
@@ -224,5 +253,5 @@ def _reader(config: EncoderConfig, io: FeatureIO) -> _Standardised:
         )
     auto = {0: "projection", 1: "attention", 2: "keypoints"}[min(len(io.layout), 2)]
     kinds = {"projection": ProjectionReader, "attention": AttentionReader, "keypoints": KeypointReader}
-    reader: _Standardised = kinds[auto if config.kind == "auto" else config.kind](config, io)
+    reader: _Standardised = kinds[auto if config.kind in ("auto", "fusion") else config.kind](config, io)
     return reader

@@ -25,7 +25,8 @@ class ActionError:
 
     `mae`, `mse` per dimension [A], in the data's units; `executed_mae` [A] over the `n_action` steps that a robot would
     execute; `baseline_mae` [A] of always predicting the training actions' mean. `windows` and `steps` count what was
-    compared; `extra` is what the head itself measures (`HeadModel.measure`). `predicted` and `true` [W, A] are the
+    compared; `extra` is what the head itself measures (`HeadModel.measure`), `per_task` the executed MAE of each
+    instruction over its real dimensions, where there are several. `predicted` and `true` [W, A] are the
     first action of every window, in order.
     """
 
@@ -39,6 +40,7 @@ class ActionError:
     predicted: NDArray[np.float32]
     true: NDArray[np.float32]
     extra: dict[str, float] = dataclasses.field(default_factory=dict)
+    per_task: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """Return the means over dimensions."""
@@ -59,7 +61,8 @@ class ActionError:
             "baseline_mae": self.baseline_mae,
         }
         table = {key: dict(zip(self.names, map(float, values), strict=True)) for key, values in columns.items()}
-        return {**self.metrics(), "windows": self.windows, "steps": self.steps, "per_dimension": table}
+        tasks = {"per_task": self.per_task} if self.per_task else {}
+        return {**self.metrics(), "windows": self.windows, "steps": self.steps, "per_dimension": table, **tasks}
 
 
 def action_error(
@@ -84,6 +87,7 @@ def action_error(
     sums = {key: torch.zeros(A, dtype=torch.float64) for key in ("mae", "mse", "executed_mae", "baseline_mae")}
     count, executed = torch.zeros(A, dtype=torch.float64), torch.zeros(A, dtype=torch.float64)
     steps, measured = 0, collections.defaultdict(list)
+    by_task = torch.zeros(2, len(model.io.tasks) or 1, dtype=torch.float64)
     predicted, true = [], []
     for batch in data.batches(episodes, model.config.window, BATCH, pin=False, reads=model.reads).in_order():
         batch = batch if tasks is None else dataclasses.replace(batch, task=tasks[batch.task], label=None)
@@ -102,6 +106,7 @@ def action_error(
         sums["mae"] += error.sum((0, 1))
         sums["mse"] += (error**2).sum((0, 1))
         sums["executed_mae"] += error[:, near].sum((0, 1))
+        by_task.index_add_(1, batch.task, torch.stack([error[:, near].sum((1, 2)), valid[:, near].sum((1, 2))]))
         sums["baseline_mae"] += ((mean - wanted).abs().double() * valid)[:, near].sum((0, 1))
         count += valid.sum((0, 1))
         executed += valid[:, near].sum((0, 1))
@@ -119,7 +124,14 @@ def action_error(
         np.concatenate(predicted),
         np.concatenate(true),
         model.summarise({name: torch.cat(parts) for name, parts in measured.items()}),
+        _per_task(model.io.tasks, *by_task.tolist()),
     )
+
+
+def _per_task(tasks: tuple[str, ...], errors: list[float], counts: list[float]) -> dict[str, float]:
+    """Return the mean of each instruction that was met, where the head knows several."""
+    met = zip(tasks, errors, counts, strict=False)
+    return {text: error / count for text, error, count in met if count} if len(tasks) > 1 else {}
 
 
 def evaluate_head(head: TrainedHead, stores: tuple[str, ...] | None = None, *, seed: int = 0) -> ActionError:

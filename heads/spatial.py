@@ -142,7 +142,6 @@ class SpatialHead(HeadModel):
 
     def context(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the tokens [B, L', width] that the expert attends to, and which of them are real, bool [B, L']."""
-        B, N = batch.obs_valid.shape
         valid = batch.feature_valid[TOKENS]
         there = valid[..., None]
         # Zeros where there is no token: what a store holds there must not even pass through the connector.
@@ -158,5 +157,5 @@ class SpatialHead(HeadModel):
             masks.append(batch.obs_valid)
         if self.task is not None:
             parts.append(self.task(batch.task)[:, None])
-            masks.append(batch.obs_valid.new_ones(B, 1))
+            masks.append(batch.obs_valid.new_ones(len(batch), 1))
         return torch.cat(parts, dim=1), torch.cat(masks, dim=1)

@@ -23,6 +23,8 @@ class TensorBatches:
     dtypes: dict[str, DtypeName]
     target: str
     io: HeadIO
+    dims: tuple[int, ...] | None = None
+    """The dimensions of the label that are kept; None: all."""
 
     def shuffled(self, seed: int, start: int = 0, stride: int = 1) -> Iterator[Batch]:
         """Yield batches start, start + stride, … for ever; batch k is a function of (seed, k)."""
@@ -39,6 +41,8 @@ class TensorBatches:
         values = {name: as_tensor(read, self.dtypes[name]) for name, read in batch.features.items()}
         steps = batch.action_steps
         action, valid, dims = steps[self.target], batch.action_valid, steps.get(f"{self.target}_dims")
+        if self.dims is not None:
+            action, dims = action[..., list(self.dims)], None
         labelled = steps.get(f"{self.target}_valid")
         if self.io.chunk is not None:
             assert labelled is not None  # label_columns saw to it

@@ -17,6 +17,7 @@ from vla.heads.data import DataConfig, HeadData, open_data
 from vla.heads.evaluate import action_error
 from vla.heads.model import HeadModel
 from vla.heads.registry import head_class
+from vla.heads.start import start_from
 from vla.heads.storage import largest_scales
 from vla.stores.fingerprint import digest
 from vla.stores.settings import Settings
@@ -26,12 +27,16 @@ from vla.training.run_folder import can_resume
 
 
 class HeadTrainConfig(Settings):
-    """Everything that `vla train-head` can be told: `head` its name, `model` its own settings, `data`, `train`."""
+    """Everything that `vla train-head` can be told: `head` its name, `model` its own settings, `data`, `train`.
+
+    `init_from`: a run of the same head whose weights and statistics this one starts from (start.py).
+    """
 
     head: str
     data: DataConfig
     model: dict[str, Any] = {}
     train: TrainConfig = TrainConfig()
+    init_from: str | None = None
 
 
 def train_head(
@@ -50,7 +55,10 @@ def train_head(
     seed_everything(config.train.seed)
     model = build_head(config.head, config.model, data.io)
     if not (resume and can_resume(run_dir)):  # a checkpoint holds every statistic
-        model.prepare(data)
+        if config.init_from is None:
+            model.prepare(data)
+        else:
+            start_from(Path(config.init_from), model, artefact_of(config, model, data))
     seed_everything(config.train.seed)
     pin = config.train.device != "cpu" and torch.cuda.is_available()
     batches = data.batches(
@@ -114,6 +122,7 @@ def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData) -> Ar
         state=data.state,
         stores=tuple(records),
         training_episodes=len(data.training),
+        init_from=config.init_from,
         vla_version=__version__,
         frozen={name: frozen.digest for name, frozen in model.frozen.items()},
     )

@@ -77,7 +77,7 @@ class Policy:
         self._n_action = n_action or head.config.n_action
         if not 1 <= self._n_action <= head.config.n_action_max:
             raise UsageError(f"{self._n_action} actions a decision", expected=f"1 to {head.config.n_action_max}")
-        self.reset(seed=0, task=self._io.tasks[0])
+        self.reset(seed=0, task=self._first_task())
 
     @classmethod
     def from_run(
@@ -104,24 +104,44 @@ class Policy:
                 raise UsageError(
                     f"{spec.name} has no camera {', '.join(missing)}", expected=f"{', '.join(spec.cameras)}"
                 )
-        if len(spec.action_names) != self._io.action_dim:
-            raise UsageError(f"{spec.name} takes {len(spec.action_names)} actions", expected=f"{self._io.action_dim}")
+        wanted = self._io.action_dim if self._dims is None else int(self._dims_of(spec.task).sum())
+        if len(spec.action_names) != wanted:
+            raise UsageError(f"{spec.name} takes {len(spec.action_names)} actions", expected=f"{wanted}")
 
     def reset(self, *, seed: int, task: str) -> None:
         """Forget the episode. `seed` is that of the sampler's noise; `task` the instruction.
 
         Raises `UsageError` for an instruction that the head was not trained on.
         """
-        tasks = self._io.tasks
-        if task not in tasks and len(tasks) > 1:
-            raise UsageError(f"the head was not trained on {task!r}", expected=f"one of {'; '.join(tasks)}")
-        self._task = tasks.index(task) if task in tasks else 0
+        self._task = self._number(task)
+        self._dims = self._dims_of(task) if self._io.task_dims else None
         self._generator = torch.Generator(self._device).manual_seed(seed)
         self._history: deque[dict[str, Any]] = deque(maxlen=self._reach)
         self._planned: deque[NDArray[np.float32]] = deque()
 
+    def _first_task(self) -> str:
+        """Return the first instruction that the head can act on: of a group of tasks, not every one is."""
+        dims = self._io.task_dims
+        return next((text for text, has in zip(self._io.tasks, dims, strict=False) if has), self._io.tasks[0])
+
+    def _number(self, task: str) -> int:
+        tasks = self._io.tasks
+        if task not in tasks and len(tasks) > 1:
+            raise UsageError(f"the head was not trained on {task!r}", expected=f"one of {'; '.join(tasks)}")
+        return tasks.index(task) if task in tasks else 0
+
+    def _dims_of(self, task: str) -> NDArray[np.bool_]:
+        """Return which action dimensions a task has, bool [A]. Raises `UsageError` where training does not tell."""
+        dims = self._io.task_dims[self._number(task)]
+        if not dims:
+            known = "; ".join(text for text, has in zip(self._io.tasks, self._io.task_dims, strict=True) if has)
+            raise UsageError(
+                f"the head was not trained on {task!r} with one set of actions", expected=f"one of {known}"
+            )
+        return np.array(dims)
+
     def act(self, observation: Observation) -> NDArray[np.float32]:
-        """Return the action for this control step, float32 [A], in the data's units."""
+        """Return the action for this control step, float32 [A], in the data's units; A is what the task really has."""
         self._history.append(self._remember(observation))
         if not self._planned:
             self._planned.extend(self._decide())
@@ -155,9 +175,11 @@ class Policy:
             state=torch.from_numpy(state.astype(np.float32))[None] if state is not None else None,
             task=torch.tensor([self._task]),
             obs_valid=torch.tensor([[False] * padding + [True] * (len(frames) - padding)]),
+            action_dims=None if self._dims is None else torch.from_numpy(self._dims)[None],
             feature_valid={name: window(mask, self._reads[name]).bool() for name, mask in self._masks.items()},
         ).to(self._device)
         chunk = self._model.act(batch, generator=self._generator)[0, : self._n_action].cpu().numpy()
+        chunk = chunk if self._dims is None else chunk[:, self._dims]
         self.latency.backbone.append(encoded - began)
         self.latency.head.append(time.perf_counter() - encoded)
         return list(chunk.astype(np.float32))

@@ -1,19 +1,20 @@
 """Frozen configuration values: a file and `--set a.b=c` on top of defaults, unknown keys refused by name.
 
-Precedence, lowest first: the class's defaults, the `--config` file (TOML or JSON), `--set` in the order given.
+Precedence, lowest first: the class's defaults, what the `--config` file extends, the file itself (config_files.py),
+flags of the command, `--set` in the order given.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from vla.stores.config_files import read_config
 from vla.stores.errors import UsageError
 
 
@@ -32,27 +33,12 @@ class Settings(BaseModel):
 
     @classmethod
     def from_sources(cls, file: Path | None = None, overrides: Iterable[str] = (), **explicit: Any) -> Self:
-        """Merge defaults, a TOML or JSON `file`, explicit keyword values that are not None, and `a.b=c` strings."""
+        """Merge defaults, a configuration `file`, explicit keyword values that are not None, and `a.b=c` strings."""
         values: dict[str, Any] = read_config(file) if file is not None else {}
         values |= {key: value for key, value in explicit.items() if value is not None}
         for text in overrides:
             set_dotted(values, text)
         return cls.build(values, where=str(file) if file is not None else "--set")
-
-
-def read_config(file: Path) -> dict[str, Any]:
-    """Read a `.toml` or `.json` file into a plain dict. Raises `UsageError` where it cannot be read."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {file}: {error}", expected="a TOML or JSON file") from None
-    try:
-        values = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{file} does not parse: {error}", expected="TOML (or JSON in a .json file)") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"{file} holds a {type(values).__name__}", expected="a table of keys")
-    return values
 
 
 def set_dotted(values: dict[str, Any], text: str) -> None:

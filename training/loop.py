@@ -108,7 +108,7 @@ def fit(
         if config.trackers:
             # Trackers take flat numbers and strings.
             flat = config.model_dump(exclude={"betas", "trackers"}) | {"warmup_steps": config.warmup}
-            accelerator.init_trackers("vla", config=flat)
+            accelerator.init_trackers("vla", config=flat, init_kwargs={"wandb": {"name": run_dir.name}})
         _Loop(state, run_dir, kept, validate, progress).run(batches)
     return FitReport(run_dir, state.step, state.latest, resumed_from, passed_over)
 

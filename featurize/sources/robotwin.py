@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from vla.featurize.image import Image
 from vla.featurize.sources.base import Episode, ExtrasRecord, SourceIndex, StepSpec
 from vla.featurize.sources.dimensions import TaskDims
+from vla.featurize.sources.padding import DIMS, joint_names, placed, real_columns
 from vla.featurize.sources.pictures import decode_picture
 from vla.featurize.sources.robotwin_cameras import read_extras, read_pictures
 from vla.featurize.sources.robotwin_dims import dims_of
@@ -40,7 +41,9 @@ class RoboTwinSource:
     stretches planner paths over the frames; `images` is the folder of pictures kept as files; `channels` what a JPEG
     decoder gives of an HDF5 file's pictures; `depth_unit` mm or m; `extrinsics` what newer files hold. `instruction`
     and `instruction_index` choose among an episode's texts (-1: by its number), `task` replaces them; `fps` replaces
-    the files' rate. `skip_bad` leaves out what cannot be read and names it in `index().skipped`.
+    the files' rate. `pad_actions` takes tasks whose arms differ: all columns that any has, 0 where an episode has none,
+    and `action_dims` bool [A] says which are real. `skip_bad` leaves out what cannot be read and names it in
+    `index().skipped`.
     Steps: `action` and `state` float32 [D] (radians, grippers from 0 closed to 1 open), `timestamp` float64 [] in
     seconds, `frame_index` int64 [].
     """
@@ -63,6 +66,7 @@ class RoboTwinSource:
         instruction_index: int = 0,
         task: str | None = None,
         fps: float | None = None,
+        pad_actions: bool = False,
         skip_bad: bool = False,
     ) -> None:
         self.root = Path(root)
@@ -92,9 +96,13 @@ class RoboTwinSource:
         indexed = self._index()
         checked, steps = load(indexed.episodes[episode].files, self.options)
         frames = np.arange(checked.length)
-        state = {"state": steps.state} if steps.state is not None else {}
-        times = {"timestamp": frames / indexed.index.fps, "frame_index": frames.astype(np.int64)}
-        return {"action": steps.action, **state, **times}
+        specs = indexed.index.steps
+        made: dict[str, NDArray[np.generic]] = {"action": placed(steps.action, steps.names, specs["action"].names)}
+        if steps.state is not None:
+            made["state"] = placed(steps.state, steps.state_names, specs["state"].names)
+        if DIMS in specs:
+            made[DIMS] = np.tile(real_columns(steps.names, specs["action"].names), (checked.length, 1))
+        return {**made, "timestamp": frames / indexed.index.fps, "frame_index": frames.astype(np.int64)}
 
     def frames(self, episode: int, start: int, stop: int) -> Iterator[tuple[Image, ...]]:
         """See `Source.frames`. Each call opens the files for itself and holds one frame a camera."""
@@ -179,7 +187,7 @@ class RoboTwinSource:
             try:
                 checked, _ = load(files, self.options)
                 cameras = cameras or (self.options.cameras if self.options.cameras is not None else checked.cameras)
-                require_like(checked, kept[0] if kept else checked, cameras)
+                require_like(checked, kept[0] if kept else checked, cameras, pad=self.options.pad_actions)
                 task = task_of(checked, self.options, files.folder.name in with_texts)
             except SourceError as error:
                 if not self.options.skip_bad:
@@ -197,9 +205,13 @@ class RoboTwinSource:
     ) -> SourceIndex:
         first = kept[0]
         planned = plan_of(first.files, self.options) is not None
-        steps = {"action": StepSpec((len(first.names),), "float32", "action", first.names)}
+        names = joint_names(checked.names for checked in kept)
+        steps = {"action": StepSpec((len(names),), "float32", "action", names)}
+        if self.options.pad_actions:
+            steps[DIMS] = StepSpec((len(names),), "bool", "other", names)
         if first.state_names:
-            steps["state"] = StepSpec((len(first.state_names),), "float32", "state", first.state_names)
+            states = joint_names(checked.state_names for checked in kept)
+            steps["state"] = StepSpec((len(states),), "float32", "state", states)
         steps |= {"timestamp": StepSpec((), "float64", "other"), "frame_index": StepSpec((), "int64", "other")}
         return SourceIndex(
             kind=f"robotwin-{'planner' if planned else 'xpolicylab' if first.newer else 'hdf5'}",

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from vla.featurize.sources.episode_checks import OTHER_CAMERA, SKIP
+from vla.featurize.sources.padding import PAD
 from vla.featurize.sources.robotwin_cameras import Camera, Channels
 from vla.featurize.sources.robotwin_hdf5 import Demo, read_demo
 from vla.featurize.sources.robotwin_joints import (
@@ -51,6 +52,7 @@ class RoboTwinOptions(Settings):
     instruction_index: int = Field(0, ge=-1)
     task: str | None = Field(None, min_length=1)
     fps: float | None = Field(None, gt=0, allow_inf_nan=False)
+    pad_actions: bool = False
     skip_bad: bool = False
 
 
@@ -201,17 +203,20 @@ def task_of(episode: Checked, options: RoboTwinOptions, others_have_texts: bool)
     return files.folder.task.replace("_", " ")
 
 
-def require_like(episode: Checked, first: Checked, cameras: tuple[str, ...]) -> None:
-    """Raise `SourceError` where an episode has other columns than the first sound one, or lacks a camera."""
+def require_like(episode: Checked, first: Checked, cameras: tuple[str, ...], *, pad: bool) -> None:
+    """Raise `SourceError` where an episode has other columns than the first sound one, or lacks a camera.
+
+    With `pad` columns may differ, but either all episodes have a state or none.
+    """
     for name, found, wanted in (
         ("action", episode.names, first.names),
         ("state", episode.state_names, first.state_names),
     ):
-        if found != wanted:
+        if found != wanted and not (pad and bool(found) == bool(wanted)):
             raise SourceError(
                 f"{_where(episode)}: {name} has {len(found)} numbers ({_ends(found)})",
                 expected=f"{len(wanted)} ({_ends(wanted)}) as in {first.files.id}",
-                fix=f"`vla action-dims` tells which tasks go together; {SKIP}",
+                fix=f"{PAD}; `vla action-dims` tells which tasks go together; {SKIP}",
             )
     missing = [camera for camera in cameras if camera not in episode.cameras]
     if missing:

@@ -26,8 +26,8 @@ from vla.featurize.sources import lerobot  # noqa: F401
 from vla.heads.checkpoint import load_head
 from vla.heads.registry import head_class
 from vla.pretrained.weights import read_tensors
+from vla.stores.config_files import read_config
 from vla.stores.errors import VlaError
-from vla.stores.settings import read_config
 from vla.stores.store import open_store
 from vla.stores.verify import verify_store
 

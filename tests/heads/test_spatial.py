@@ -92,6 +92,22 @@ def test_padding_tokens_are_never_attended_to(filler: float, awake_head: MakeHea
     assert not torch.equal(clean, whole)
 
 
+def test_a_padded_token_is_as_no_token_at_all(awake_head: MakeHead, toy_batch: MakeBatch) -> None:
+    """The same weights over ten tokens a view, and over sixteen of which six are padding."""
+    model = awake_head("spatial-net")
+    tokens = FeatureIO(shape=(2, 10, 3), dims=("token", "channel"), masked=True)
+    places = tokens.model_copy(update={"masked": False})
+    io = model.io.model_copy(update={"features": {"spatial": tokens, "spatial_xyz": places}})
+    short = awake_head("spatial-net", io=io, fitted=False)
+    short.load_state_dict(model.state_dict())
+    batch = toy_batch(model)
+    valid = torch.arange(16).expand(8, 1, 2, 16) < 10
+    cut = {name: values[:, :, :, :10] for name, values in batch.features.items()}
+    padded = dataclasses.replace(batch, feature_valid={"spatial": valid})
+    without = dataclasses.replace(batch, features=cut, feature_valid={"spatial": valid[..., :10]})
+    torch.testing.assert_close(acted(model, padded), acted(short, without), atol=1e-4, rtol=1e-4)
+
+
 def test_a_frame_without_any_token_still_gives_finite_actions(awake_head: MakeHead, toy_batch: MakeBatch) -> None:
     model = awake_head("spatial-net", use_state=False, use_task=False)
     batch = toy_batch(model)

@@ -286,7 +286,9 @@ def test_two_files_of_one_episode_are_refused(tmp_path: Path, write_task: Write)
 def test_tasks_of_unequal_sizes_are_no_one_source(tmp_path: Path, write_task: Write) -> None:
     write_task(tmp_path / "all/a", dims=(6, 6))
     write_task(tmp_path / "all/b", dims=(7, 7))
-    message = r"b/data/episode0\.hdf5: action has 16 numbers .*expected 14 .* as in a/episode_0. Try: `vla action-dims`"
+    message = (
+        r"b/data/episode0\.hdf5: action has 16 numbers .*expected 14 .* as in a/episode_0. Try: --set pad_.*`vla action"
+    )
     with pytest.raises(SourceError, match=message):
         RoboTwinSource(tmp_path / "all").index()
 

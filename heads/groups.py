@@ -1,0 +1,74 @@
+"""One model for each set of action dimensions: episodes of a padded store grouped by what their tasks have.
+
+A store of tasks whose actions differ (`pad_actions` of `vla featurize`) trains either one masked model, or a model a
+group, each on its own episodes with its own columns alone: `vla train-head HEAD --group-by action-dim`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vla.heads.columns import episode_dims
+from vla.heads.data import open_data
+from vla.heads.train import HeadTrainConfig, train_head
+from vla.training.loop import FitReport, Progress
+
+
+@dataclass(frozen=True)
+class ActionGroup:
+    """The episodes that have exactly the action dimensions `dims`: `name` is dim-N, `tasks` their instructions."""
+
+    name: str
+    dims: tuple[int, ...]
+    episodes: int
+    tasks: tuple[str, ...]
+
+
+def action_groups(config: HeadTrainConfig) -> tuple[ActionGroup, ...]:
+    """Return the groups of a configuration's stores, most dimensions first; one group where all episodes have all.
+
+    Groups of equal size but different columns are named dim-N, dim-N-2, ... in the order of their columns. Raises what
+    `open_data` raises.
+    """
+    stores = open_data(config.data.model_copy(update={"dims": None})).stores
+    first, usable = stores.first, stores.usable
+    table, target = first.episodes, first.manifest.steps[config.data.target]
+    found = episode_dims(config.data.target, first)
+    rows = np.ones((len(table), target.shape[-1]), bool) if found is None else found
+    sets = sorted({tuple(np.flatnonzero(row).tolist()) for row in rows[usable]}, key=lambda dims: (-len(dims), dims))
+    groups, seen = [], Counter[int]()
+    for dims in sets:
+        seen[len(dims)] += 1
+        number = seen[len(dims)]
+        inside = usable & (rows == np.isin(np.arange(rows.shape[1]), dims)).all(axis=1)
+        tasks = tuple(table.tasks[task] for task in np.unique(table.task[inside]))
+        name = f"dim-{len(dims)}" + (f"-{number}" if number > 1 else "")
+        groups.append(ActionGroup(name, dims, int(inside.sum()), tasks))
+    return tuple(groups)
+
+
+def train_groups(
+    config: HeadTrainConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[ActionGroup], Progress] = lambda group: lambda step, total, metrics: None,
+) -> dict[str, FitReport]:
+    """Train one model a group, each into OUT/dim-N, and return their reports by group. Raises what `train_head` does.
+
+    Every group has settings, split and run folder of its own, so that each is evaluated and resumed by itself.
+    """
+    reports = {}
+    for group in action_groups(config):
+        data = config.data.model_copy(update={"dims": group.dims})
+        own = config.model_copy(update={"data": data})
+        reports[group.name] = train_head(
+            own, out / group.name, resume=resume, overwrite=overwrite, progress=progress(group)
+        )
+    return reports
