@@ -350,6 +350,24 @@ def train_head(
 
 
 @app.command()
+def fit_fast(
+    store: Annotated[list[str], typer.Option(help="A store; repeat to join several of one source.")],
+    out: Annotated[Path, typer.Option(help="Folder of tokenizer.json and its settings.")],
+    overwrite: Overwrite = False,
+    config: Config = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Fit FAST action tokens to a store's training split, for `hier` in mode fast. --set horizon=…, scale=…."""
+    from vla.heads.fit_fast import FitFastConfig
+    from vla.heads.fit_fast import fit_fast as run
+
+    settings = FitFastConfig.from_sources(config, [f"data.stores={json.dumps(store)}", *(set_ or ())])
+    report = run(settings, out, overwrite=overwrite).to_json()
+    emit(report) if as_json else open_log().print(f"{out}: {figures(report)}")
+
+
+@app.command()
 def distill(
     student: Annotated[str, typer.Argument(help="rgb2pc")],
     store: Annotated[list[str] | None, typer.Option(help="Grids of a backbone; repeat to join several.")] = None,
