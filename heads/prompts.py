@@ -102,12 +102,12 @@ class FileTokenizer:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # noqa: BLE001 - the Rust library raises bare Exceptions
             raise DataError(f"{path} is no tokenizer: {str(error).partition(chr(10))[0]}") from None
-        special = {token: self._tokenizer.token_to_id(token) for token in ("<pad>", "<bos>", "<eos>")}
-        lacking = [token for token, number in special.items() if number is None]
+        known: dict[str, int] = self._tokenizer.get_vocab()
+        lacking = [token for token in ("<pad>", "<bos>", "<eos>") if token not in known]
         if lacking:
             raise DataError(f"{path} has no {', '.join(lacking)}", expected="the tokenizer of PaliGemma")
-        self.pad, self.bos, self.eos = special.values()
-        self.size = self._tokenizer.get_vocab_size()
+        self.pad, self.bos, self.eos = known["<pad>"], known["<bos>"], known["<eos>"]
+        self.size = max(known.values()) + 1
 
     def encode(self, text: str) -> list[int]:
         """See `PromptTokenizer`."""
@@ -152,14 +152,14 @@ def tokenise(
     """
     rows, starts = [], []
     for number, prompt in enumerate(prompts):
-        ids = [tokenizer.bos, *tokenizer.encode(prompt)]
-        starts.append(len(ids))
+        row = [tokenizer.bos, *tokenizer.encode(prompt)]
+        starts.append(len(row))
         if continuations is not None:
-            ids += [*tokenizer.encode(continuations[number]), tokenizer.eos]
-        if len(ids) > max_length:
-            found = f"{prompt[:60]!r} ... has {len(ids)} tokens"
+            row += [*tokenizer.encode(continuations[number]), tokenizer.eos]
+        if len(row) > max_length:
+            found = f"{prompt[:60]!r} ... has {len(row)} tokens"
             raise DataError(found, expected=f"at most {max_length}", fix="--set model.max_tokens=N")
-        rows.append(ids)
+        rows.append(row)
     length = max(map(len, rows))
     ids = torch.full((len(rows), length), tokenizer.pad)
     valid, answer = torch.zeros(2, len(rows), length, dtype=torch.bool)
