@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,15 @@ class ActionError:
     true: NDArray[np.float32]
     extra: dict[str, float] = dataclasses.field(default_factory=dict)
 
+    @property
+    def acted(self) -> bool:
+        """Whether there were actions to compare: all errors are NaN where the head makes none."""
+        return not np.isnan(self.mae).all()
+
     def metrics(self) -> dict[str, float]:
-        """Return the means over dimensions."""
+        """Return the means over dimensions; of a head that makes no actions, what it measures itself alone."""
+        if not self.acted:
+            return dict(self.extra)
         return {
             "action_mae": float(self.executed_mae.mean()),
             "horizon_mae": float(self.mae.mean()),
@@ -58,7 +66,7 @@ class ActionError:
             "executed_mae": self.executed_mae,
             "baseline_mae": self.baseline_mae,
         }
-        table = {key: dict(zip(self.names, map(float, values), strict=True)) for key, values in columns.items()}
+        table = {key: dict(zip(self.names, map(float, values), strict=True)) for key, values in columns.items() if self.acted}
         return {**self.metrics(), "windows": self.windows, "steps": self.steps, "per_dimension": table}
 
 
@@ -88,12 +96,14 @@ def action_error(
     for batch in data.batches(episodes, model.config.window, BATCH, pin=False, reads=model.reads).in_order():
         batch = batch if tasks is None else dataclasses.replace(batch, task=tasks[batch.task], label=None)
         there = batch.to(device)
-        chunk = model.act(there, generator)
+        assert batch.action is not None
+        assert batch.action_valid is not None
+        assert there.action is not None
+        # A head without actions is measured by its own figures alone.
+        chunk = model.act(there, generator) if model.acts else there.action[:, start:] * math.nan
         for name, numbers in model.measure(there, chunk).items():
             measured[name].append(numbers.cpu())
         chunk = chunk.cpu()
-        assert batch.action is not None
-        assert batch.action_valid is not None
         wanted, stepped = batch.action[:, start:], batch.action_valid[:, start:]
         real = torch.ones(len(batch), A, dtype=torch.bool) if batch.action_dims is None else batch.action_dims
         valid = (stepped[..., None] & real[:, None]).double()

@@ -90,10 +90,15 @@ class FlowHead(EncodedHead):
         return self.to_width(tokens), valid
 
     def _draw_time(self, count: int, like: Tensor) -> Tensor:
-        if self.config.time == "uniform":
-            return torch.rand(count, device=like.device)
-        # Beta(1.5, 1) by its inverse distribution function: F(t) = t^1.5.
-        return 0.999 * torch.rand(count, device=like.device) ** (1 / 1.5) + 0.001
+        return draw_time(self.config.time, count, like)
+
+
+def draw_time(kind: str, count: int, like: Tensor) -> Tensor:
+    """Draw training times [count] in 0..1 on the device of `like`: "uniform", or "beta", 0.999 Beta(1.5, 1) + 0.001."""
+    if kind == "uniform":
+        return torch.rand(count, device=like.device)
+    # Beta(1.5, 1) by its inverse distribution function: F(t) = t^1.5.
+    return 0.999 * torch.rand(count, device=like.device) ** (1 / 1.5) + 0.001
 
 
 def integrate(velocity: Callable[[Tensor, float], Tensor], x: Tensor, steps: int, sampler: str) -> Tensor:

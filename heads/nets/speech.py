@@ -7,7 +7,7 @@ answer's first, and the answer's last word the end token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,3 +94,18 @@ def _run(model: PrefixModel, observed: Observed, prompt: Prompt, starts: Tensor 
         starts = torch.cat([torch.zeros_like(real), starts], dim=1)
     cache: PrefixCache = model(embeddings, torch.cat([real, prompt[1]], dim=1), starts)
     return cache
+
+
+def append(prompt: Prompt, answers: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ids, valid and answer, [B, L'] each, of prompts with the ids of answers behind them, padded on the right."""
+    rows = [ids[real].tolist() for ids, real in zip(*prompt, strict=True)]
+    length = max(len(row) + len(answer) for row, answer in zip(rows, answers, strict=True))
+    ids = torch.full((len(rows), length), pad)
+    valid, marked = torch.zeros(2, len(rows), length, dtype=torch.bool)
+    for place, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+        whole = [*row, *answer]
+        ids[place, : len(whole)] = torch.tensor(whole)
+        valid[place, : len(whole)] = True
+        marked[place, len(row) : len(whole)] = True
+    device = prompt[0].device
+    return ids.to(device), valid.to(device), marked.to(device)

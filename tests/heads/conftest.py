@@ -12,7 +12,8 @@ import torch
 
 from vla.heads.batch import Batch, FeatureIO, HeadIO
 from vla.heads.checkpoint import build_head
-from vla.heads.encoded import EncodedHead
+from vla.heads.encoded import EncodedHead, projections
+from vla.heads.encoders import ObservationEncoder
 from vla.heads.model import HeadModel
 from vla.heads.registry import head_class
 
@@ -21,10 +22,20 @@ FEATURES: dict[str, dict[str, FeatureIO]] = {}
 """What the toy data set shows to heads that need features of their own, by head; all others see `grid`. Features have
 16 cells or tokens in their last-but-one axes, or a divisor of it."""
 
+LABELS: dict[str, tuple[dict[str, str], ...]] = {
+    "hier": (
+        {"high_level_task": "reach it", "subtask": "go there"},
+        {"high_level_task": "clear the table", "subtask": "go away"},
+    )
+}
+"""What else the toy data set says of its two instructions, to heads that read it."""
+
 SMALL: dict[str, dict[str, Any]] = {
     "mlp": {"hidden": 64, "layers": 2},
     "fm-mlp": {"net": "mlp", "width": 96, "layers": 2},
     "fm-expert": {"net": "expert", "width": 32, "layers": 2, "heads": 4},
+    "hier-joint": {"mode": "joint", "width": 32, "layers": 2, "encoder": {"dim": 32, "queries": 4}},
+    "hier-expert": {"mode": "expert", "width": 32, "layers": 2, "encoder": {"dim": 32, "queries": 4}},
     "dp-mlp": {"net": "mlp", "hidden": 96, "layers": 2},
     "dp-unet": {"net": "unet", "down_dims": [16, 32], "diffusion_step_embed_dim": 32},
 }
@@ -47,6 +58,7 @@ def io_of(head: str) -> HeadIO:
         state_names=("a", "b", "c"),
         features=FEATURES.get(head, {"grid": FeatureIO(shape=GRID, dims=("y", "x", "channel"))}),
         tasks=("go there", "go away"),
+        labels=LABELS.get(head, ()),
     )
 
 
@@ -89,6 +101,7 @@ def toy_batch() -> Callable[..., Batch]:
             obs_valid=torch.ones(count, N, dtype=torch.bool),
             action=torch.from_numpy((5 + 10 * direction[:, None] * steps[:, None]).astype(np.float32)),
             action_valid=torch.ones(count, H, dtype=torch.bool),
+            label=torch.from_numpy(task) if model.io.labels else None,
             feature_valid={
                 name: torch.ones(values.shape[:-1], dtype=torch.bool)
                 for name, values in features.items()
@@ -126,10 +139,10 @@ def toy_head(toy_batch: Callable[..., Batch]) -> Callable[..., HeadModel]:
         assert sample.state is not None
         actions, states = sample.action.flatten(0, 1).numpy(), sample.state.flatten(0, 1).numpy()
         model.fit_normalisers(np.resize(actions, (len(actions), io.action_dim)), states[:, : io.state_dim])
-        if isinstance(model, EncodedHead):
-            for reader in model.encoder.readers.values():
+        for seen in (module for module in model.modules() if isinstance(module, ObservationEncoder)):
+            for reader in seen.readers.values():
                 reader.scaler.fit(np.full(3, 0.1), np.full(3, 0.6))  # type: ignore[union-attr, operator]
-            for reader in model.projections().values():
+            for reader in projections(seen).values():
                 reader.projection.fit([reader.scaler(sample.features["grid"][:, 0]).flatten(1, -2)])
         return model
 

@@ -171,7 +171,7 @@ def test_instructions_give_different_actions(every: str, awake_head: MakeHead, t
     model = awake_head(every)
     batch = toy_batch(model)
     chunks = [
-        model.act(dataclasses.replace(batch, task=torch.full((8,), task)), torch.Generator().manual_seed(0))
+        model.act(dataclasses.replace(batch, task=torch.full((8,), task), label=None), torch.Generator().manual_seed(0))
         for task in (0, 1)
     ]
     assert ((chunks[0] - chunks[1]).abs().amax((1, 2)) > 1e-3).all()
