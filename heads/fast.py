@@ -29,6 +29,8 @@ SETTINGS, TOKENIZER = "processor_config.json", "tokenizer.json"
 HIGHEST = 0xD7FF
 """Last code point before the surrogates, which are no characters."""
 
+NOTHING = (-1, -1, -1)
+
 
 @dataclass(frozen=True)
 class FastTokenizer:
@@ -63,9 +65,9 @@ class FastTokenizer:
     def spans(self) -> NDArray[np.int64]:
         """[size, 3]: continuation bytes that an id begins with, coefficients that it begins, bytes it leaves open.
 
-        Of tokens that are whole characters the first and the last are 0. (-1, -1, -1) where an id stands for nothing.
+        Of tokens that are whole characters the first and the last are 0. `NOTHING` where an id is never to be said.
         """
-        return np.array([(-1, -1, -1) if piece is None else _span(piece) for piece in self.pieces], np.int64)
+        return np.array([NOTHING if piece is None else _span(piece) for piece in self.pieces], np.int64)
 
     def coefficients(self, actions: NDArray[Any]) -> NDArray[np.int64]:
         """Return the quantised DCT [..., H, A] of normalised actions [..., H, A]; what is out of range saturates.
@@ -266,17 +268,13 @@ def _bytes(token: str | None, in_bytes: bool) -> bytes | None:
 
 
 def _span(piece: bytes) -> tuple[int, int, int]:
-    """See `FastTokenizer.spans`."""
+    """See `FastTokenizer.spans`. A token may open or close a character of two bytes: coefficients of byte-level
+    vocabularies reach no further."""
     lead = next((i for i, byte in enumerate(piece) if byte & 0xC0 != 0x80), len(piece))
-    count, pending = 0, 0
-    for byte in piece[lead:]:
-        if byte & 0xC0 == 0x80:
-            if not pending:
-                return (-1, -1, -1)
-            pending -= 1
-        elif pending or byte >= 0xF8:
-            return (-1, -1, -1)
-        else:
-            count += 1
-            pending = 0 if byte < 0x80 else 1 if byte < 0xE0 else 2 if byte < 0xF0 else 3
-    return lead, count, pending
+    rest = piece[lead:]
+    pending = int(bool(rest) and 0xC2 <= rest[-1] <= 0xDF)
+    try:
+        whole = len(rest[: len(rest) - pending].decode())
+    except UnicodeDecodeError:
+        return NOTHING
+    return (lead, whole + pending, pending) if lead <= 1 else NOTHING

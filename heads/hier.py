@@ -71,7 +71,8 @@ class HierConfig(HeadConfig):
     from the end as in openpi (full).
 
     Light: `encoder` reads the features (state and task come in the prompt: its `use_state`, `use_task` do not count,
-    `state_columns` does); `width`, `layers`, `heads`: sizes of the language model and of the expert each.
+    `state_columns` does); `width`, `layers`, `heads`: sizes of the language model and of the expert each;
+    `dropout`: the expert's.
 
     Full: `weights`: folder or hub id of a pi0.5 or PaliGemma checkpoint, or "random" for tiny networks; its language
     model trains along unless `mode` is "expert". `tokenizer`: folder of tokenizer.json; None: that of `weights`. `seed`
@@ -96,6 +97,7 @@ class HierConfig(HeadConfig):
     width: int = Field(128, ge=8)
     layers: int = Field(3, ge=1, le=MAX_LAYERS)
     heads: int = Field(4, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
     weights: str = "google/paligemma-3b-pt-224"
     tokenizer: str | None = None
     seed: int = Field(0, ge=0)

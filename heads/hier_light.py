@@ -61,7 +61,8 @@ class LightActor(Actor):
         self.to_width = nn.Linear(config.encoder.dim, width)
         self.words = nn.Embedding(words, width)
         self.places = nn.Parameter(torch.randn(config.max_tokens, width) * IDENTITY_STD)
-        self.net = ActionExpert(config.horizon, io.action_dim, width, config.layers, config.heads, 0.0, TIME_SCALE)
+        H, A = config.horizon, io.action_dim
+        self.net = ActionExpert(H, A, width, config.layers, config.heads, config.dropout, TIME_SCALE)
 
     def context(self, language: Language | None, batch: Batch, prompt: Prompt) -> tuple[Tensor, Tensor]:
         """Return tokens [B, L, D] and which are real. `language` is not asked."""

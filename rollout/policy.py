@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ class Latency:
 class Policy:
     """Acts in an environment: decides on a chunk of actions, executes `n_action` of them, decides again.
 
-    Not thread-safe. Call `reset` at the start of every episode.
+    A head that plans (`HeadModel.plan_interval`) is asked for another plan after that many environment steps, with the
+    next decision. Not thread-safe. Call `reset` at the start of every episode.
     """
 
     def __init__(self, head: TrainedHead, *, device: str = "auto", n_action: int | None = None) -> None:
@@ -62,6 +63,8 @@ class Policy:
         self._device = choose_device(device)
         self._model = head.model.to(self._device).eval()
         self._io = head.artefact.io
+        if not self._model.acts:
+            raise UsageError(f"{head.folder} makes no actions", expected="a head with an action branch")
         self._backbones: list[tuple[Backbone, StoreRecord]] = []
         self._reads = self._model.reads
         self._masks = {name: f"{name}_mask" for name in self._reads if self._io.features[name].masked}
@@ -76,7 +79,7 @@ class Policy:
         self._n_action = n_action or head.config.n_action
         if not 1 <= self._n_action <= head.config.n_action_max:
             raise UsageError(f"{self._n_action} actions a decision", expected=f"1 to {head.config.n_action_max}")
-        self.reset(seed=0, task=self._io.tasks[0])
+        self.reset(seed=0, task=self._model.instructions[0])
 
     @classmethod
     def from_run(cls, run: Path, *, device: str = "auto", n_action: int | None = None) -> Policy:
@@ -104,19 +107,22 @@ class Policy:
 
         Raises `UsageError` for an instruction that the head was not trained on.
         """
-        tasks = self._io.tasks
+        tasks = self._model.instructions
         if task not in tasks and len(tasks) > 1:
             raise UsageError(f"the head was not trained on {task!r}", expected=f"one of {'; '.join(tasks)}")
         self._task = tasks.index(task) if task in tasks else 0
         self._generator = torch.Generator(self._device).manual_seed(seed)
         self._history: deque[dict[str, Any]] = deque(maxlen=self._reach)
         self._planned: deque[NDArray[np.float32]] = deque()
+        self._plan: torch.Tensor | None = None
+        self._plan_age = 0
 
     def act(self, observation: Observation) -> NDArray[np.float32]:
         """Return the action for this control step, float32 [A], in the data's units."""
         self._history.append(self._remember(observation))
         if not self._planned:
             self._planned.extend(self._decide())
+        self._plan_age += 1
         return self._planned.popleft()
 
     def _remember(self, observation: Observation) -> dict[str, Any]:
@@ -149,6 +155,10 @@ class Policy:
             obs_valid=torch.tensor([[False] * padding + [True] * (len(frames) - padding)]),
             feature_valid={name: window(mask, self._reads[name]).bool() for name, mask in self._masks.items()},
         ).to(self._device)
+        interval = self._model.plan_interval
+        if interval is not None and (self._plan is None or self._plan_age >= interval):
+            self._plan, self._plan_age = self._model.plan(batch), 0
+        batch = replace(batch, plan=self._plan)
         chunk = self._model.act(batch, generator=self._generator)[0, : self._n_action].cpu().numpy()
         self.latency.backbone.append(encoded - began)
         self.latency.head.append(time.perf_counter() - encoded)
@@ -171,6 +181,6 @@ class Policy:
         return features
 
     def _input(self, backbone: Backbone, cameras: tuple[str, ...], images: dict[str, Any]) -> torch.Tensor:
-        task = self._io.tasks[self._task]
+        task = self._model.instructions[self._task]
         pictures = [images[camera.removeprefix(CAMERA_PREFIX)] for camera in cameras]
         return torch.stack([backbone.preprocess(live_view(backbone.spec(), picture, task)) for picture in pictures])

@@ -34,7 +34,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "mlp": {"hidden": 64, "layers": 2},
     "fm-mlp": {"net": "mlp", "width": 96, "layers": 2},
     "fm-expert": {"net": "expert", "width": 32, "layers": 2, "heads": 4},
-    "hier-joint": {"mode": "joint", "width": 32, "layers": 2, "encoder": {"dim": 32, "queries": 4}},
+    "hier-joint": {"mode": "joint", "width": 32, "layers": 2, "max_subtask": 6, "encoder": {"dim": 32, "queries": 4}},
     "hier-expert": {"mode": "expert", "width": 32, "layers": 2, "encoder": {"dim": 32, "queries": 4}},
     "dp-mlp": {"net": "mlp", "hidden": 96, "layers": 2},
     "dp-unet": {"net": "unet", "down_dims": [16, 32], "diffusion_step_embed_dim": 32},
@@ -165,5 +165,12 @@ def awake_head(toy_head: Callable[..., HeadModel]) -> Callable[..., HeadModel]:
 @pytest.fixture(params=list(SMALL))
 def every(request: pytest.FixtureRequest) -> str:
     """Each "head-net" in turn."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(params=[name for name in SMALL if issubclass(head_class(name.partition("-")[0]), EncodedHead)])
+def every_encoded(request: pytest.FixtureRequest) -> str:
+    """Each "head-net" in turn that reads what there is through one observation encoder."""
     name: str = request.param
     return name

@@ -167,18 +167,18 @@ def test_encoding_leaves_the_batch_as_it_was(
     assert torch.equal(batch.features["grid"], before)
 
 
-def test_instructions_give_different_actions(every: str, awake_head: MakeHead, toy_batch: MakeBatch) -> None:
-    model = awake_head(every)
+def test_instructions_give_different_actions(every_encoded: str, awake_head: MakeHead, toy_batch: MakeBatch) -> None:
+    model = awake_head(every_encoded)
     batch = toy_batch(model)
     chunks = [
-        model.act(dataclasses.replace(batch, task=torch.full((8,), task), label=None), torch.Generator().manual_seed(0))
+        model.act(dataclasses.replace(batch, task=torch.full((8,), task)), torch.Generator().manual_seed(0))
         for task in (0, 1)
     ]
     assert ((chunks[0] - chunks[1]).abs().amax((1, 2)) > 1e-3).all()
 
 
-def test_every_observed_frame_and_the_state_count(every: str, awake_head: MakeHead, toy_batch: MakeBatch) -> None:
-    model = awake_head(every, n_obs=2)
+def test_every_observed_frame_and_the_state_count(every_encoded: str, awake_head: MakeHead, toy_batch: MakeBatch) -> None:
+    model = awake_head(every_encoded, n_obs=2)
     batch = toy_batch(model)
     encoded = encode(model, batch)
     assert batch.state is not None
