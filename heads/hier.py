@@ -170,7 +170,10 @@ class HierHead(HeadModel):
 
     def _texts(self, io: HeadIO) -> None:
         """Collect what is told: for each instruction that `Batch.task` may name, its task and its subtask."""
-        highs = {label["subtask"]: label["high_level_task"] for label in reversed(io.labels) if label.keys() >= {*LABELS}}
+        highs: dict[str, str] = {}
+        for label in io.labels:
+            if label.keys() >= {*LABELS}:
+                highs.setdefault(label["subtask"], label["high_level_task"])
         tasks = io.tasks or ("",)
         further = tuple(dict.fromkeys(high for high in highs.values() if high not in tasks)) if self.speaks else ()
         self._instructions = tasks + further
@@ -346,6 +349,7 @@ class HierHead(HeadModel):
         assert plan is not None
         return [self.tokenizer.decode([number for number in ids if number >= 0]) for ids in plan.tolist()]
 
+    @torch.no_grad()
     def measure(self, batch: Batch, chunk: Tensor) -> dict[str, Tensor]:
         """Measure speech where there are labels: for each token of the demonstrated subtask whether it was the likeliest
         and its nats (both with teacher forcing), for each window whether the subtask that is said is the one."""

@@ -127,8 +127,8 @@ def toy_head(toy_batch: Callable[..., Batch]) -> Callable[..., HeadModel]:
         torch.manual_seed(0)
         head = name.partition("-")[0]
         small = {"dim": 64, "components": 48, "queries": 4, "noise": 0.0}
-        encoded = issubclass(head_class(head), EncodedHead)
-        reading = {"encoder": {**small, **(encoder or {})}} if encoded else {}
+        encoded = "encoder" in head_class(head).Config.model_fields
+        reading = {"encoder": {**small, **SMALL[name].get("encoder", {}), **(encoder or {})}} if encoded else {}
         values = {"horizon": 4, "n_action": 2, **SMALL[name], **reading, **settings}
         io = io or io_of(head)
         model = build_head(head, values, io)
