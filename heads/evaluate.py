@@ -78,10 +78,12 @@ def action_error(
     device: torch.device,
     seed: int = 0,
     tasks: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
 ) -> ActionError:
     """Sample a chunk for every window of `episodes` and compare it with the demonstrated one. Seeded.
 
-    `tasks` int64 takes the data's numbers of instructions to the head's; None: they are the same.
+    `tasks` int64 takes the data's numbers of instructions to the head's; None: they are the same. `labels` likewise,
+    only that with `tasks` and without `labels` the head is told none.
     """
     if not len(episodes):
         raise DataError("no episode to evaluate on", expected="at least one", fix="--set data.validation=0.1")
@@ -94,7 +96,9 @@ def action_error(
     steps, measured = 0, collections.defaultdict(list)
     predicted, true = [], []
     for batch in data.batches(episodes, model.config.window, BATCH, pin=False, reads=model.reads).in_order():
-        batch = batch if tasks is None else dataclasses.replace(batch, task=tasks[batch.task], label=None)
+        if tasks is not None:
+            label = None if labels is None or batch.label is None else labels[batch.label]
+            batch = dataclasses.replace(batch, task=tasks[batch.task], label=label)
         there = batch.to(device)
         assert batch.action is not None
         assert batch.action_valid is not None
@@ -149,7 +153,18 @@ def evaluate_head(head: TrainedHead, stores: tuple[str, ...] | None = None, *, s
     episodes = data.validation if stores is None else data.training
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tasks = _task_numbers(data.io.tasks, head.artefact.io.tasks)
-    return action_error(head.model.to(device), data, episodes, device=device, seed=seed, tasks=tasks)
+    labels = _label_numbers(data.io.labels, head.artefact.io.labels)
+    model = head.model.to(device)
+    return action_error(model, data, episodes, device=device, seed=seed, tasks=tasks, labels=labels)
+
+
+def _label_numbers(
+    theirs: tuple[dict[str, str], ...], trained: tuple[dict[str, str], ...]
+) -> torch.Tensor | None:
+    """Return, for each label of a data set, its number among those that the head was trained on; None where it was
+    trained on none of some."""
+    known = bool(theirs) and all(label in trained for label in theirs)
+    return torch.tensor([trained.index(label) for label in theirs]) if known else None
 
 
 def _task_numbers(theirs: tuple[str, ...], trained: tuple[str, ...]) -> torch.Tensor:

@@ -100,9 +100,10 @@ class FullActor(Actor):
 def fast_ids(weights: str, known: int, count: int) -> torch.Tensor:
     """Return the language model's ids for FAST ids 0 to count - 1, int64 [count]: openpi's of a published model
     (vocabulary - 1 - 128 - id), behind all `known` ids of random weights."""
+    # On the CPU by name: a checkpoint's head is first built without memory, on the device "meta".
     if weights == RANDOM:
-        return torch.arange(known, known + count)
-    return network_sizes(weights).language.vocab_size - 1 - SKIPPED - torch.arange(count)
+        return torch.arange(known, known + count, device="cpu")
+    return network_sizes(weights).language.vocab_size - 1 - SKIPPED - torch.arange(count, device="cpu")
 
 
 def load_full(language: nn.Module | None, actor: nn.Module | None) -> None:
