@@ -66,7 +66,9 @@ class ActionError:
             "executed_mae": self.executed_mae,
             "baseline_mae": self.baseline_mae,
         }
-        table = {key: dict(zip(self.names, map(float, values), strict=True)) for key, values in columns.items() if self.acted}
+        table = {
+            key: dict(zip(self.names, map(float, values), strict=True)) for key, values in columns.items() if self.acted
+        }
         return {**self.metrics(), "windows": self.windows, "steps": self.steps, "per_dimension": table}
 
 
@@ -158,11 +160,9 @@ def evaluate_head(head: TrainedHead, stores: tuple[str, ...] | None = None, *, s
     return action_error(model, data, episodes, device=device, seed=seed, tasks=tasks, labels=labels)
 
 
-def _label_numbers(
-    theirs: tuple[dict[str, str], ...], trained: tuple[dict[str, str], ...]
-) -> torch.Tensor | None:
-    """Return, for each label of a data set, its number among those that the head was trained on; None where it was
-    trained on none of some."""
+def _label_numbers(theirs: tuple[dict[str, str], ...], trained: tuple[dict[str, str], ...]) -> torch.Tensor | None:
+    """Return, for each label of a data set, its number among those that the head was trained on; None where there
+    is one that it was not trained on."""
     known = bool(theirs) and all(label in trained for label in theirs)
     return torch.tensor([trained.index(label) for label in theirs]) if known else None
 

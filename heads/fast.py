@@ -59,7 +59,9 @@ class FastTokenizer:
         kind = json.loads(self.tokenizer.to_str())
         special = {entry["id"] for entry in kind.get("added_tokens") or ()}
         in_bytes = (kind.get("decoder") or {}).get("type") == "ByteLevel"
-        return tuple(None if i in special else _bytes(self.tokenizer.id_to_token(i), in_bytes) for i in range(self.size))
+        return tuple(
+            None if i in special else _bytes(self.tokenizer.id_to_token(i), in_bytes) for i in range(self.size)
+        )
 
     @cached_property
     def spans(self) -> NDArray[np.int64]:
@@ -118,7 +120,8 @@ class FastTokenizer:
         """Return which ids may come next, bool [size], where `remaining` coefficients have not begun yet and the last
         one that has lacks `pending` bytes. Generation that keeps to them always decodes."""
         lead, count, _ = self.spans.T
-        return (lead == pending) & (count <= remaining) & (count + lead > 0)
+        fits: NDArray[np.bool_] = (lead == pending) & (count <= remaining) & (count + lead > 0)
+        return fits
 
     @classmethod
     def fit(
@@ -148,7 +151,8 @@ class FastTokenizer:
         )
         texts = ("".join(map(chr, chunk)) for chunk in (coefficients.reshape(len(chunks), -1) - low).tolist())
         tokenizer.train_from_iterator(texts, trainer=trainer, length=len(chunks))
-        return cls(tokenizer, scale, low, *chunks.shape[1:], max_token=high, action_norm=action_norm)
+        H, A = chunks.shape[1:]
+        return cls(tokenizer, scale, low, H, A, max_token=high, action_norm=action_norm)
 
     def save(self, folder: Path) -> None:
         """Write both files into a folder, which is made."""
@@ -179,7 +183,7 @@ class FastTokenizer:
                 raise UsageError(f"{folder} is for {name} {settings[name]}", expected=str(ours), fix=fix)
         try:
             tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-        except Exception as error:  # tokenizers raises no narrower class
+        except Exception as error:  # noqa: BLE001 - tokenizers raises no narrower class
             raise DataError(f"{folder / TOKENIZER} is no tokenizer: {error}") from None
         if tokenizer.get_vocab_size() != len(set(tokenizer.get_vocab().values())):
             raise DataError(f"{folder / TOKENIZER} gives one id to several tokens")

@@ -66,9 +66,7 @@ def fit_fast(config: FitFastConfig, out: Path, *, overwrite: bool = False) -> Fi
     normaliser.fit(data.actions(data.training), config.action_norm)
     actions = training_chunks(data, config.horizon, config.max_chunks, config.seed)
     chunks = normaliser(torch.from_numpy(actions)).numpy()
-    fast = FastTokenizer.fit(
-        chunks, scale=config.scale, vocab_size=config.vocab_size, action_norm=config.action_norm
-    )
+    fast = FastTokenizer.fit(chunks, scale=config.scale, vocab_size=config.vocab_size, action_norm=config.action_norm)
     fast.save(out)
     ids = fast.encode(chunks)
     back = normaliser.inverse(torch.from_numpy(np.stack([fast.decode(each) for each in ids]))).numpy()

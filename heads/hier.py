@@ -1,8 +1,8 @@
 """`hier`: pi0.5's hierarchy. A language model says what to do next, an expert does it.
 
-What is seen and the high-level prompt -> the subtask, as text (cross-entropy with teacher forcing). What is seen and the
-low-level prompt, which holds the subtask -> a chunk of actions (flow matching in pi0's convention, fm.py). The loss is
-L_text + alpha L_action, and the gradient of L_action reaches no parameter of the language model.
+What is seen and the high-level prompt -> the subtask, as text (cross-entropy with teacher forcing). What is seen and
+the low-level prompt, which holds the subtask -> a chunk of actions (flow matching in pi0's convention, fm.py). The loss
+is L_text + alpha L_action, and the gradient of L_action reaches no parameter of the language model.
 
 Two variants with the same losses: "light", small networks from scratch over any cached features (hier_light.py); and
 "full", PaliGemma's language model over cached SigLIP tokens with pi0.5's expert (hier_full.py).
@@ -14,27 +14,26 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from vla.heads.batch import Batch, HeadIO
 from vla.heads.encoded import fit_encoders
-from vla.heads.encoders import EncoderConfig
 from vla.heads.fast import FastTokenizer, read_mapping
 from vla.heads.fast_speech import FastSpeaker
 from vla.heads.fm import draw_time, integrate
 from vla.heads.frozen import Frozen
+from vla.heads.hier_config import HierConfig
 from vla.heads.hier_full import TOKENS, FullActor, FullLanguage, fast_ids, load_full
 from vla.heads.hier_light import LightActor, LightLanguage
 from vla.heads.hier_parts import Actor, Language, Record
-from vla.heads.model import MAX_LAYERS, SMALL_NET, HeadConfig, HeadModel, masked_mean, noise_like, real_dims
+from vla.heads.model import SMALL_NET, HeadConfig, HeadModel, masked_mean, noise_like, real_dims
 from vla.heads.needs import Need
 from vla.heads.nets.speech import Observed, Prompt, TokenErrors, append, say, teach
-from vla.heads.normalize import Mode, Normalizer
+from vla.heads.normalize import Normalizer
 from vla.heads.prompts import (
     BINS,
     PromptTokenizer,
@@ -58,61 +57,6 @@ FULL = {"steps": 30_000, "lr": 2.5e-5, "betas": (0.9, 0.95), "weight_decay": 0.0
 """The optimiser of LeRobot's pi05 (configuration_pi05.py), its schedule but for the floor."""
 
 
-class HierConfig(HeadConfig):
-    """Settings of the hierarchical head.
-
-    `variant`: "light" or "full", see the module. `mode`: "joint" trains L_text + alpha L_action; "high-level" the text
-    alone, no action branch exists; "fast" text and FAST action ids as text (`fast`: a folder of `vla fit-fast` or of
-    physical-intelligence/fast); "expert" the actions alone, from the subtask that is told, and needs no labels.
-    `alpha`: weight of the action loss. `subtask_interval`: environment steps until the subtask is chosen anew.
-    `max_subtask`, `max_tokens`: most tokens of a subtask, and of a prompt with its subtask (200 + 64 in pi0.5's code).
-    `time`, `sample_steps`: as in `fm`, Euler. `fast_mapping`: JSON of the language model's id for each FAST id, of a
-    vocabulary that was extended for a domain transfer; None: behind the text's ids (light), before the last 128 ids
-    from the end as in openpi (full).
-
-    Light: `encoder` reads the features (state and task come in the prompt: its `use_state`, `use_task` do not count,
-    `state_columns` does); `width`, `layers`, `heads`: sizes of the language model and of the expert each;
-    `dropout`: the expert's.
-
-    Full: `weights`: folder or hub id of a pi0.5 or PaliGemma checkpoint, or "random" for tiny networks; its language
-    model trains along unless `mode` is "expert". `tokenizer`: folder of tokenizer.json; None: that of `weights`. `seed`
-    of random weights.
-    """
-
-    horizon: int = Field(50, ge=1)
-    n_action: int = Field(25, ge=1)
-    action_norm: Mode = "quantile"
-    state_norm: Mode = "quantile"
-    variant: Literal["light", "full"] = "light"
-    mode: Literal["joint", "high-level", "fast", "expert"] = "joint"
-    alpha: float = Field(10.0, gt=0, allow_inf_nan=False)
-    subtask_interval: int = Field(50, ge=1)
-    max_subtask: int = Field(64, ge=1)
-    max_tokens: int = Field(264, ge=8)
-    time: Literal["beta", "uniform"] = "beta"
-    sample_steps: int = Field(10, ge=1)
-    fast: str | None = None
-    fast_mapping: str | None = None
-    encoder: EncoderConfig = EncoderConfig(dim=128, queries=16)
-    width: int = Field(128, ge=8)
-    layers: int = Field(3, ge=1, le=MAX_LAYERS)
-    heads: int = Field(4, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    weights: str = "google/paligemma-3b-pt-224"
-    tokenizer: str | None = None
-    seed: int = Field(0, ge=0)
-
-    @model_validator(mode="after")
-    def _fits(self) -> HierConfig:
-        if self.state_norm not in ("quantile", "limits"):
-            raise ValueError(f"state_norm {self.state_norm!r}: the bins of the prompt are those of -1..1")
-        if (self.mode == "fast") != (self.fast is not None):
-            raise ValueError("mode 'fast' and a folder `fast` (vla fit-fast) go together")
-        if self.width % self.heads or (self.width // self.heads) % 2:
-            raise ValueError(f"width {self.width} with {self.heads} heads: an even multiple of the heads")
-        return self
-
-
 @dataclass(frozen=True)
 class HierOutput:
     """One training pass, element by element. What a mode does not train is None.
@@ -129,8 +73,8 @@ class HierOutput:
 
 
 class HierHead(HeadModel):
-    """See the module. `language`: what reads and speaks, None in mode "expert" of the light variant; `net`: velocity
-    [B, H, A], None where no actions are trained."""
+    """See the module. `language`: what reads, speaks and trains, None in mode "expert"; `actor`: what makes the
+    velocity [B, H, A], None where no flow is trained."""
 
     Config: ClassVar[type[HeadConfig]] = HierConfig
     config: HierConfig
@@ -351,8 +295,11 @@ class HierHead(HeadModel):
 
     @torch.no_grad()
     def measure(self, batch: Batch, chunk: Tensor) -> dict[str, Tensor]:
-        """Measure speech where there are labels: for each token of the demonstrated subtask whether it was the likeliest
-        and its nats (both with teacher forcing), for each window whether the subtask that is said is the one."""
+        """Measure speech where there are labels.
+
+        Of each token of the demonstrated subtask, with teacher forcing, whether it was the likeliest, and its nats; of
+        each window, whether the subtask that is said is that one.
+        """
         if self.language is None or batch.label is None:
             return {}
         errors = self._teach_subtask(batch, self.language.observe(batch))
@@ -396,9 +343,7 @@ class HierHead(HeadModel):
     ) -> tuple[Tensor, Tensor, Tensor]:
         prompts = [form(text, bins) for text, bins in zip(texts, self._bins(batch), strict=True)]
         most = self.config.max_tokens
-        return tokenise(
-            prompts, self.tokenizer, max_length=most, continuations=answers, device=batch.task.device
-        )
+        return tokenise(prompts, self.tokenizer, max_length=most, continuations=answers, device=batch.task.device)
 
     def _bins(self, batch: Batch) -> list[list[int]]:
         """Return the bins of each window's present state, of the real dimensions that are read and no others."""

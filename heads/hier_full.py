@@ -6,12 +6,11 @@ the origin does, lets the action loss into the language model through every laye
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
 
 from vla.heads.batch import Batch, HeadIO
+from vla.heads.hier_config import HierConfig
 from vla.heads.hier_parts import Actor, Language
 from vla.heads.nets.pi05_velocity import Pi05Velocity
 from vla.heads.nets.prefix import PrefixCache, PrefixModel
@@ -20,9 +19,6 @@ from vla.heads.pi0_weights import load_language, network_sizes, weights_folder
 from vla.pretrained.pi0 import VARIANTS, gemma_config, read_part
 from vla.pretrained.weights import RANDOM, load_strictly
 from vla.stores.errors import UsageError
-
-if TYPE_CHECKING:
-    from vla.heads.hier import HierConfig
 
 TOKENS = "siglip"
 SKIPPED = 128
@@ -103,7 +99,8 @@ def fast_ids(weights: str, known: int, count: int) -> torch.Tensor:
     # On the CPU by name: a checkpoint's head is first built without memory, on the device "meta".
     if weights == RANDOM:
         return torch.arange(known, known + count, device="cpu")
-    return network_sizes(weights).language.vocab_size - 1 - SKIPPED - torch.arange(count, device="cpu")
+    vocabulary = int(network_sizes(weights).language.vocab_size)
+    return vocabulary - 1 - SKIPPED - torch.arange(count, device="cpu")
 
 
 def load_full(language: nn.Module | None, actor: nn.Module | None) -> None:

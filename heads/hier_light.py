@@ -7,22 +7,18 @@ embeddings: the two share no parameter, so that neither loss can reach the other
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from vla.heads.batch import Batch, HeadIO
 from vla.heads.encoders import IDENTITY_STD, EncoderConfig, ObservationEncoder
 from vla.heads.fm import TIME_SCALE
+from vla.heads.hier_config import HierConfig
 from vla.heads.hier_parts import Actor, Language
 from vla.heads.nets.action_expert import ActionExpert
 from vla.heads.nets.prefix import PrefixModel
 from vla.heads.nets.speech import Observed, Prompt
 from vla.pretrained.pi0 import gemma_config
-
-if TYPE_CHECKING:
-    from vla.heads.hier import HierConfig
 
 
 def _encoder(config: HierConfig, io: HeadIO) -> ObservationEncoder:

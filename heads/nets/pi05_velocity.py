@@ -11,7 +11,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - its name everywhere
+from torch.nn import functional as F
 from transformers import GemmaConfig
 
 from vla.heads.nets.gemma_expert import GemmaExpert

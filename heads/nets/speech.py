@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - its name everywhere
+from torch.nn import functional as F
 
 from vla.heads.nets.prefix import PrefixCache, PrefixModel
 
@@ -97,7 +97,7 @@ def _run(model: PrefixModel, observed: Observed, prompt: Prompt, starts: Tensor 
 
 
 def append(prompt: Prompt, answers: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ids, valid and answer, [B, L'] each, of prompts with the ids of answers behind them, padded on the right."""
+    """Return ids, valid and answer, [B, L] each, of prompts with the ids of answers behind, padded on the right."""
     rows = [ids[real].tolist() for ids, real in zip(*prompt, strict=True)]
     length = max(len(row) + len(answer) for row, answer in zip(rows, answers, strict=True))
     ids = torch.full((len(rows), length), pad)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -269,7 +268,7 @@ def test_settings_that_do_not_fit_are_refused(settings: dict[str, Any], says: st
 def test_fast_of_another_normalisation_is_refused(toy_head: MakeHead, toy_batch: MakeBatch, tmp_path: Path) -> None:
     plain = toy_head("hier-joint")
     folder = fast_folder(plain, toy_batch(plain), tmp_path / "fast")
-    with pytest.raises(UsageError, match="--set model.action_norm=quantile"):
+    with pytest.raises(UsageError, match=r"--set model\.action_norm=quantile"):
         toy_head("hier-joint", mode="fast", fast=folder, action_norm="limits")
 
 
@@ -423,9 +422,7 @@ def test_a_plan_that_is_held_decides_the_actions(awake_head: MakeHead, toy_batch
     model: Any = awake_head("hier-joint")
     batch = told(toy_batch(model))
     plans = [torch.tensor([model.tokenizer.encode(text)] * 8) for text in ("go there", "go away")]
-    chunks = [
-        model.act(dataclasses.replace(batch, plan=plan), torch.Generator().manual_seed(0)) for plan in plans
-    ]
+    chunks = [model.act(dataclasses.replace(batch, plan=plan), torch.Generator().manual_seed(0)) for plan in plans]
     assert ((chunks[0] - chunks[1]).abs().amax((1, 2)) > 1e-3).all()
     held = dataclasses.replace(batch, plan=model.plan(batch))
     model.language = None  # nothing is left that could speak

@@ -21,6 +21,7 @@ from vla.heads.fast import FastTokenizer
 from vla.heads.hier_full import FullLanguage, fast_ids
 from vla.heads.model import HeadModel
 from vla.heads.nets.pi05_velocity import Pi05Velocity, time_embedding
+from vla.heads.nets.prefix import PrefixModel
 from vla.pretrained.pi0 import gemma_config
 from vla.stores.errors import UsageError
 
@@ -73,14 +74,12 @@ def test_gap_4_keys_and_values_are_both_cut_off(full: Any, toy_batch: MakeBatch)
     assert not any(t.requires_grad for t in (*cache.keys, *cache.values))
     model.zero_grad()
     backward(model.outputs(batch).text.mean())
-    unused = {"language.model.language.embed_tokens.weight"} - set()
     for name, parameter in model.named_parameters():
         if name.startswith("language."):
             assert parameter.grad is not None, name
             assert parameter.grad.abs().sum() > 0, name
         else:
             assert parameter.grad is None, name
-    assert unused  # the table is among them: it gives words and scores
 
 
 def test_the_actions_follow_what_the_language_model_sees(full: Any, toy_batch: MakeBatch) -> None:
@@ -125,8 +124,6 @@ def test_gap_10_actions_are_padded_to_the_width_of_the_projections(toy_batch: Ma
     """What the padded outputs say counts for nothing: their weights get no gradient."""
     net = Pi05Velocity(gemma_config(32, 64, 2, 4, 1, 16), padded=32)
     assert net.action_in_proj.in_features == net.action_out_proj.out_features == 32
-    from vla.heads.nets.prefix import PrefixModel
-
     prefix = PrefixModel(gemma_config(64, 128, 2, 4, 1, 16, vocab_size=9))
     cache = prefix(torch.randn(3, 5, 64), torch.ones(3, 5, dtype=torch.bool)).detach()
     x, t = torch.randn(3, 4, 2), torch.rand(3)
@@ -154,7 +151,7 @@ def test_time_is_embedded_in_periods_from_4_thousandths_to_4() -> None:
         torch.testing.assert_close(found[:, 4 + place], torch.cos(2 * math.pi * t / period))
 
 
-def test_the_full_variant_learns_to_say_the_subtask_and_to_do_it(full: Any, toy_batch: MakeBatch) -> None:
+def test_the_full_variant_learns_to_say_the_subtask(full: Any, toy_batch: MakeBatch) -> None:
     model = full(max_subtask=12)
     batch = toy_batch(model)
     assert batch.action is not None
@@ -222,8 +219,6 @@ def paligemma(folder: Path, vocabulary: int = 300) -> Path:
     text = {**sizes, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": vocabulary, "model_type": "gemma"}
     values = {"model_type": "paligemma", "text_config": text, "projection_dim": 64}
     (folder / "config.json").write_text(json.dumps(values))
-    from vla.heads.nets.prefix import PrefixModel
-
     torch.manual_seed(7)
     model = PrefixModel(gemma_config(64, 128, 2, 4, 1, 16, vocab_size=vocabulary))
     tensors = {f"language_model.model.{name}": value for name, value in model.language.state_dict().items()}

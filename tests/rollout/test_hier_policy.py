@@ -88,7 +88,12 @@ def test_hier_trains_evaluates_loads_and_acts(backbone: str, settings: dict[str,
     run_dir = trained(backbone, **settings)
     head = load_head(run_dir)
     error = evaluate_head(head)
-    assert {"subtask_token_accuracy", "subtask_perplexity", "subtask_exact_match", "action_mae"} <= error.metrics().keys()
+    assert {
+        "subtask_token_accuracy",
+        "subtask_perplexity",
+        "subtask_exact_match",
+        "action_mae",
+    } <= error.metrics().keys()
     assert np.isfinite(list(error.metrics().values())).all()
     policy = Policy(load_head(run_dir), device="cpu")
     policy.reset(seed=0, task="clear table")  # the high-level task
