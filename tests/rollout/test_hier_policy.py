@@ -121,8 +121,9 @@ def test_fast_ids_are_fitted_trained_on_and_loaded_again(
     fit_fast(FitFastConfig(data=data, horizon=4), tmp_path / "fast")
     run_dir = trained("toy", mode="fast", fast=str(tmp_path / "fast"), **LIGHT)
     assert np.isfinite(evaluate_head(load_head(run_dir)).metrics()["action_mae"])
-    fit_fast(FitFastConfig(data=data, horizon=4, scale=9), tmp_path / "fast", overwrite=True)
-    with pytest.raises(CheckpointError):
+    settings = tmp_path / "fast" / "processor_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "scale": 9.5}))
+    with pytest.raises(CheckpointError, match="weights of fast are not those"):
         load_head(run_dir)
 
 
