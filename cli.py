@@ -432,7 +432,10 @@ def evaluate(
     table = Table("dimension", "error, executed steps", "error, whole horizon", "always the mean action")
     for name, *values in zip(error.names, error.executed_mae, error.mae, error.baseline_mae, strict=True):
         table.add_row(name, *(f"{value:.4f}" for value in values))
-    Console().print(table)
+    if error.acted:
+        Console().print(table)
+    if error.extra:
+        Console().print(figures(error.extra))
     Console().print(f"mean absolute error over {error.windows} windows; {head.folder}, step {head.step}")
 
 
