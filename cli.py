@@ -382,6 +382,24 @@ def _train_groups(settings: Any, out: Path, by: str, resume: bool, overwrite: bo
 
 
 @app.command()
+def fit_fast(
+    store: Annotated[list[str], typer.Option(help="A store; repeat to join several of one source.")],
+    out: Annotated[Path, typer.Option(help="Folder of tokenizer.json and its settings.")],
+    overwrite: Overwrite = False,
+    config: Config = None,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Fit FAST action tokens to a store's training split, for `hier` in mode fast. --set horizon=…, scale=…."""
+    from vla.heads.fit_fast import FitFastConfig
+    from vla.heads.fit_fast import fit_fast as run
+
+    settings = FitFastConfig.from_sources(config, [f"data.stores={json.dumps(store)}", *(set_ or ())])
+    report = run(settings, out, overwrite=overwrite).to_json()
+    emit(report) if as_json else open_log().print(f"{out}: {figures(report)}")
+
+
+@app.command()
 def distill(
     student: Annotated[str, typer.Argument(help="rgb2pc")],
     store: Annotated[list[str] | None, typer.Option(help="Grids of a backbone; repeat to join several.")] = None,
@@ -447,7 +465,10 @@ def evaluate(
     table = Table("dimension", "error, executed steps", "error, whole horizon", "always the mean action")
     for name, *values in zip(error.names, error.executed_mae, error.mae, error.baseline_mae, strict=True):
         table.add_row(name, *(f"{value:.4f}" for value in values))
-    Console().print(table)
+    if error.acted:
+        Console().print(table)
+    if error.extra:
+        Console().print(figures(error.extra))
     Console().print(f"mean absolute error over {error.windows} windows; {head.folder}, step {head.step}")
 
 

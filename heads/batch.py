@@ -125,6 +125,8 @@ class Batch:
     """name -> [B, N, V, P] bool for features with a ragged number of tokens; left out where all P are real."""
     scales: Mapping[str, Tensor] = field(default_factory=dict)
     """name -> [B, N, C] float32, the step of each channel's grid, for the int8 features."""
+    plan: Tensor | None = None
+    """[B, K] int64, what `HeadModel.plan` decided some steps ago and a policy holds on to; None: decide now."""
 
     def feature(self, name: str) -> Tensor:
         """Return a feature's values [B, N, V, *axes, C], a float tensor: int8 is multiplied out here, on the device."""
@@ -151,6 +153,7 @@ class Batch:
             action_dims=move(self.action_dims),
             feature_valid={k: value.to(device, non_blocking=non_blocking) for k, value in self.feature_valid.items()},
             scales={name: value.to(device, non_blocking=non_blocking) for name, value in self.scales.items()},
+            plan=move(self.plan),
         )
 
     def __len__(self) -> int:

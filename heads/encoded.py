@@ -73,16 +73,27 @@ class EncodedHead(HeadModel):
         if self.config.encoder.student is not None and self.encoder.fusion is not None:
             self.encoder.fusion.load_student(Path(self.config.encoder.student))
         super().prepare(data)
-        for name, reader in self.encoder.readers.items():
+        fit_encoders(self, data)
+
+    def projections(self) -> dict[str, ProjectionReader]:
+        """Return `{feature: reader}` of the projections that have to be fitted before training."""
+        return projections(self.encoder)
+
+
+def projections(encoder: ObservationEncoder) -> dict[str, ProjectionReader]:
+    """Return `{feature: reader}` of an encoder's projections."""
+    return {name: r for name, r in encoder.readers.items() if isinstance(r, ProjectionReader)}
+
+
+def fit_encoders(model: HeadModel, data: HeadData) -> None:
+    """Fit the feature scales and the projections of every observation encoder in a head, on the training split."""
+    for encoder in (module for module in model.modules() if isinstance(module, ObservationEncoder)):
+        for name, reader in encoder.readers.items():
             reader.scaler.fit(*data.channel_statistics(name))  # type: ignore[union-attr, operator]
-        for name, reader in self.projections().items():
-            window = self.config.window.model_copy(update={"n_obs": 1})
+        for name, reader in projections(encoder).items():
+            window = model.config.window.model_copy(update={"n_obs": 1})
             batches = data.batches(data.training, window, PROJECTION_BATCH, pin=False, reads={name: 1})
             # Shuffled, so that a large store is sampled from end to end.
             count = -(-len(batches.batches.index) // PROJECTION_BATCH)
             frames = itertools.islice(batches.shuffled(seed=0), count)
             reader.projection.fit(reader.scaler(batch.feature(name)[:, 0].float()).flatten(1, -2) for batch in frames)
-
-    def projections(self) -> dict[str, ProjectionReader]:
-        """Return `{feature: reader}` of the projections that have to be fitted before training."""
-        return {name: r for name, r in self.encoder.readers.items() if isinstance(r, ProjectionReader)}

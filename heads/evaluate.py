@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,15 @@ class ActionError:
     extra: dict[str, float] = dataclasses.field(default_factory=dict)
     per_task: dict[str, float] = dataclasses.field(default_factory=dict)
 
+    @property
+    def acted(self) -> bool:
+        """Whether there were actions to compare: all errors are NaN where the head makes none."""
+        return not np.isnan(self.mae).all()
+
     def metrics(self) -> dict[str, float]:
-        """Return the means over dimensions."""
+        """Return the means over dimensions; of a head that makes no actions, what it measures itself alone."""
+        if not self.acted:
+            return dict(self.extra)
         return {
             "action_mae": float(self.executed_mae.mean()),
             "horizon_mae": float(self.mae.mean()),
@@ -60,7 +68,9 @@ class ActionError:
             "executed_mae": self.executed_mae,
             "baseline_mae": self.baseline_mae,
         }
-        table = {key: dict(zip(self.names, map(float, values), strict=True)) for key, values in columns.items()}
+        table = {
+            key: dict(zip(self.names, map(float, values), strict=True)) for key, values in columns.items() if self.acted
+        }
         tasks = {"per_task": self.per_task} if self.per_task else {}
         return {**self.metrics(), "windows": self.windows, "steps": self.steps, "per_dimension": table, **tasks}
 
@@ -73,10 +83,12 @@ def action_error(
     device: torch.device,
     seed: int = 0,
     tasks: torch.Tensor | None = None,
+    labels: torch.Tensor | None = None,
 ) -> ActionError:
     """Sample a chunk for every window of `episodes` and compare it with the demonstrated one. Seeded.
 
-    `tasks` int64 takes the data's numbers of instructions to the head's; None: they are the same.
+    `tasks` int64 takes the data's numbers of instructions to the head's; None: they are the same. `labels` likewise,
+    only that with `tasks` and without `labels` the head is told none.
     """
     if not len(episodes):
         raise DataError("no episode to evaluate on", expected="at least one", fix="--set data.validation=0.1")
@@ -90,14 +102,18 @@ def action_error(
     by_task = torch.zeros(2, len(model.io.tasks) or 1, dtype=torch.float64)
     predicted, true = [], []
     for batch in data.batches(episodes, model.config.window, BATCH, pin=False, reads=model.reads).in_order():
-        batch = batch if tasks is None else dataclasses.replace(batch, task=tasks[batch.task], label=None)
+        if tasks is not None:
+            label = None if labels is None or batch.label is None else labels[batch.label]
+            batch = dataclasses.replace(batch, task=tasks[batch.task], label=label)
         there = batch.to(device)
-        chunk = model.act(there, generator)
+        assert batch.action is not None
+        assert batch.action_valid is not None
+        assert there.action is not None
+        # A head without actions is measured by its own figures alone.
+        chunk = model.act(there, generator) if model.acts else there.action[:, start:] * math.nan
         for name, numbers in model.measure(there, chunk).items():
             measured[name].append(numbers.cpu())
         chunk = chunk.cpu()
-        assert batch.action is not None
-        assert batch.action_valid is not None
         wanted, stepped = batch.action[:, start:], batch.action_valid[:, start:]
         real = torch.ones(len(batch), A, dtype=torch.bool) if batch.action_dims is None else batch.action_dims
         valid = (stepped[..., None] & real[:, None]).double()
@@ -151,7 +167,16 @@ def evaluate_head(head: TrainedHead, stores: tuple[str, ...] | None = None, *, s
     episodes = data.validation if stores is None else data.training
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tasks = _task_numbers(data.io.tasks, head.artefact.io.tasks)
-    return action_error(head.model.to(device), data, episodes, device=device, seed=seed, tasks=tasks)
+    labels = _label_numbers(data.io.labels, head.artefact.io.labels)
+    model = head.model.to(device)
+    return action_error(model, data, episodes, device=device, seed=seed, tasks=tasks, labels=labels)
+
+
+def _label_numbers(theirs: tuple[dict[str, str], ...], trained: tuple[dict[str, str], ...]) -> torch.Tensor | None:
+    """Return, for each label of a data set, its number among those that the head was trained on; None where there
+    is one that it was not trained on."""
+    known = bool(theirs) and all(label in trained for label in theirs)
+    return torch.tensor([trained.index(label) for label in theirs]) if known else None
 
 
 def _task_numbers(theirs: tuple[str, ...], trained: tuple[str, ...]) -> torch.Tensor:

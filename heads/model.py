@@ -94,6 +94,31 @@ class HeadModel(nn.Module):
         """Return what the stores have to hold for a head of this configuration."""
         return ()
 
+    @classmethod
+    def defaults(cls, model: Mapping[str, Any]) -> dict[str, Any]:
+        """Return `train_defaults` for a head of these settings, as the user gave them."""
+        return cls.train_defaults
+
+    @property
+    def acts(self) -> bool:
+        """Return whether the head makes actions; one that does not is trained and measured by other figures."""
+        return True
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """Return what a policy can be told to do, indexed by `Batch.task`: the data's, then the head's own."""
+        return self.io.tasks
+
+    @property
+    def plan_interval(self) -> int | None:
+        """Return after how many environment steps a policy asks for another `plan`; None where there are no plans."""
+        return None
+
+    def plan(self, batch: Batch) -> Tensor | None:
+        """Return a decision [B, K] int64 that holds for several chunks of actions, for `Batch.plan`; None: there are
+        none. `act` stays a function of its batch alone."""
+        return None
+
     @property
     def reads(self) -> dict[str, int]:
         """Return the features that the head reads and how many of the observed frames of each, the last ones."""

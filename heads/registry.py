@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # model imports torch, and listing the names must not
 HEADS: dict[str, str] = {
     "dp": "vla.heads.dp:DiffusionHead",
     "fm": "vla.heads.fm:FlowHead",
+    "hier": "vla.heads.hier:HierHead",
     "mlp": "vla.heads.mlp:MlpHead",
     "pi0": "vla.heads.pi0:Pi0Head",
     "pi05": "vla.heads.pi05:Pi05Head",
@@ -24,6 +25,7 @@ HEADS: dict[str, str] = {
 SUMMARIES = {
     "dp": "Diffusion Policy: noise prediction by a 1-D U-Net or an MLP; DDIM or DDPM sampling",
     "fm": "flow matching in pi0's convention, a small transformer expert or an MLP",
+    "hier": "pi0.5's hierarchy: a language model says the subtask, a flow-matching expert does it",
     "mlp": "masked MSE on a chunk of actions: the plain baseline",
     "pi0": "pi0: PaliGemma over cached image tokens, instruction and DA3 geometry; flow-matching action expert",
     "pi05": "pi0.5: as pi0, with the state in the prompt and the time in the expert's norms",

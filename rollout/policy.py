@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,8 @@ class Latency:
 class Policy:
     """Acts in an environment: decides on a chunk of actions, executes `n_action` of them, decides again.
 
-    Not thread-safe. Call `reset` at the start of every episode.
+    A head that plans (`HeadModel.plan_interval`) is asked for another plan after that many environment steps, with the
+    next decision. Not thread-safe. Call `reset` at the start of every episode.
     """
 
     def __init__(self, head: TrainedHead, *, device: str = "auto", n_action: int | None = None) -> None:
@@ -63,6 +64,8 @@ class Policy:
         self._device = choose_device(device)
         self._model = head.model.to(self._device).eval()
         self._io = head.artefact.io
+        if not self._model.acts:
+            raise UsageError(f"{head.folder} makes no actions", expected="a head with an action branch")
         self._backbones: list[tuple[Backbone, StoreRecord]] = []
         self._reads = self._model.reads
         self._masks = {name: f"{name}_mask" for name in self._reads if self._io.features[name].masked}
@@ -118,14 +121,16 @@ class Policy:
         self._generator = torch.Generator(self._device).manual_seed(seed)
         self._history: deque[dict[str, Any]] = deque(maxlen=self._reach)
         self._planned: deque[NDArray[np.float32]] = deque()
+        self._plan: torch.Tensor | None = None
+        self._plan_age = 0
 
     def _first_task(self) -> str:
         """Return the first instruction that the head can act on: of a group of tasks, not every one is."""
-        dims = self._io.task_dims
-        return next((text for text, has in zip(self._io.tasks, dims, strict=False) if has), self._io.tasks[0])
+        dims, tasks = self._io.task_dims, self._model.instructions
+        return next((text for text, has in zip(tasks, dims, strict=False) if has), tasks[0])
 
     def _number(self, task: str) -> int:
-        tasks = self._io.tasks
+        tasks = self._model.instructions
         if task not in tasks and len(tasks) > 1:
             raise UsageError(f"the head was not trained on {task!r}", expected=f"one of {'; '.join(tasks)}")
         return tasks.index(task) if task in tasks else 0
@@ -145,6 +150,7 @@ class Policy:
         self._history.append(self._remember(observation))
         if not self._planned:
             self._planned.extend(self._decide())
+        self._plan_age += 1
         return self._planned.popleft()
 
     def _remember(self, observation: Observation) -> dict[str, Any]:
@@ -178,6 +184,10 @@ class Policy:
             action_dims=None if self._dims is None else torch.from_numpy(self._dims)[None],
             feature_valid={name: window(mask, self._reads[name]).bool() for name, mask in self._masks.items()},
         ).to(self._device)
+        interval = self._model.plan_interval
+        if interval is not None and (self._plan is None or self._plan_age >= interval):
+            self._plan, self._plan_age = self._model.plan(batch), 0
+        batch = replace(batch, plan=self._plan)
         chunk = self._model.act(batch, generator=self._generator)[0, : self._n_action].cpu().numpy()
         chunk = chunk if self._dims is None else chunk[:, self._dims]
         self.latency.backbone.append(encoded - began)
@@ -201,6 +211,6 @@ class Policy:
         return features
 
     def _input(self, backbone: Backbone, cameras: tuple[str, ...], images: dict[str, Any]) -> torch.Tensor:
-        task = self._io.tasks[self._task]
+        task = self._model.instructions[self._task]
         pictures = [images[camera.removeprefix(CAMERA_PREFIX)] for camera in cameras]
         return torch.stack([backbone.preprocess(live_view(backbone.spec(), picture, task)) for picture in pictures])

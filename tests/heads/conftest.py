@@ -12,7 +12,8 @@ import torch
 
 from vla.heads.batch import Batch, FeatureIO, HeadIO
 from vla.heads.checkpoint import build_head
-from vla.heads.encoded import EncodedHead
+from vla.heads.encoded import EncodedHead, projections
+from vla.heads.encoders import ObservationEncoder
 from vla.heads.model import HeadModel
 from vla.heads.normalize import ChannelScaler
 from vla.heads.registry import head_class
@@ -34,10 +35,20 @@ FEATURES: dict[str, dict[str, FeatureIO]] = {
 """What the toy data set shows to heads that need features of their own, by head; all others see `grid`. Features have
 16 cells or tokens in their last-but-one axes, or a divisor of it."""
 
+LABELS: dict[str, tuple[dict[str, str], ...]] = {
+    "hier": (
+        {"high_level_task": "reach it", "subtask": "go there"},
+        {"high_level_task": "clear the table", "subtask": "go away"},
+    )
+}
+"""What else the toy data set says of its two instructions, to heads that read it."""
+
 SMALL: dict[str, dict[str, Any]] = {
     "mlp": {"hidden": 64, "layers": 2},
     "fm-mlp": {"net": "mlp", "width": 96, "layers": 2},
     "fm-expert": {"net": "expert", "width": 32, "layers": 2, "heads": 4},
+    "hier-joint": {"mode": "joint", "width": 32, "layers": 2, "max_subtask": 6, "encoder": {"dim": 32, "queries": 4}},
+    "hier-expert": {"mode": "expert", "width": 32, "layers": 2, "encoder": {"dim": 32, "queries": 4}},
     "dp-mlp": {"net": "mlp", "hidden": 96, "layers": 2},
     "pi0-rgb": {"weights": "random"},
     "pi0-rays": {"weights": "random", "use_geom_prefix": True, "geom_target_hw": [4, 4]},
@@ -64,6 +75,7 @@ def io_of(head: str) -> HeadIO:
         state_names=("a", "b", "c"),
         features=FEATURES.get(head, {"grid": FeatureIO(shape=GRID, dims=("y", "x", "channel"))}),
         tasks=("go there", "go away"),
+        labels=LABELS.get(head, ()),
     )
 
 
@@ -125,6 +137,7 @@ def toy_batch() -> Callable[..., Batch]:
             obs_valid=torch.ones(count, N, dtype=torch.bool),
             action=torch.from_numpy((5 + 10 * direction[:, None] * steps[:, None]).astype(np.float32)),
             action_valid=torch.ones(count, H, dtype=torch.bool),
+            label=torch.from_numpy(task) if model.io.labels else None,
             feature_valid={
                 name: torch.ones(values.shape[:-1], dtype=torch.bool)
                 for name, values in features.items()
@@ -150,8 +163,8 @@ def toy_head(toy_batch: Callable[..., Batch]) -> Callable[..., HeadModel]:
         torch.manual_seed(0)
         head = name.partition("-")[0]
         small = {"dim": 64, "components": 48, "queries": 4, "noise": 0.0}
-        encoded = issubclass(head_class(head), EncodedHead)
-        reading = {"encoder": {**small, **(encoder or {})}} if encoded else {}
+        encoded = "encoder" in head_class(head).Config.model_fields
+        reading = {"encoder": {**small, **SMALL[name].get("encoder", {}), **(encoder or {})}} if encoded else {}
         values = {"horizon": 4, "n_action": 2, **SMALL[name], **reading, **settings}
         io = io or io_of(head)
         model = build_head(head, values, io)
@@ -163,9 +176,9 @@ def toy_head(toy_batch: Callable[..., Batch]) -> Callable[..., HeadModel]:
         actions, states = sample.action.flatten(0, 1).numpy(), sample.state.flatten(0, 1).numpy()
         model.fit_normalisers(np.resize(actions, (len(actions), io.action_dim)), states[:, : io.state_dim])
         for scaler in (module for module in model.modules() if isinstance(module, ChannelScaler)):
-            scaler.fit(np.full(3, 0.1), np.full(3, 0.6))
-        if isinstance(model, EncodedHead):
-            for reader in model.projections().values():
+            scaler.fit(np.full(len(scaler.mean), 0.1), np.full(len(scaler.mean), 0.6))
+        for seen in (module for module in model.modules() if isinstance(module, ObservationEncoder)):
+            for reader in projections(seen).values():
                 reader.projection.fit([reader.scaler(sample.features["grid"][:, 0]).flatten(1, -2)])
         return model
 
@@ -213,5 +226,12 @@ def rows_of() -> Callable[[Batch, torch.Tensor], Batch]:
 @pytest.fixture(params=list(SMALL))
 def every(request: pytest.FixtureRequest) -> str:
     """Each "head-net" in turn."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(params=[name for name in SMALL if issubclass(head_class(name.partition("-")[0]), EncodedHead)])
+def every_encoded(request: pytest.FixtureRequest) -> str:
+    """Each "head-net" in turn that reads what there is through one observation encoder."""
     name: str = request.param
     return name

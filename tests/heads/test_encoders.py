@@ -167,8 +167,8 @@ def test_encoding_leaves_the_batch_as_it_was(
     assert torch.equal(batch.features["grid"], before)
 
 
-def test_instructions_give_different_actions(every: str, awake_head: MakeHead, toy_batch: MakeBatch) -> None:
-    model = awake_head(every)
+def test_instructions_give_different_actions(every_encoded: str, awake_head: MakeHead, toy_batch: MakeBatch) -> None:
+    model = awake_head(every_encoded)
     batch = toy_batch(model)
     chunks = [
         model.act(dataclasses.replace(batch, task=torch.full((8,), task)), torch.Generator().manual_seed(0))
@@ -177,8 +177,10 @@ def test_instructions_give_different_actions(every: str, awake_head: MakeHead, t
     assert ((chunks[0] - chunks[1]).abs().amax((1, 2)) > 1e-4).all()
 
 
-def test_every_observed_frame_and_the_state_count(every: str, awake_head: MakeHead, toy_batch: MakeBatch) -> None:
-    model = awake_head(every, n_obs=2)
+def test_every_observed_frame_and_the_state_count(
+    every_encoded: str, awake_head: MakeHead, toy_batch: MakeBatch
+) -> None:
+    model = awake_head(every_encoded, n_obs=2)
     batch = toy_batch(model)
     acted = model.act(batch, torch.Generator().manual_seed(0))
     assert batch.state is not None

@@ -1,0 +1,284 @@
+"""FAST: a chunk of actions as a few tokens (Pertsch et al. 2025, https://arxiv.org/abs/2501.09747).
+
+The orthonormal DCT-II over the steps of a normalised chunk [H, A], times `scale`, rounded; the coefficients in the
+order (frequency, dimension), each the character of code point `coefficient - min_token`; byte-pair encoding of that
+text. On disk in the layout of physical-intelligence/fast: `tokenizer.json` and `processor_config.json` with scale,
+min_token, vocab_size, time_horizon and action_dim (null where the caller says them). The published tokenizer works on
+the text's UTF-8 bytes; those fitted here on its characters, so that every token is one or more whole coefficients.
+
+Unlike the published processor, decoding never turns a damaged sequence into zeros: it raises, and says why.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models
+from tokenizers.trainers import BpeTrainer
+
+from vla.stores.errors import DataError, UsageError
+
+SETTINGS, TOKENIZER = "processor_config.json", "tokenizer.json"
+HIGHEST = 0xD7FF
+"""Last code point before the surrogates, which are no characters."""
+
+NOTHING = (-1, -1, -1)
+
+
+@dataclass(frozen=True)
+class FastTokenizer:
+    """Actions to ids and back. `horizon` and `action_dim` are those of the chunks; `scale` coefficients a unit.
+
+    `max_token`: largest coefficient that was fitted; None: whatever the vocabulary holds. Coefficients outside of
+    min_token..max_token saturate. `action_norm`: the normalisation that it was fitted behind, None where nobody said.
+    """
+
+    tokenizer: Tokenizer
+    scale: float
+    min_token: int
+    horizon: int
+    action_dim: int
+    max_token: int | None = None
+    action_norm: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Ids are 0 to size - 1."""
+        return int(self.tokenizer.get_vocab_size())
+
+    @cached_property
+    def pieces(self) -> tuple[bytes | None, ...]:
+        """What each id stands for, in UTF-8; None for ids that stand for no coefficients (special tokens)."""
+        kind = json.loads(self.tokenizer.to_str())
+        special = {entry["id"] for entry in kind.get("added_tokens") or ()}
+        in_bytes = (kind.get("decoder") or {}).get("type") == "ByteLevel"
+        return tuple(
+            None if i in special else _bytes(self.tokenizer.id_to_token(i), in_bytes) for i in range(self.size)
+        )
+
+    @cached_property
+    def spans(self) -> NDArray[np.int64]:
+        """[size, 3]: continuation bytes that an id begins with, coefficients that it begins, bytes it leaves open.
+
+        Of tokens that are whole characters the first and the last are 0. `NOTHING` where an id is never to be said.
+        """
+        return np.array([NOTHING if piece is None else _span(piece) for piece in self.pieces], np.int64)
+
+    def coefficients(self, actions: NDArray[Any]) -> NDArray[np.int64]:
+        """Return the quantised DCT [..., H, A] of normalised actions [..., H, A]; what is out of range saturates.
+
+        Raises `DataError` for another shape and for values that are not finite.
+        """
+        if actions.shape[-2:] != (self.horizon, self.action_dim):
+            raise DataError(f"actions of shape {actions.shape}", expected=f"[{self.horizon}, {self.action_dim}] each")
+        if not np.isfinite(actions).all():
+            raise DataError("actions that are not finite", fix="vla verify on the store")
+        rounded = np.rint(dct(actions) * self.scale)
+        top = HIGHEST + self.min_token if self.max_token is None else self.max_token
+        return np.clip(rounded, self.min_token, top).astype(np.int64)
+
+    def encode(self, actions: NDArray[Any]) -> list[list[int]]:
+        """Return the ids of each chunk of normalised actions [N, H, A]. Raises `DataError` as `coefficients` does."""
+        return [self.encode_coefficients(chunk) for chunk in self.coefficients(actions)]
+
+    def encode_coefficients(self, coefficients: NDArray[np.int64]) -> list[int]:
+        """Return the ids of quantised coefficients [H, A]. Raises `DataError` where the vocabulary lacks some."""
+        text = "".join(chr(value) for value in (coefficients.reshape(-1) - self.min_token).tolist())
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        # Byte-pair encoding drops in silence what it has no token for.
+        if b"".join(self.pieces[i] or b"" for i in ids) != text.encode():
+            raise DataError("the FAST vocabulary lacks a coefficient of this chunk", fix="vla fit-fast on this data")
+        return ids
+
+    def decode_coefficients(self, ids: Sequence[int]) -> NDArray[np.int64]:
+        """Return the quantised coefficients [H, A] of ids. Raises `DataError` with the reason where there are none."""
+        wrong = [i for i in ids if not 0 <= i < self.size or self.pieces[i] is None]
+        if wrong:
+            raise DataError(f"{wrong[0]} is no FAST id", expected=f"0 to {self.size - 1}, no special token")
+        joined = b"".join(self.pieces[i] or b"" for i in ids)
+        try:
+            text = joined.decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"FAST ids break a coefficient at byte {error.start}") from None
+        wanted = self.horizon * self.action_dim
+        if len(text) != wanted:
+            raise DataError(f"FAST ids of {len(text)} coefficients", expected=f"{self.horizon} x {self.action_dim}")
+        return np.array([ord(c) for c in text], np.int64).reshape(self.horizon, self.action_dim) + self.min_token
+
+    def decode(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Return the normalised actions [H, A] of ids. Raises what `decode_coefficients` raises."""
+        return inverse_dct(self.decode_coefficients(ids) / self.scale).astype(np.float32)
+
+    def allowed(self, remaining: int, pending: int) -> NDArray[np.bool_]:
+        """Return which ids may come next, bool [size], where `remaining` coefficients have not begun yet and the last
+        one that has lacks `pending` bytes. Generation that keeps to them always decodes."""
+        lead, count, _ = self.spans.T
+        fits: NDArray[np.bool_] = (lead == pending) & (count <= remaining) & (count + lead > 0)
+        return fits
+
+    @classmethod
+    def fit(
+        cls, chunks: NDArray[Any], *, scale: float = 10.0, vocab_size: int = 1024, action_norm: str | None = None
+    ) -> FastTokenizer:
+        """Fit to normalised chunks [N, H, A], N >= 1, finite. Raises `DataError`, and `UsageError` for a vocabulary
+        that is smaller than the range of the coefficients."""
+        if chunks.ndim != 3 or not len(chunks) or not np.isfinite(chunks).all():
+            raise DataError(f"FAST over chunks of shape {chunks.shape}", expected="finite [N >= 1, H, A]")
+        coefficients = np.rint(dct(chunks) * scale).astype(np.int64)
+        low, high = int(coefficients.min()), int(coefficients.max())
+        alphabet = high - low + 1
+        if alphabet > min(vocab_size, HIGHEST + 1):
+            raise UsageError(
+                f"a vocabulary of {vocab_size} for coefficients from {low} to {high}",
+                expected=f"{alphabet} or more, a good deal more to compress anything",
+                fix=f"--set vocab_size={2 * alphabet}, or a smaller --set scale",
+            )
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.decoder = decoders.Fuse()  # else decoding puts spaces between tokens
+        trainer = BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            show_progress=False,
+            initial_alphabet=[chr(i) for i in range(alphabet)],
+            max_token_length=10_000,  # as published: a still arm is one long run
+        )
+        texts = ("".join(map(chr, chunk)) for chunk in (coefficients.reshape(len(chunks), -1) - low).tolist())
+        tokenizer.train_from_iterator(texts, trainer=trainer, length=len(chunks))
+        H, A = chunks.shape[1:]
+        return cls(tokenizer, scale, low, H, A, max_token=high, action_norm=action_norm)
+
+    def save(self, folder: Path) -> None:
+        """Write both files into a folder, which is made."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save(str(folder / TOKENIZER))
+        settings = {
+            "processor_class": "UniversalActionProcessor",
+            "scale": self.scale,
+            "min_token": self.min_token,
+            "vocab_size": self.size,
+            "time_horizon": self.horizon,
+            "action_dim": self.action_dim,
+            "max_token": self.max_token,
+            "action_norm": self.action_norm,
+        }
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, horizon: int, action_dim: int) -> FastTokenizer:
+        """Read a folder of `save` or of the published layout, for chunks [horizon, action_dim]; runs none of its code.
+
+        Raises `UsageError` for a folder fitted to other chunks, `DataError` for files that do not hold.
+        """
+        settings = _settings(folder)
+        for name, ours in (("time_horizon", horizon), ("action_dim", action_dim)):
+            if settings.get(name) not in (None, ours):
+                fix = "vla fit-fast for this head, or --set model.horizon" if name == "time_horizon" else "vla fit-fast"
+                raise UsageError(f"{folder} is for {name} {settings[name]}", expected=str(ours), fix=fix)
+        try:
+            tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+        except Exception as error:  # noqa: BLE001 - tokenizers raises no narrower class
+            raise DataError(f"{folder / TOKENIZER} is no tokenizer: {error}") from None
+        if tokenizer.get_vocab_size() != len(set(tokenizer.get_vocab().values())):
+            raise DataError(f"{folder / TOKENIZER} gives one id to several tokens")
+        top = settings.get("max_token")
+        norm = settings.get("action_norm")
+        return cls(tokenizer, settings["scale"], settings["min_token"], horizon, action_dim, top, norm)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / SETTINGS
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        fix = "vla fit-fast, or `hf download physical-intelligence/fast`"
+        raise DataError(f"{path} does not read ({type(error).__name__})", expected="a FAST folder", fix=fix) from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path} holds a {type(found).__name__}", expected="a table")
+    numbers = {"scale": (int, float), "min_token": (int,)}
+    optional = {"max_token": (int,), "time_horizon": (int,), "action_dim": (int,), "action_norm": (str,)}
+    for name, kinds in (numbers | optional).items():
+        value = found.get(name)
+        if not (value is None and name in optional) and type(value) not in kinds:
+            raise DataError(f"{path}: {name} is {value!r}", expected=" or ".join(kind.__name__ for kind in kinds))
+    if not 0 < found["scale"] < float("inf"):
+        raise DataError(f"{path}: scale is {found['scale']}", expected="above 0")
+    return found
+
+
+def read_mapping(path: Path, size: int) -> NDArray[np.int64]:
+    """Read which id of a language model stands for each FAST id [size]: a JSON list, or an object {"0": 257024, …}.
+
+    What a domain transfer makes that adds action tokens to a language model's vocabulary (the origin keeps it, as
+    `action_to_vlm_mapping`, in a pickle, which would run code). Raises `DataError`.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        expected = "JSON: a list, or an object of FAST ids"
+        raise DataError(f"{path} does not read ({type(error).__name__})", expected=expected) from None
+    if isinstance(found, dict):
+        found = [found.get(str(i)) for i in range(size)] if len(found) == size else list(found)
+    plain = isinstance(found, list) and all(type(i) is int and i >= 0 for i in found)
+    if not plain or len(set(found)) != size or len(found) != size:
+        raise DataError(f"{path} is no mapping of the {size} FAST ids", expected=f"{size} distinct ids, none missing")
+    return np.array(found, np.int64)
+
+
+@lru_cache(maxsize=8)
+def _basis(count: int) -> NDArray[np.float64]:
+    """The orthonormal DCT-II [k, n]: sqrt(2 / N) cos(pi (2n + 1) k / 2N), its first row divided by sqrt(2)."""
+    k, n = np.arange(count)[:, None], np.arange(count)
+    basis: NDArray[np.float64] = np.sqrt(2 / count) * np.cos(np.pi * (2 * n + 1) * k / (2 * count))
+    basis[0] /= np.sqrt(2)
+    return basis
+
+
+def dct(x: NDArray[Any]) -> NDArray[np.float64]:
+    """Orthonormal DCT-II of [..., H, A] over H."""
+    out: NDArray[np.float64] = _basis(x.shape[-2]) @ x.astype(np.float64)
+    return out
+
+
+def inverse_dct(y: NDArray[Any]) -> NDArray[np.float64]:
+    """Invert `dct`."""
+    out: NDArray[np.float64] = _basis(y.shape[-2]).T @ y
+    return out
+
+
+@lru_cache(maxsize=1)
+def _byte_of() -> dict[str, int]:
+    """Bytes by the characters that stand for them in byte-level vocabularies (GPT-2's): printable ones are themselves,
+    the others follow from 256 on, in order."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _bytes(token: str | None, in_bytes: bool) -> bytes | None:
+    """What a token of the vocabulary stands for; None for one of another alphabet."""
+    if not token:
+        return None
+    if not in_bytes:
+        return token.encode()
+    table = _byte_of()
+    return bytes(table[c] for c in token) if all(c in table for c in token) else None
+
+
+def _span(piece: bytes) -> tuple[int, int, int]:
+    """See `FastTokenizer.spans`. A token may open or close a character of two bytes: coefficients of byte-level
+    vocabularies reach no further."""
+    lead = next((i for i, byte in enumerate(piece) if byte & 0xC0 != 0x80), len(piece))
+    rest = piece[lead:]
+    pending = int(bool(rest) and 0xC2 <= rest[-1] <= 0xDF)
+    try:
+        whole = len(rest[: len(rest) - pending].decode())
+    except UnicodeDecodeError:
+        return NOTHING
+    return (lead, whole + pending, pending) if lead <= 1 else NOTHING

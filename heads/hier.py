@@ -1,0 +1,385 @@
+"""`hier`: pi0.5's hierarchy. A language model says what to do next, an expert does it.
+
+What is seen and the high-level prompt -> the subtask, as text (cross-entropy with teacher forcing). What is seen and
+the low-level prompt, which holds the subtask -> a chunk of actions (flow matching in pi0's convention, fm.py). The loss
+is L_text + alpha L_action, and the gradient of L_action reaches no parameter of the language model.
+
+Two variants with the same losses: "light", small networks from scratch over any cached features (hier_light.py); and
+"full", PaliGemma's language model over cached SigLIP tokens with pi0.5's expert (hier_full.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vla.heads.batch import Batch, HeadIO
+from vla.heads.encoded import fit_encoders
+from vla.heads.fast import FastTokenizer, read_mapping
+from vla.heads.fast_speech import FastSpeaker
+from vla.heads.flow import draw_time, integrate
+from vla.heads.frozen import Frozen
+from vla.heads.hier_config import HierConfig
+from vla.heads.hier_full import TOKENS, FullActor, FullLanguage, fast_ids, load_full
+from vla.heads.hier_light import LightActor, LightLanguage
+from vla.heads.hier_parts import Actor, Language, Record
+from vla.heads.model import SMALL_NET, HeadConfig, HeadModel, masked_mean, noise_like, real_dims
+from vla.heads.needs import Need
+from vla.heads.nets.speech import Observed, Prompt, TokenErrors, append, say, teach
+from vla.heads.normalize import Normalizer
+from vla.heads.prompts import (
+    BINS,
+    PromptTokenizer,
+    action_prompt,
+    clean,
+    discretise,
+    load_tokenizer,
+    subtask_prompt,
+    tokenise,
+)
+from vla.heads.vocabulary import WordTokenizer
+from vla.pretrained.weights import RANDOM
+from vla.stores.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from vla.heads.data import HeadData
+
+LABELS = ("high_level_task", "subtask")
+"""What a source of tasks that have parts says of an episode (featurize/sources/hierarchical.py)."""
+FULL = {"steps": 30_000, "lr": 2.5e-5, "betas": (0.9, 0.95), "weight_decay": 0.01, "warmup_steps": 1000}
+"""The optimiser of LeRobot's pi05 (configuration_pi05.py), its schedule but for the floor."""
+
+
+@dataclass(frozen=True)
+class HierOutput:
+    """One training pass, element by element. What a mode does not train is None.
+
+    `total`: the scalar loss. `text`, `fast`: errors of the subtask's tokens and of the FAST ids. `action` [B, H, A]:
+    squared errors of the velocity, counted where `action_valid` and `action_dims` of the batch say so.
+    """
+
+    total: Tensor
+    metrics: dict[str, Tensor]
+    text: TokenErrors | None = None
+    fast: TokenErrors | None = None
+    action: Tensor | None = None
+
+
+class HierHead(HeadModel):
+    """See the module. `language`: what reads, speaks and trains, None in mode "expert"; `actor`: what makes the
+    velocity [B, H, A], None where no flow is trained."""
+
+    Config: ClassVar[type[HeadConfig]] = HierConfig
+    config: HierConfig
+
+    def __init__(self, config: HierConfig, io: HeadIO) -> None:
+        super().__init__(config, io)
+        self.speaks, self.moves = config.mode != "expert", config.mode in ("joint", "expert")
+        lacking = [name for name in LABELS if not io.labels or any(name not in label for label in io.labels)]
+        if self.speaks and lacking:
+            raise UsageError(
+                f"mode {config.mode!r} needs labels, and the episodes have no {lacking[0]}",
+                expected="a store of --source hierarchical runs",
+                fix="--set model.mode=expert to train the actions alone",
+            )
+        self._columns = io.state_columns(config.encoder.state_columns)
+        self.proprio = Normalizer(io.state_dim) if self._columns else None
+        self._texts(io)
+        light = config.variant == "light"
+        self.tokenizer: PromptTokenizer = (
+            WordTokenizer(self._vocabulary()) if light else load_tokenizer(config.tokenizer or config.weights)
+        )
+        self.fast: FastTokenizer | None = None
+        words = self.tokenizer.size
+        if config.fast is not None:
+            self._load_fast(Path(config.fast))
+            words = max(words, int(self._fast_ids.max()) + 1)
+        self.language: Language | None = None
+        self.actor: Actor | None = None
+        if self.speaks:
+            self.language = LightLanguage(config, io, words) if light else FullLanguage(config, io, words)
+        elif not light:
+            self.frozen["language"] = Frozen(lambda: FullLanguage(config, io, words).load())
+        if not light:
+            self.frozen["tokenizer"] = Frozen(lambda: Record(self._said()))
+        if self.moves:
+            self.actor = LightActor(config, io, self.tokenizer.size) if light else FullActor(config, io)
+
+    def _texts(self, io: HeadIO) -> None:
+        """Collect what is told: for each instruction that `Batch.task` may name, its task and its subtask."""
+        highs: dict[str, str] = {}
+        for label in io.labels:
+            if label.keys() >= {*LABELS}:
+                highs.setdefault(label["subtask"], label["high_level_task"])
+        tasks = io.tasks or ("",)
+        further = tuple(dict.fromkeys(high for high in highs.values() if high not in tasks)) if self.speaks else ()
+        self._instructions = tasks + further
+        self._high = [highs.get(task, task) for task in tasks] + list(further)
+
+    def _vocabulary(self) -> list[str]:
+        """All texts that a prompt or an answer may hold."""
+        told = [label[name] for label in self.io.labels for name in LABELS if name in label]
+        return list(dict.fromkeys([*self._instructions, *told]))
+
+    def _said(self) -> list[int]:
+        """Return the ids of all that prompts are made of: another tokenizer would give others."""
+        texts = [*self._vocabulary(), subtask_prompt("", range(BINS)), action_prompt("", ())]
+        return [number for text in texts for number in (*self.tokenizer.encode(text), self.tokenizer.eos)]
+
+    def _load_fast(self, folder: Path) -> None:
+        config, io = self.config, self.io
+        fast = FastTokenizer.load(folder, config.horizon, io.action_dim)
+        if fast.action_norm not in (None, config.action_norm):
+            raise UsageError(
+                f"{folder} was fitted behind action_norm {fast.action_norm!r}",
+                expected=config.action_norm,
+                fix=f"--set model.action_norm={fast.action_norm}",
+            )
+        if config.fast_mapping is not None:
+            self._fast_ids = torch.from_numpy(read_mapping(Path(config.fast_mapping), fast.size))
+        else:
+            weights = RANDOM if config.variant == "light" else config.weights
+            self._fast_ids = fast_ids(weights, self.tokenizer.size, fast.size)
+        said = [*fast.tokenizer.to_str().encode(), *self._fast_ids.tolist(), fast.min_token, round(fast.scale * 1e6)]
+        self.fast, self.frozen["fast"] = fast, Frozen(lambda: Record(said))
+
+    @classmethod
+    def needs(cls, config: Any) -> tuple[Need, ...]:
+        """See `HeadModel.needs`."""
+        return (Need("siglip", "siglip-prefix"),) if config.variant == "full" else ()
+
+    @classmethod
+    def defaults(cls, model: Mapping[str, Any]) -> dict[str, Any]:
+        """See `HeadModel.defaults`. Without an action branch the best checkpoint is the one that speaks best."""
+        best = {"best_metric": "subtask_perplexity"} if model.get("mode") == "high-level" else {}
+        return {**(FULL if model.get("variant") == "full" else {**SMALL_NET, "lr": 1e-3}), **best}
+
+    @property
+    def acts(self) -> bool:
+        """See `HeadModel.acts`."""
+        return self.config.mode != "high-level"
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """See `HeadModel.instructions`: the data's own, behind them the high-level tasks."""
+        return self._instructions
+
+    @property
+    def plan_interval(self) -> int | None:
+        """See `HeadModel.plan_interval`."""
+        return self.config.subtask_interval if self.speaks else None
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """See `HeadModel.columns`."""
+        return self._columns
+
+    @property
+    def state(self) -> Normalizer | None:
+        """See `HeadModel.state`."""
+        return self.proprio
+
+    @property
+    def reads(self) -> dict[str, int]:
+        """See `HeadModel.reads`."""
+        if self.config.variant == "full":
+            return {TOKENS: 1}
+        return dict.fromkeys(self.io.features if self.config.encoder.use_features else (), self.config.n_obs)
+
+    @property
+    def net(self) -> nn.Module:
+        """What gives the velocity. Raises `UsageError` in a mode that trains no actions."""
+        if self.actor is None:
+            raise UsageError(f"mode {self.config.mode!r} has no action branch", expected="mode joint or expert")
+        return self.actor.net
+
+    def prepare(self, data: HeadData) -> None:
+        """Fit normalisers and feature scales; take published weights."""
+        super().prepare(data)
+        fit_encoders(self, data)
+        load_full(self.language, self.actor)
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return L_text + alpha L_action, or what of it the mode trains, and its parts. Raises `DataError` where the
+        batch lacks actions or labels that the mode needs."""
+        output = self.outputs(batch)
+        return output.total, output.metrics
+
+    def outputs(self, batch: Batch) -> HierOutput:
+        """Return the losses element by element.
+
+        A window without one valid step is padding: nothing of it counts. FAST ids mix the steps of a chunk, so a chunk
+        that is partly padding has none that could be counted.
+        """
+        self.check(batch)
+        total, metrics = torch.zeros((), device=batch.task.device), {}
+        text = fast = action = None
+        if self.language is not None:
+            observed = self.language.observe(batch)
+            text = self._teach_subtask(batch, observed)
+            total, metrics["text_loss"] = total + text.mean(), text.mean().detach()
+            if self.fast is not None:
+                fast = self._teach_fast(batch, observed)
+                total, metrics["fast_loss"] = total + fast.mean(), fast.mean().detach()
+        if self.actor is not None:
+            action = self.errors(batch, self.labels(batch))
+            mean, share = masked_mean(action, batch)
+            weight = self.config.alpha if self.speaks else 1.0
+            total, metrics = total + weight * mean, metrics | share | {"action_loss": mean.detach()}
+        return HierOutput(total, metrics, text, fast, action)
+
+    def errors(self, batch: Batch, action: Tensor) -> Tensor:
+        """Squared error of the velocity, told the subtask that was demonstrated."""
+        context = self._context(batch, self._told(batch, "subtask"))
+        noise = real_dims(batch, torch.randn_like(action))
+        t = draw_time(self.config.time, len(batch), action)
+        x_t = t[:, None, None] * noise + (1 - t[:, None, None]) * action
+        v: Tensor = self.net(x_t, t, *context)
+        return (v - (noise - action)) ** 2
+
+    def sample(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
+        """Say the subtask (unless `Batch.plan` holds one), then integrate from noise, or say FAST ids."""
+        if not self.acts:
+            raise UsageError(f"mode {self.config.mode!r} makes no actions", expected="mode joint, fast or expert")
+        subtasks = self.subtasks(batch)
+        if self.fast is not None:
+            return self._say_fast(batch, subtasks)
+        context = self._context(batch, subtasks)
+        shape = (len(batch), self.config.horizon, self.io.action_dim)
+        x = real_dims(batch, noise_like(shape, batch.task.new_empty(0), generator))
+
+        def velocity(x: Tensor, t: float) -> Tensor:
+            return real_dims(batch, self.net(x, torch.full((len(x),), t, device=x.device), *context))
+
+        return integrate(velocity, x, self.config.sample_steps, "euler")
+
+    @torch.inference_mode()
+    def plan(self, batch: Batch) -> Tensor | None:
+        """Say each window's subtask: its ids [B, K] int64, -1 behind the end. None in mode "expert"."""
+        if self.language is None:
+            return None
+        prompt = self._prompt(batch, subtask_prompt, self._told(batch, "high_level_task"))
+        ends = {self.tokenizer.pad, self.tokenizer.bos}
+        silent = torch.tensor(sorted(ends), device=batch.task.device)
+        size = self.tokenizer.size
+
+        def choose(scores: Tensor) -> Tensor:
+            words = scores[:, :size].index_fill(1, silent, -torch.inf)
+            if self.fast is not None:
+                ours = self._fast_ids[self._fast_ids < size].to(scores.device)
+                words = words.index_fill(1, ours, -torch.inf)
+            return words.argmax(dim=1)
+
+        model, limit = self.language.model, self.config.max_subtask
+        said = say(model, self.language.observe(batch), prompt, choose, self.tokenizer.eos, limit)
+        plan = torch.full((len(said), max(1, *map(len, said))), -1)
+        for row, ids in zip(plan, said, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        return plan.to(batch.task.device)
+
+    def subtasks(self, batch: Batch) -> list[str]:
+        """Return the subtask of each window as text: that of `Batch.plan`, else the one that the language model says;
+        in mode "expert" the one that is told."""
+        if not self.speaks:
+            return self._told(batch, "subtask")
+        plan = self.plan(batch) if batch.plan is None else batch.plan
+        assert plan is not None
+        return [self.tokenizer.decode([number for number in ids if number >= 0]) for ids in plan.tolist()]
+
+    @torch.no_grad()
+    def measure(self, batch: Batch, chunk: Tensor) -> dict[str, Tensor]:
+        """Measure speech where there are labels.
+
+        Of each token of the demonstrated subtask, with teacher forcing, whether it was the likeliest, and its nats; of
+        each window, whether the subtask that is said is that one.
+        """
+        if self.language is None or batch.label is None:
+            return {}
+        errors = self._teach_subtask(batch, self.language.observe(batch))
+        wanted = [clean(text) for text in self._told(batch, "subtask")]
+        exact = [clean(said) == text for said, text in zip(self.subtasks(batch), wanted, strict=True)]
+        return {
+            "subtask_token_accuracy": errors.correct[errors.counted].float(),
+            "subtask_perplexity": errors.error[errors.counted],
+            "subtask_exact_match": torch.tensor(exact, dtype=torch.float32),
+        }
+
+    def summarise(self, measured: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return means, and of the nats the perplexity: exp of their mean."""
+        figures = super().summarise(measured)
+        if "subtask_perplexity" in figures:
+            figures["subtask_perplexity"] = math.exp(figures["subtask_perplexity"])
+        return figures
+
+    def _context(self, batch: Batch, subtasks: Sequence[str]) -> tuple[Any, ...]:
+        assert self.actor is not None
+        language = self.frozen["language"].module if "language" in self.frozen else self.language
+        return self.actor.context(language, batch, self._prompt(batch, action_prompt, subtasks))
+
+    def _told(self, batch: Batch, name: str) -> list[str]:
+        """Return each window's text: its label's, else what goes with its instruction."""
+        if batch.label is not None and all(name in label for label in self.io.labels):
+            return [self.io.labels[number][name] for number in batch.label.tolist()]
+        told = self._high if name == "high_level_task" else self._instructions
+        return [told[number] for number in batch.task.tolist()]
+
+    def _prompt(self, batch: Batch, form: Callable[[str, Sequence[int]], str], texts: Sequence[str]) -> Prompt:
+        ids, valid, _ = self._tokens(batch, form, texts)
+        return ids, valid
+
+    def _tokens(
+        self,
+        batch: Batch,
+        form: Callable[[str, Sequence[int]], str],
+        texts: Sequence[str],
+        answers: Sequence[str] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        prompts = [form(text, bins) for text, bins in zip(texts, self._bins(batch), strict=True)]
+        most = self.config.max_tokens
+        return tokenise(prompts, self.tokenizer, max_length=most, continuations=answers, device=batch.task.device)
+
+    def _bins(self, batch: Batch) -> list[list[int]]:
+        """Return the bins of each window's present state, of the real dimensions that are read and no others."""
+        if self.proprio is None:
+            return [[]] * len(batch)
+        assert batch.state is not None  # check saw to it
+        bins: list[list[int]] = discretise(self.proprio(batch.state[:, -1])[:, list(self._columns)]).tolist()
+        return bins
+
+    def _teach_subtask(self, batch: Batch, observed: Observed) -> TokenErrors:
+        if batch.label is None:
+            raise DataError("the batch has no labels", expected="the subtask of each window")
+        assert self.language is not None
+        answers = [clean(text) for text in self._told(batch, "subtask")]
+        ids, valid, answer = self._tokens(batch, subtask_prompt, self._told(batch, "high_level_task"), answers)
+        if batch.action_valid is not None:
+            answer = answer & batch.action_valid.any(dim=1)[:, None]
+        return teach(self.language.model, observed, (ids, valid), answer)
+
+    def _teach_fast(self, batch: Batch, observed: Observed) -> TokenErrors:
+        assert self.language is not None
+        assert self.fast is not None
+        chunks = self.fast.encode(self.labels(batch).cpu().numpy())
+        prompt = self._prompt(batch, action_prompt, self._told(batch, "subtask"))
+        answers = [[*self._fast_ids[ids].tolist(), self.tokenizer.eos] for ids in chunks]
+        *row, answer = append(prompt, answers, self.tokenizer.pad)
+        if batch.action_valid is not None:
+            answer = answer & batch.action_valid.all(dim=1)[:, None]
+        return teach(self.language.model, observed, (row[0], row[1]), answer)
+
+    def _say_fast(self, batch: Batch, subtasks: Sequence[str]) -> Tensor:
+        assert self.language is not None
+        assert self.fast is not None
+        speaker = FastSpeaker(self.fast, self._fast_ids.to(batch.task.device), self.tokenizer.eos, len(batch))
+        prompt = self._prompt(batch, action_prompt, subtasks)
+        observed = self.language.observe(batch)
+        said = say(self.language.model, observed, prompt, speaker.choose, self.tokenizer.eos, speaker.limit)
+        chunks = np.stack([self.fast.decode(ids) for ids in speaker.back(said)])
+        return real_dims(batch, torch.from_numpy(chunks).to(batch.task.device))

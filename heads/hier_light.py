@@ -1,0 +1,68 @@
+"""`hier`, light: small networks from scratch over any cached features, a data set's words as the vocabulary.
+
+The language model is a narrow Gemma (nets/prefix.py) behind an observation encoder of its own. The actor reads the
+stored features, which have no gradient to give, through another encoder, and the low-level prompt through its own
+embeddings: the two share no parameter, so that neither loss can reach the other's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vla.heads.batch import Batch, HeadIO
+from vla.heads.encoders import IDENTITY_STD, EncoderConfig, ObservationEncoder
+from vla.heads.flow import TIME_SCALE
+from vla.heads.hier_config import HierConfig
+from vla.heads.hier_parts import Actor, Language
+from vla.heads.nets.action_expert import ActionExpert
+from vla.heads.nets.prefix import PrefixModel
+from vla.heads.nets.speech import Observed, Prompt
+from vla.pretrained.pi0 import gemma_config
+
+
+def _encoder(config: HierConfig, io: HeadIO) -> ObservationEncoder:
+    # State and instruction are words of the prompt.
+    seen = EncoderConfig.build({**config.encoder.model_dump(), "use_state": False, "use_task": False})
+    return ObservationEncoder(seen, io, config.n_obs, tokens=True)
+
+
+class LightLanguage(Language):
+    """A Gemma of `words` tokens, `config.width` wide, from scratch."""
+
+    def __init__(self, config: HierConfig, io: HeadIO, words: int) -> None:
+        super().__init__()
+        self.encoder = _encoder(config, io)
+        self.to_width = nn.Linear(config.encoder.dim, config.width)
+        width, heads = config.width, config.heads
+        # Gemma's own spread of 0.02 is that of a width of 2048: a narrow one would hand on next to nothing.
+        sizes = gemma_config(
+            width, 4 * width, config.layers, heads, 1, width // heads, vocab_size=words, initializer_range=width**-0.5
+        )
+        self.model = PrefixModel(sizes)
+
+    def observe(self, batch: Batch) -> Observed:
+        """See `Language.observe`."""
+        tokens, valid = self.encoder.tokens(batch)
+        return self.to_width(tokens), valid
+
+
+class LightActor(Actor):
+    """An `ActionExpert` that reads the features and the `words` of the low-level prompt by itself."""
+
+    def __init__(self, config: HierConfig, io: HeadIO, words: int) -> None:
+        super().__init__()
+        width = config.width
+        self.encoder = _encoder(config, io)
+        self.to_width = nn.Linear(config.encoder.dim, width)
+        self.words = nn.Embedding(words, width)
+        self.places = nn.Parameter(torch.randn(config.max_tokens, width) * IDENTITY_STD)
+        H, A = config.horizon, io.action_dim
+        self.net = ActionExpert(H, A, width, config.layers, config.heads, config.dropout, TIME_SCALE)
+
+    def context(self, language: Language | None, batch: Batch, prompt: Prompt) -> tuple[Tensor, Tensor]:
+        """Return tokens [B, L, D] and which are real. `language` is not asked."""
+        ids, valid = prompt
+        seen, real = self.encoder.tokens(batch)
+        told = self.words(ids) + self.places[: ids.shape[1]]
+        return torch.cat([self.to_width(seen), told], dim=1), torch.cat([real, valid], dim=1)
