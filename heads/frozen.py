@@ -31,7 +31,8 @@ class Frozen:
     def module(self) -> Any:
         """The network, in evaluation mode, without gradients for its weights."""
         if self._module is None:
-            self._module = self._load().requires_grad_(False).eval().to(self._device)
+            with torch.inference_mode(False):  # the first use may be inside one, and training may follow
+                self._module = self._load().requires_grad_(False).eval().to(self._device)
         return self._module
 
     @cached_property

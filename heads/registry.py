@@ -15,6 +15,7 @@ HEADS: dict[str, str] = {
     "dp": "vla.heads.dp:DiffusionHead",
     "fm": "vla.heads.fm:FlowHead",
     "mlp": "vla.heads.mlp:MlpHead",
+    "track": "vla.heads.track:TrackHead",
 }
 """Name -> "module:Class", a `HeadModel`."""
 
@@ -22,6 +23,7 @@ SUMMARIES = {
     "dp": "Diffusion Policy: noise prediction by a 1-D U-Net or an MLP; DDIM or DDPM sampling",
     "fm": "flow matching in pi0's convention, a small transformer expert or an MLP",
     "mlp": "masked MSE on a chunk of actions: the plain baseline",
+    "track": "TrackVLA's planner: waypoints from past and present tokens and an instruction; Qwen3 or a light variant",
 }
 
 

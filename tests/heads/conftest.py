@@ -10,16 +10,25 @@ import numpy as np
 import pytest
 import torch
 
-from vla.heads.batch import Batch, FeatureIO, HeadIO
+from vla.heads.batch import Batch, FeatureIO, HeadIO, TextIO
 from vla.heads.checkpoint import build_head
 from vla.heads.encoded import EncodedHead
 from vla.heads.model import HeadModel
 from vla.heads.registry import head_class
+from vla.heads.texts import TextRows
 
 GRID = (2, 4, 4, 3)
-FEATURES: dict[str, dict[str, FeatureIO]] = {}
+FEATURES: dict[str, dict[str, FeatureIO]] = {
+    "track": {
+        "coarse": FeatureIO(shape=(2, 4, 8), dims=("token", "channel")),
+        "fine": FeatureIO(shape=(2, 16, 8), dims=("token", "channel")),
+    },
+}
 """What the toy data set shows to heads that need features of their own, by head; all others see `grid`. Features have
 16 cells or tokens in their last-but-one axes, or a divisor of it."""
+
+TEXTS = {"track": TextIO(length=6, width=16)}
+"""The text store beside the toy data set, for heads that read one."""
 
 SMALL: dict[str, dict[str, Any]] = {
     "mlp": {"hidden": 64, "layers": 2},
@@ -27,6 +36,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "fm-expert": {"net": "expert", "width": 32, "layers": 2, "heads": 4},
     "dp-mlp": {"net": "mlp", "hidden": 96, "layers": 2},
     "dp-unet": {"net": "unet", "down_dims": [16, 32], "diffusion_step_embed_dim": 32},
+    "track-light": {"n_obs": 3, "width": 96, "token_width": 16, "beta": 1.0},
+    "track-llm": {"variant": "llm", "n_obs": 3, "llm_weights": "random", "max_time": 3, "beta": 1.0},
 }
 """Every head with every net, at sizes that train in a second. The name is "head-net"."""
 
@@ -47,7 +58,20 @@ def io_of(head: str) -> HeadIO:
         state_names=("a", "b", "c"),
         features=FEATURES.get(head, {"grid": FeatureIO(shape=GRID, dims=("y", "x", "channel"))}),
         tasks=("go there", "go away"),
+        text=TEXTS.get(head),
     )
+
+
+def text_rows(io: HeadIO) -> TextRows:
+    """Rows of a text store for the instructions of `io`: 2 tokens, 3 tokens, …, padded on the store's side."""
+    assert io.text is not None
+    L, K = io.text.length, len(io.tasks)
+    count = torch.arange(K)[:, None] % (L - 1) + 2
+    mask = torch.arange(L).expand(K, L) < count
+    ids = (torch.arange(L) + 7 * torch.arange(1, K + 1)[:, None]) % 250 * mask
+    embedding = torch.randn(K, L, io.text.width, generator=torch.Generator().manual_seed(4)) * mask[..., None]
+    rows = TextRows(ids, mask, embedding)
+    return rows if io.text.side == "right" else TextRows(ids.flip(1), mask.flip(1), embedding.flip(1))
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +85,8 @@ def _show(cell: np.ndarray[Any, Any], frames: int, feature: FeatureIO, rng: np.r
     count, cells = len(cell), math.prod(feature.layout)
     values = rng.normal(0, 0.1, (count, frames, *feature.shape)).astype(np.float32)
     flat = values.reshape(count, frames, feature.views, cells, feature.channels)
-    flat[np.arange(count), :, 0, cell * cells // 16] += 3.0
+    # In half of many channels: where all are the same, a LayerNorm over them sees nothing.
+    flat[np.arange(count), :, 0, cell * cells // 16, : feature.channels // 2 if feature.channels > 3 else None] += 3.0
     return torch.from_numpy(values).half()
 
 
@@ -126,6 +151,8 @@ def toy_head(toy_batch: Callable[..., Batch]) -> Callable[..., HeadModel]:
         assert sample.state is not None
         actions, states = sample.action.flatten(0, 1).numpy(), sample.state.flatten(0, 1).numpy()
         model.fit_normalisers(np.resize(actions, (len(actions), io.action_dim)), states[:, : io.state_dim])
+        if io.text is not None:
+            model.fit_texts(text_rows(io))  # type: ignore[operator]
         if isinstance(model, EncodedHead):
             for reader in model.encoder.readers.values():
                 reader.scaler.fit(np.full(3, 0.1), np.full(3, 0.6))  # type: ignore[union-attr, operator]
@@ -152,5 +179,12 @@ def awake_head(toy_head: Callable[..., HeadModel]) -> Callable[..., HeadModel]:
 @pytest.fixture(params=list(SMALL))
 def every(request: pytest.FixtureRequest) -> str:
     """Each "head-net" in turn."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(params=[name for name in SMALL if issubclass(head_class(name.partition("-")[0]), EncodedHead)])
+def every_encoded(request: pytest.FixtureRequest) -> str:
+    """Each "head-net" with an observation encoder in turn."""
     name: str = request.param
     return name

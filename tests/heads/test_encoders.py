@@ -177,8 +177,10 @@ def test_instructions_give_different_actions(every: str, awake_head: MakeHead, t
     assert ((chunks[0] - chunks[1]).abs().amax((1, 2)) > 1e-3).all()
 
 
-def test_every_observed_frame_and_the_state_count(every: str, awake_head: MakeHead, toy_batch: MakeBatch) -> None:
-    model = awake_head(every, n_obs=2)
+def test_every_observed_frame_and_the_state_count(
+    every_encoded: str, awake_head: MakeHead, toy_batch: MakeBatch
+) -> None:
+    model = awake_head(every_encoded, n_obs=2)
     batch = toy_batch(model)
     encoded = encode(model, batch)
     assert batch.state is not None

@@ -58,7 +58,7 @@ def test_every_encoder_learns_where_things_are(kind: str, toy_head: MakeHead, to
     assert times_better_than_the_mean_action(model, toy_batch, 200, 3e-3) > 5
 
 
-@pytest.mark.parametrize(("name", "steps"), [("fm-mlp", 300), ("dp-mlp", 500)])
+@pytest.mark.parametrize(("name", "steps"), [("fm-mlp", 300), ("dp-mlp", 500), ("track-light", 300)])
 def test_sampled_actions_beat_the_mean_action_five_times(
     name: str, steps: int, toy_head: MakeHead, toy_batch: MakeBatch
 ) -> None:

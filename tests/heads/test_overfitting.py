@@ -19,7 +19,7 @@ def repeated(batch: Batch, copies: int) -> Batch:
     assert batch.state is not None
     assert batch.action is not None
     return Batch(
-        features={name: value.repeat(copies, 1, 1, 1, 1, 1) for name, value in batch.features.items()},
+        features={name: value.repeat(copies, *[1] * (value.dim() - 1)) for name, value in batch.features.items()},
         state=batch.state.repeat(copies, 1, 1),
         task=batch.task.repeat(copies),
         obs_valid=batch.obs_valid.repeat(copies, 1),
@@ -34,6 +34,8 @@ def repeated(batch: Batch, copies: int) -> Batch:
         ("fm-mlp", 250, 8, 5e-3, 5),
         ("fm-expert", 200, 8, 5e-3, 5),
         ("dp-mlp", 300, 16, 5e-3, 5),
+        ("track-light", 150, 1, 5e-3, 20),
+        ("track-llm", 150, 1, 5e-3, 20),
         ("dp-unet", 300, 16, 1e-2, 3),  # 16 channels learn slowly: other seeds reach 5 to 8
     ],
 )
