@@ -23,7 +23,7 @@ from vla.heads.needs import Need
 from vla.heads.nets.instructions import Instructions
 from vla.heads.nets.language import LanguageModel, Tuning
 from vla.heads.nets.planner import EMBEDDING_STD, CrossModalityProjector, PlannerHead3L, Tanh, TVIEmbedder
-from vla.heads.opentrackvla import read_published
+from vla.heads.opentrackvla import PublishedPlanner, read_published
 from vla.heads.texts import TextRows
 from vla.heads.waypoints import alpha_of, measure_plans, summarise_plans
 from vla.pretrained.language import LanguageSizes, language_sizes, load_language
@@ -156,10 +156,13 @@ class TrackHead(HeadModel):
         if config.planner is None:
             self._require_its_own_tokens(rows)
             return
-        published = read_published(config.planner)
-        published.require_tanh(config.tanh)
+        self.take(read_published(config.planner))
+
+    def take(self, published: PublishedPlanner) -> None:
+        """Start from a published planner, its scale included. Raises what `PublishedPlanner` raises."""
+        published.require_tanh(self.config.tanh)
         parts = {"proj": self.proj, "tvi": self.tvi, "act_token": self.act_token, "planner": self.planner}
-        published.load_into(parts, angle=config.angle is not None)
+        published.load_into(parts, angle=self.config.angle is not None)
         self.action.set(np.zeros(3), published.alpha.numpy(), np.zeros(3, bool))
 
     def fit_texts(self, rows: TextRows) -> None:
