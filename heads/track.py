@@ -89,6 +89,7 @@ class TrackHead(HeadModel):
             config = config.model_copy(update={"llm_sizes": sizes})
         super().__init__(config, io)
         self.waypoints = (io.chunk is not None and io.action_dim == 3) if config.waypoints is None else config.waypoints
+        self._columns = () if config.angle is None else io.state_columns((config.angle,))
         self._refuse_contradictions()
         assert io.text is not None  # needs saw to it
         self.text = Instructions(len(io.tasks), io.text.length, io.text.width if config.variant == "light" else 0)
@@ -118,7 +119,7 @@ class TrackHead(HeadModel):
     @property
     def columns(self) -> tuple[int, ...]:
         """See `HeadModel.columns`."""
-        return () if self.config.angle is None else self.io.state_columns((self.config.angle,))
+        return self._columns
 
     @property
     def net(self) -> nn.Module:

@@ -69,7 +69,11 @@ def test_sampled_actions_beat_the_mean_action_five_times(
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "steps", "lr", "settings"),
-    [("fm-expert", 150, 3e-3, {}), ("dp-unet", 300, 6e-3, {"down_dims": [32, 32], "kernel_size": 3})],
+    [
+        ("fm-expert", 150, 3e-3, {}),
+        ("dp-unet", 300, 6e-3, {"down_dims": [32, 32], "kernel_size": 3}),
+        ("track-llm", 400, 3e-3, {"llm": "full"}),  # a frozen random one does not say which token was bright
+    ],
 )
 def test_the_larger_nets_beat_the_mean_action_five_times(
     name: str, steps: int, lr: float, settings: dict[str, Any], toy_head: MakeHead, toy_batch: MakeBatch

@@ -86,7 +86,9 @@ def pair(
     torch.save({"model_state": model.state_dict(), "config": settings, "epoch": 0, "step": 100}, path)
     ours = {"variant": "llm", "planner": str(path), "tanh": tanh, "angle": "yaw" if angle else None}
     head: Any = build_head("track", ours, describe())
-    head.fit_texts(TextRows(torch.tensor([[*WORDS, 0, 0]]), torch.tensor([[True] * 4 + [False] * 2]), torch.zeros(1, 6, 0)))
+    head.fit_texts(
+        TextRows(torch.tensor([[*WORDS, 0, 0]]), torch.tensor([[True] * 4 + [False] * 2]), torch.zeros(1, 6, 0))
+    )
     head.take(read_published(str(path)))
     return model, head.eval()
 
@@ -146,7 +148,9 @@ def test_the_loss_equals_theirs_whatever_stands_in_padded_waypoints(
     plan, wanted = torch.randn(4, 8, 3, generator=generator), torch.randn(4, 8, 3, generator=generator)
     valid = torch.rand(4, 8, generator=generator) > 0.3
     alpha = torch.tensor([1.7, 1.7, 1.0])
-    head: Any = build_head("track", {"alpha_xy": 1.7}, describe().model_copy(update={"text": TextIO(length=6, width=4)}))
+    head: Any = build_head(
+        "track", {"alpha_xy": 1.7}, describe().model_copy(update={"text": TextIO(length=6, width=4)})
+    )
     head.fit_normalisers(wanted[valid].numpy(), np.zeros((1, 0)))
     monkeypatch.setattr(head, "_plan", lambda _: plan / alpha)
     monkeypatch.setattr(head, "check", lambda _: None)
