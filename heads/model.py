@@ -91,14 +91,14 @@ class HeadModel(nn.Module):
         self.action = Normalizer(io.action_dim)
 
     @classmethod
-    def defaults(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return `train_defaults`, where they depend on the head's own settings (those that were given)."""
-        return cls.train_defaults
-
-    @classmethod
     def needs(cls, config: Any) -> tuple[Need, ...]:
         """Return what the stores have to hold for a head of this configuration."""
         return ()
+
+    @classmethod
+    def defaults(cls, model: Mapping[str, Any]) -> dict[str, Any]:
+        """Return `train_defaults` for a head of these settings, as the user gave them."""
+        return cls.train_defaults
 
     @property
     def reads(self) -> dict[str, int]:

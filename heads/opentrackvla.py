@@ -16,7 +16,6 @@ convert_ckpt_to_hf.py makes a folder of config.json and model.safetensors (or py
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,8 +69,16 @@ class PublishedPlanner:
             raise UsageError(found, expected=trained, fix=f"--set model.tanh={trained}")
 
 
-@functools.lru_cache(maxsize=1)
-def _read(path: Path, size: int, mtime_ns: int) -> PublishedPlanner:
+def read_published(name: str) -> PublishedPlanner:
+    """Read a planner: a .pt file, a folder in the hub's layout, or a hub id.
+
+    Raises `MachineError` where there is none, and `DataError` for damaged files, for tensors that are no part of a
+    planner, and where nothing says whether plans went through tanh.
+    """
+    fix = f"`hf download {name} --local-dir weights/track`, then --set model.planner=weights/track"
+    path = find_model(name, fix) if is_hub_id(name) else Path(name).expanduser()
+    if not path.exists():
+        raise MachineError(f"no planner at {path}", expected="model_epochXX_stepXXXXXX.pt, or a folder", fix=fix)
     tensors, config = _read_file(path) if path.suffix == ".pt" else _read_folder(path)
     # Distributed training leaves "module." before every name, the folder's class "model.".
     for prefix in ("module.", "model."):
@@ -87,20 +94,6 @@ def _read(path: Path, size: int, mtime_ns: int) -> PublishedPlanner:
     if alpha.numel() != 3 or not bool((alpha.isfinite() & (alpha > 0)).all()):
         raise DataError(f"{path}: alpha_task is {alpha.flatten().tolist()}", expected="3 numbers above 0")
     return PublishedPlanner(path, language, parts, alpha.flatten().float(), _tanh(config, path))
-
-
-def read_published(name: str) -> PublishedPlanner:
-    """Read a planner: a .pt file, a folder in the hub's layout, or a hub id.
-
-    Raises `MachineError` where there is none, and `DataError` for damaged files, for tensors that are no part of a
-    planner, and where nothing says whether plans went through tanh.
-    """
-    fix = f"`hf download {name} --local-dir weights/track`, then --set model.planner=weights/track"
-    path = find_model(name, fix) if is_hub_id(name) else Path(name).expanduser()
-    if not path.exists():
-        raise MachineError(f"no planner at {path}", expected="model_epochXX_stepXXXXXX.pt, or a folder", fix=fix)
-    status = path.stat()
-    return _read(path, status.st_size, status.st_mtime_ns)
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:

@@ -98,11 +98,11 @@ class TrackHead(HeadModel):
         self.planner = PlannerHead3L(width, config.horizon, io.action_dim, tanh=config.tanh)
 
     @classmethod
-    def defaults(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def defaults(cls, model: Mapping[str, Any]) -> dict[str, Any]:
         """See `HeadModel.defaults`."""
-        if settings.get("variant") != "llm":
+        if model.get("variant") != "llm":
             return cls.train_defaults
-        return PUBLISHED | ({"lr": FULL_LR} if settings.get("llm") == "full" else {})
+        return PUBLISHED | ({"lr": FULL_LR} if model.get("llm") == "full" else {})
 
     @classmethod
     def needs(cls, config: TrackConfig) -> tuple[Need, ...]:

@@ -185,6 +185,6 @@ def every(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=[name for name in SMALL if issubclass(head_class(name.partition("-")[0]), EncodedHead)])
 def every_encoded(request: pytest.FixtureRequest) -> str:
-    """Each "head-net" with an observation encoder in turn."""
+    """Each "head-net" in turn that reads what there is through one observation encoder."""
     name: str = request.param
     return name

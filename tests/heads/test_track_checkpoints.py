@@ -244,12 +244,6 @@ def test_a_planner_that_is_nowhere_is_told_how_to_get(tmp_path: Path) -> None:
             read_published(str(place))
 
 
-def test_a_replaced_file_is_read_again(tmp_path: Path) -> None:
-    first = read_published(str(write_pt(tmp_path, state(), no_tanh_actions=True)))
-    second = read_published(str(write_pt(tmp_path, state(), no_tanh_actions=False, padding="longer")))
-    assert (first.tanh, second.tanh) == (False, True)
-
-
 # The language model by itself.
 
 
