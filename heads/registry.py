@@ -19,6 +19,7 @@ HEADS: dict[str, str] = {
     "pi0": "vla.heads.pi0:Pi0Head",
     "pi05": "vla.heads.pi05:Pi05Head",
     "spatial": "vla.heads.spatial:SpatialHead",
+    "track": "vla.heads.track:TrackHead",
 }
 """Name -> "module:Class", a `HeadModel`."""
 
@@ -30,6 +31,7 @@ SUMMARIES = {
     "pi0": "pi0: PaliGemma over cached image tokens, instruction and DA3 geometry; flow-matching action expert",
     "pi05": "pi0.5: as pi0, with the state in the prompt and the time in the expert's norms",
     "spatial": "SpatialVLA: a connector MLP and a flow-matching expert over cached 3-D tokens",
+    "track": "TrackVLA's planner: waypoints from past and present tokens and an instruction; Qwen3 or a light variant",
 }
 
 

@@ -55,10 +55,17 @@ class Policy:
     """Acts in an environment: decides on a chunk of actions, executes `n_action` of them, decides again.
 
     A head that plans (`HeadModel.plan_interval`) is asked for another plan after that many environment steps, with the
-    next decision. Not thread-safe. Call `reset` at the start of every episode.
+    next decision. Not thread-safe. Call `reset` at the start of every episode. Raises `UsageError` for a head whose
+    label is a chunk that rows hold as a whole, such as waypoints: none of its steps is an action.
     """
 
     def __init__(self, head: TrainedHead, *, device: str = "auto", n_action: int | None = None) -> None:
+        if head.artefact.io.chunk is not None:
+            raise UsageError(
+                f"the head plans {head.artefact.data.target!r}, which no simulator here executes",
+                expected="a head that predicts one action a step",
+                fix="--set data.target=action; or drive a base by vla.heads.waypoints.waypoint_velocities",
+            )
         self.head = head
         self.latency = Latency()
         self._device = choose_device(device)

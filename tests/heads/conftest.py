@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from vla.heads.batch import Batch, FeatureIO, HeadIO
+from vla.heads.batch import Batch, FeatureIO, HeadIO, TextIO
 from vla.heads.checkpoint import build_head
 from vla.heads.encoded import EncodedHead, projections
 from vla.heads.encoders import ObservationEncoder
 from vla.heads.model import HeadModel
 from vla.heads.normalize import ChannelScaler
 from vla.heads.registry import head_class
+from vla.heads.texts import TextRows
 
 GRID = (2, 4, 4, 3)
 FEATURES: dict[str, dict[str, FeatureIO]] = {
@@ -31,6 +32,10 @@ FEATURES: dict[str, dict[str, FeatureIO]] = {
         "spatial": FeatureIO(shape=(2, 16, 3), dims=("token", "channel"), masked=True),
         "spatial_xyz": FeatureIO(shape=(2, 16, 3), dims=("token", "channel")),
     },
+    "track": {
+        "coarse": FeatureIO(shape=(2, 4, 8), dims=("token", "channel")),
+        "fine": FeatureIO(shape=(2, 16, 8), dims=("token", "channel")),
+    },
 }
 """What the toy data set shows to heads that need features of their own, by head; all others see `grid`. Features have
 16 cells or tokens in their last-but-one axes, or a divisor of it."""
@@ -42,6 +47,8 @@ LABELS: dict[str, tuple[dict[str, str], ...]] = {
     )
 }
 """What else the toy data set says of its two instructions, to heads that read it."""
+TEXTS = {"track": TextIO(length=6, width=16)}
+"""The text store beside the toy data set, for heads that read one."""
 
 SMALL: dict[str, dict[str, Any]] = {
     "mlp": {"hidden": 64, "layers": 2},
@@ -55,6 +62,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "pi05-rays": {"weights": "random", "use_geom_prefix": True, "geom_target_hw": [4, 4]},
     "dp-unet": {"net": "unet", "down_dims": [16, 32], "diffusion_step_embed_dim": 32},
     "spatial-net": {"width": 32, "layers": 2, "heads": 4},
+    "track-light": {"n_obs": 3, "width": 96, "token_width": 16, "beta": 1.0},
+    "track-llm": {"variant": "llm", "n_obs": 3, "llm_weights": "random", "max_time": 3, "beta": 1.0},
 }
 """Every head with every net, at sizes that train in a second. The name is "head-net"."""
 
@@ -76,7 +85,20 @@ def io_of(head: str) -> HeadIO:
         features=FEATURES.get(head, {"grid": FeatureIO(shape=GRID, dims=("y", "x", "channel"))}),
         tasks=("go there", "go away"),
         labels=LABELS.get(head, ()),
+        text=TEXTS.get(head),
     )
+
+
+def text_rows(io: HeadIO) -> TextRows:
+    """Rows of a text store for the instructions of `io`: 2 tokens, 3 tokens, …, padded on the store's side."""
+    assert io.text is not None
+    L, K = io.text.length, len(io.tasks)
+    count = torch.arange(K)[:, None] % (L - 1) + 2
+    mask = torch.arange(L).expand(K, L) < count
+    ids = (torch.arange(L) + 7 * torch.arange(1, K + 1)[:, None]) % 250 * mask
+    embedding = torch.randn(K, L, io.text.width, generator=torch.Generator().manual_seed(4)) * mask[..., None]
+    rows = TextRows(ids, mask, embedding)
+    return rows if io.text.side == "right" else TextRows(ids.flip(1), mask.flip(1), embedding.flip(1))
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +117,8 @@ def _show(
     count, cells = len(cell), math.prod(feature.layout)
     values = rng.normal(0, 0.1, (count, frames, *feature.shape)).astype(np.float32)
     flat = values.reshape(count, frames, feature.views, cells, feature.channels)
-    flat[np.arange(count), :, 0, cell * cells // 16] += 3.0
+    # In half of many channels: where all are the same, a LayerNorm over them sees nothing.
+    flat[np.arange(count), :, 0, cell * cells // 16, : feature.channels // 2 if feature.channels > 3 else None] += 3.0
     if places:
         flat += np.random.default_rng(1).normal(size=(cells, feature.channels)).astype(np.float32)
     return torch.from_numpy(values).half()
@@ -175,6 +198,8 @@ def toy_head(toy_batch: Callable[..., Batch]) -> Callable[..., HeadModel]:
         assert sample.state is not None
         actions, states = sample.action.flatten(0, 1).numpy(), sample.state.flatten(0, 1).numpy()
         model.fit_normalisers(np.resize(actions, (len(actions), io.action_dim)), states[:, : io.state_dim])
+        if io.text is not None:
+            model.fit_texts(text_rows(io))  # type: ignore[operator]
         for scaler in (module for module in model.modules() if isinstance(module, ChannelScaler)):
             scaler.fit(np.full(len(scaler.mean), 0.1), np.full(len(scaler.mean), 0.6))
         for seen in (module for module in model.modules() if isinstance(module, ObservationEncoder)):

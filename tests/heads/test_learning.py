@@ -56,7 +56,7 @@ def test_every_encoder_learns_where_things_are(
     assert times_better_than_the_mean_action(model, toy_batch, rows_of, 200, 3e-3) > 5
 
 
-@pytest.mark.parametrize(("name", "steps"), [("fm-mlp", 300), ("dp-mlp", 500)])
+@pytest.mark.parametrize(("name", "steps"), [("fm-mlp", 300), ("dp-mlp", 500), ("track-light", 300)])
 def test_sampled_actions_beat_the_mean_action_five_times(
     name: str, steps: int, toy_head: MakeHead, toy_batch: MakeBatch, rows_of: RowsOf
 ) -> None:
@@ -73,6 +73,7 @@ def test_sampled_actions_beat_the_mean_action_five_times(
         ("spatial-net", 300, 3e-3, {"use_task": False}),
         ("pi0-rgb", 300, 3e-3, {}),
         ("pi05-rays", 300, 4e-3, {"use_geom_prefix": False, "discrete_state": False}),
+        ("track-llm", 400, 3e-3, {"llm": "full"}),  # a frozen random one does not say which token was bright
     ],
 )
 def test_the_larger_nets_beat_the_mean_action_five_times(
