@@ -105,8 +105,12 @@ def require_augmentable(spec: BackboneSpec) -> None:
         raise UsageError(found, expected="a backbone that reads pictures alone")
 
 
-def draw(config: AugmentConfig, episode: str, frame: int, camera: str, copy: int) -> Adjustment:
-    """Return what copy 1, 2, … of a view is made with. The numbers come from a hash: no library's generator changes."""
+def draw(config: AugmentConfig, episode: str, frame: int, camera: str, copy: int | Sequence[int]) -> Adjustment:
+    """Return what copy 1, 2, … of a view is made with. The numbers come from a hash: no library's generator changes.
+
+    `copy` may be several numbers, where copies are not counted but drawn anew in every batch.
+    """
+    copy = copy if isinstance(copy, int) else list(copy)
     key = [config.seed, episode, frame if config.per == "frame" else None, camera, copy]
     words = np.frombuffer(hashlib.sha512(canonical(key)).digest(), "<u8")
     uniform = ((words >> np.uint64(11)) * 2.0**-53).tolist()  # 53 bits of each: 0 <= u < 1

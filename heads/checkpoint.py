@@ -39,6 +39,7 @@ class Artefact(Settings):
     """What a checkpoint keeps beside the weights: the resolved configuration and the stores' fingerprints.
 
     `frozen`: digests of the networks that the head runs without training them, whose weights stay where they were.
+    `online`: how pictures were shown to the backbones in the loop; empty where features came from the stores.
     """
 
     head: str
@@ -49,6 +50,7 @@ class Artefact(Settings):
     stores: tuple[StoreRecord, ...]
     training_episodes: int
     frozen: dict[str, str] = {}
+    online: dict[str, Any] = {}
     vla_version: str
 
 

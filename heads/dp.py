@@ -32,10 +32,12 @@ class DiffusionConfig(EncodedConfig):
     """Diffusion Policy's settings; defaults are the published ones.
 
     `net`: "unet" (the published 1-D U-Net) or "mlp" (a residual MLP: ten times faster on a CPU). `down_dims`: channels
-    of the U-Net's levels; (64, 128, 256) has 8 M parameters instead of 84 M. `cond_predict_scale`: FiLM with scale and
-    shift rather than shift alone. `hidden`, `layers`, `dropout`: of the MLP. `train_steps`: diffusion steps in
-    training. `sampler`, `sample_steps`: DDIM needs few steps (None: 16), DDPM all of them (None: `train_steps`).
-    `clip_sample`: keep each step's estimate of the action in [-1, 1], where `action_norm` "limits" puts actions.
+    of the U-Net's levels; (64, 128, 256) has 8 M parameters instead of 84 M. `kernel_size`, `n_groups`: of its
+    convolutions and their group normalisation. `diffusion_step_embed_dim`: width of the embedded diffusion step.
+    `cond_predict_scale`: FiLM with scale and shift rather than shift alone. `hidden`, `layers`, `dropout`: of the MLP.
+    `train_steps`: diffusion steps in training. `sampler`: "ddim" needs few steps, "ddpm" all of them. `sample_steps`:
+    steps that it takes (None: 16, or as many as `train_steps`). `clip_sample`: keep each step's estimate of the
+    action in [-1, 1], where `action_norm` "limits" puts actions.
     """
 
     n_obs: int = Field(2, ge=1)

@@ -40,7 +40,7 @@ class HeadConfig(Settings):
 
     `n_obs`: observed frames, the present one last. `horizon`: actions predicted. `n_action`: actions executed before
     the next decision. `action_norm`: "limits" maps each dimension's range to [-1, 1] (what diffusion with clipping
-    needs), "quantile" its 1st to 99th percentile, "zscore" mean and deviation. `state_norm`: likewise for the state.
+    needs), "quantile" its 1st to 99th percentile, "zscore" mean and deviation. `state_norm`: the same for the state.
     `norm_stats`: openpi's norm_stats.json, for both instead of the training split; then with "zscore" or "quantile".
     """
 

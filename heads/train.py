@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from vla.heads.evaluate import action_error
 from vla.heads.model import HeadModel
 from vla.heads.registry import head_class
 from vla.heads.storage import largest_scales
+from vla.heads.tensor_batches import TensorBatches
 from vla.stores.fingerprint import digest
 from vla.stores.settings import Settings
 from vla.training.config import TrainConfig
@@ -35,15 +36,36 @@ class HeadTrainConfig(Settings):
     train: TrainConfig = TrainConfig()
 
 
+class Supplier(Protocol):
+    """Gives training windows their features where they do not come from the stores: rollout/online.py."""
+
+    identity: Mapping[str, Any]
+    """What its features depend on beyond the stores' fingerprints, JSON-able; kept in every checkpoint."""
+
+    def open(self, data: HeadData, model: HeadModel) -> None:
+        """Make ready, before the first step. Raises where the features that the head reads cannot be supplied."""
+        ...
+
+    def supply(self, windows: TensorBatches, first: int, stride: int) -> Iterator[Batch]:
+        """Yield the batches first, first + stride, … of a stream without features, with them."""
+        ...
+
+
 def train_head(
     config: HeadTrainConfig,
     run_dir: Path,
     *,
     resume: bool = False,
     overwrite: bool = False,
+    supplier: Supplier | None = None,
+    begun: Callable[[HeadModel], None] = lambda model: None,
     progress: Progress = lambda step, total, metrics: None,
 ) -> FitReport:
-    """Train a head into `run_dir`. Raises what opening the stores, building the head and `fit` raise."""
+    """Train a head into `run_dir`. Raises what opening the stores, building the head and `fit` raise.
+
+    `supplier` gives the training batches their features; statistics and validation read the stores all the same.
+    `begun` is called with the head before the first step.
+    """
     config = with_head_defaults(config)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
@@ -54,11 +76,23 @@ def train_head(
         model.prepare(data)
     seed_everything(config.train.seed)
     pin = config.train.device != "cpu" and torch.cuda.is_available()
+    stored = supplier is None
+    if supplier is not None:
+        supplier.open(data, model)
     batches = data.batches(
-        data.training, model.config.window, config.train.batch_size, pin=pin, augment=True, reads=model.reads
+        data.training,
+        model.config.window,
+        config.train.batch_size,
+        pin=pin,
+        augment=stored,
+        reads=model.reads if stored else {},
     )
+    identity = {} if supplier is None else supplier.identity
+    begun(model)
 
     def stream(first: int, stride: int) -> Iterator[Batch]:
+        if supplier is not None:
+            return supplier.supply(batches, first, stride)
         shuffled = batches.shuffled(config.train.seed, first)
         return shuffled if stride == 1 else itertools.islice(shuffled, 0, None, stride)
 
@@ -71,7 +105,7 @@ def train_head(
         stream,
         config.train,
         run_dir,
-        artefact=artefact_of(config, model, data).model_dump(mode="json"),
+        artefact=artefact_of(config, model, data, identity).model_dump(mode="json"),
         validate=validate if len(data.validation) else None,
         param_groups=model.param_groups(config.train.lr),
         resume=resume,
@@ -90,8 +124,8 @@ def with_head_defaults(config: HeadTrainConfig) -> HeadTrainConfig:
     return config.model_copy(update={"train": train})
 
 
-def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData) -> Artefact:
-    """Collect what the checkpoint keeps beside the weights."""
+def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData, online: Mapping[str, Any]) -> Artefact:
+    """Collect what the checkpoint keeps beside the weights. `online`: the identity of a supplier; {} without one."""
     masks = {f"{name}_mask" for name, feature in data.io.features.items() if feature.masked}
     held = data.io.features.keys() | masks
     texts = () if data.texts is None else (data.texts.store,)
@@ -118,4 +152,5 @@ def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData) -> Ar
         training_episodes=len(data.training),
         vla_version=__version__,
         frozen={name: frozen.digest for name, frozen in model.frozen.items()},
+        online=dict(online),
     )

@@ -1,0 +1,29 @@
+"""Options that several commands have, in the same words everywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Source = Annotated[
+    str | None, typer.Option("--source", help="Raw demonstrations: a folder, or synthetic. Left out: examples/push.")
+]
+Config = Annotated[Path | None, typer.Option("--config", help="TOML or JSON file with any setting.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="One setting, such as --set batch_size=32.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, the log on stderr.")]
+Map = Annotated[list[str] | None, typer.Option("--map", help="OURS=THEIRS, such as action=actions.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable episodes out; count them.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")]
+Steps = Annotated[int | None, typer.Option(help="Optimiser steps.")]
+Run = Annotated[Path, typer.Argument(help="A run of `vla train-head`, or one checkpoint.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an earlier run left.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+
+
+def as_set(short: Mapping[str, Any]) -> list[str]:
+    """Return short options, by the settings that they are short for, as `--set` takes them; None is not given."""
+    return [f"{key}={json.dumps(value)}" for key, value in short.items() if value is not None and value != []]
