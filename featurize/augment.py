@@ -54,6 +54,7 @@ class AugmentConfig(Settings):
     `rotate`: degrees either way. `brightness`, `contrast`, `saturation`: factors [low, high], 1 changes nothing.
     Everything is drawn uniformly. `colour_only`: cameras with one of these in their name are neither cropped nor
     turned, as in openpi: a camera on the wrist sees the gripper at one place, and the scene relative to it.
+    `seed`: of all that is drawn.
 
     `per`: "episode" draws once for all frames of an episode (each camera for itself), "frame" anew for each. The
     default is "episode": a head that reads two frames sees speed in their difference, and so does a backbone that looks

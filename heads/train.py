@@ -118,7 +118,7 @@ def with_head_defaults(config: HeadTrainConfig) -> HeadTrainConfig:
     """Fill in what the head is best trained with, wherever `train` was not set explicitly."""
     explicit = config.train.model_dump(include=config.train.model_fields_set)
     defaults = head_class(config.head).train_defaults
-    if explicit.get("steps", math.inf) <= explicit.get("warmup_steps", defaults.get("warmup_steps", 0)):
+    if explicit.get("steps", math.inf) <= (explicit.get("warmup_steps", defaults.get("warmup_steps")) or 0):
         defaults = {key: value for key, value in defaults.items() if key != "warmup_steps"}
     train = TrainConfig.build({**defaults, **explicit}, where="train")
     return config.model_copy(update={"train": train})

@@ -277,9 +277,11 @@ def open_demonstrations(store: Store, place: str | None = None) -> Source:
     root = str(provenance["source"])
     if place is None and recognise(Path(root.partition(", ")[0])) == "store":
         return open_demonstrations(open_store(root.partition(", ")[0]))
-    given = provenance["backbone"].get("source", {"map": fingerprint["mapping"], "options": {}})
-    kind = fingerprint["kind"]
-    named = given.get("given", kind) if kind in SOURCES and not SOURCES[kind].markers else f"{kind}:{root}"
+    given = provenance["backbone"].get("source", {"given": root, "map": fingerprint["mapping"], "options": {}})
+    kind, colon, _ = str(given["given"]).partition(":")
+    named = root
+    if kind in SOURCES:  # said by name: made up, or of several layouts that the folder could have
+        named = f"{kind}:{root}" if SOURCES[kind].markers and colon else given["given"]
     fix = "--set online.source=DIR"
     try:
         source = open_source(place or named, map=given["map"], **given["options"])
