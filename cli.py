@@ -371,6 +371,27 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="File .pt2; what its inputs are goes to the .json beside it.")],
+    batch: Annotated[int, typer.Option(min=1, help="Observations at once.")] = 1,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Write a head as one file for torch.export: sampler and normalisation inside. --set sampler=…, sample_steps=…."""
+    from vla.heads.checkpoint import load_head
+    from vla.heads.export import export_head
+    from vla.stores.settings import set_dotted
+
+    changes: dict[str, Any] = {}
+    for text in set_ or ():
+        set_dotted(changes, text)
+    made = export_head(load_head(run), out, changes=changes, batch=batch)
+    said = f"inputs {', '.join(made['inputs'])}; largest difference to the live head {made['largest_difference']:.1g}"
+    reports.show_made(out, made, said, as_json)
+
+
+@app.command()
 def rollout(
     run: Run,
     env: Annotated[str, typer.Option(help="Such as metaworld:push-v3.")],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from vla.heads.model import HeadConfig, HeadModel
 from vla.heads.registry import head_class
 from vla.stores.errors import CheckpointError, UsageError
 from vla.stores.manifest import FeatureInfo
-from vla.stores.settings import Settings
+from vla.stores.settings import Settings, nearest
 from vla.training.checkpoint import load_checkpoint
 
 
@@ -73,6 +74,22 @@ def build_head(name: str, values: dict[str, Any], io: HeadIO) -> HeadModel:
     """Build an untrained head. Raises `UsageError` for unknown names, keys and values."""
     cls = head_class(name)
     return cls(cls.Config.build(values, where=f"head {name!r}"), io)
+
+
+SAMPLING = ("sampler", "sample_steps", "n_action")
+"""Settings that a trained head may be given anew: its weights and statistics do not depend on them."""
+
+
+def with_sampling(head: TrainedHead, changes: Mapping[str, Any]) -> TrainedHead:
+    """Return a trained head with another sampler. Raises `UsageError` for settings that are none of `SAMPLING`."""
+    wrong = next((name for name in changes if name not in SAMPLING), None)
+    if wrong is not None:
+        raise UsageError(f"{wrong!r} of a trained head{nearest(wrong, SAMPLING)}", expected=", ".join(SAMPLING))
+    artefact = head.artefact.model_copy(update={"config": {**head.artefact.config, **changes}})
+    model = build_head(artefact.head, artefact.config, artefact.io)
+    model.load_state_dict(head.model.state_dict())
+    model.frozen = head.model.frozen
+    return TrainedHead(model.eval(), artefact, head.step, head.folder)
 
 
 def load_head(path: Path, *, which: str = "newest") -> TrainedHead:

@@ -9,6 +9,7 @@ other (16 of 100 steps shift a Gaussian's mean by 1 %; tests/heads/test_dp.py).
 
 from __future__ import annotations
 
+import functools
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from vla.heads.batch import Batch, HeadIO
 from vla.heads.encoded import EncodedConfig, EncodedHead
-from vla.heads.model import MAX_LAYERS, HeadConfig, noise_like, real_dims
+from vla.heads.model import MAX_LAYERS, HeadConfig, noise_like, real_dims, require_own_draws
 from vla.heads.nets.residual_mlp import ResidualMLP
 from vla.heads.nets.unet1d import ConditionalUnet1D, check_sizes
 from vla.stores.errors import UsageError
@@ -116,13 +117,16 @@ class DiffusionHead(EncodedHead):
         """Denoise from x_T ~ N(0, I)."""
         config, cond = self.config, self.encoder.frames(batch).flatten(1)
         steps = sampling_steps(config.train_steps, config.steps)
-        scheduler = noise_schedule(config.train_steps, clip_sample=config.clip_sample)
-        scheduler.set_timesteps(timesteps=steps, device=cond.device)
-        abar = scheduler.alphas_cumprod.tolist()
+        abar = signal_shares(config.train_steps)
+        scheduler = None
+        if config.sampler == "ddpm":
+            require_own_draws(generator, "DDPM, which draws in every step")
+            scheduler = noise_schedule(config.train_steps, clip_sample=config.clip_sample)
+            scheduler.set_timesteps(timesteps=steps, device=cond.device)
         x = real_dims(batch, noise_like((len(batch), config.horizon, self.io.action_dim), cond, generator))
         for k, previous in zip(steps, [*steps[1:], None], strict=True):
             eps = self.net(x, torch.full((len(batch),), k, device=x.device), cond)
-            if config.sampler == "ddpm":
+            if scheduler is not None:
                 x = scheduler.step(eps, k, x, generator=generator).prev_sample
             else:
                 x = ddim_step(eps, x, abar[k], 1.0 if previous is None else abar[previous], clip=config.clip_sample)
@@ -141,6 +145,12 @@ def noise_schedule(train_steps: int, *, clip_sample: bool = True) -> Any:
         clip_sample=clip_sample,
         prediction_type="epsilon",
     )
+
+
+@functools.cache
+def signal_shares(train_steps: int) -> tuple[float, ...]:
+    """Return abar_k of the schedule: the share of the variance of x_k that is the action's."""
+    return tuple(noise_schedule(train_steps).alphas_cumprod.tolist())
 
 
 def sampling_steps(train_steps: int, count: int) -> list[int]:

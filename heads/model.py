@@ -5,7 +5,7 @@ Heads that read whatever features there are through an observation encoder build
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -79,6 +79,9 @@ class HeadModel(nn.Module):
     train_defaults: ClassVar[dict[str, Any]] = {}
     """What this head is trained with where nothing else is said, over `TrainConfig`'s own defaults."""
 
+    not_exported: ClassVar[str] = ""
+    """Why `vla export` cannot write this head; empty where it can."""
+
     def __init__(self, config: HeadConfig, io: HeadIO) -> None:
         super().__init__()
         check_needs(type(self).__name__, self.needs(config), io)
@@ -147,10 +150,14 @@ class HeadModel(nn.Module):
         try:
             if training:
                 self.eval()
-            chunk = real_dims(batch, self.action.inverse(self.sample(batch, generator)))
+            return self.decide(batch, generator, whole=whole)
         finally:
             if training:
                 self.train()
+
+    def decide(self, batch: Batch, generator: torch.Generator | None, *, whole: bool = False) -> Tensor:
+        """Return what `act` does, in the mode that the module is in and unchecked: what export.py records."""
+        chunk = real_dims(batch, self.action.inverse(self.sample(batch, generator)))
         return chunk if whole else chunk[:, -self.config.action_offset :]
 
     def check(self, batch: Batch) -> None:
@@ -249,6 +256,36 @@ def repeat_edges(action: Tensor, valid: Tensor) -> Tensor:
     return action.gather(1, source[..., None].expand_as(action))
 
 
+class GivenNoise(torch.Generator):
+    """A generator for `noise_like` that gives noise drawn elsewhere, in order; without any it draws, and keeps it."""
+
+    def __new__(cls, noise: Sequence[Tensor] | None = None) -> Self:
+        """Make a generator; `noise` is not its seed."""
+        return super().__new__(cls)
+
+    def __init__(self, noise: Sequence[Tensor] | None = None) -> None:
+        super().__init__()
+        self.noise: list[Tensor] = [] if noise is None else list(noise)
+        self._waiting = None if noise is None else list(noise)
+
+    def take(self, shape: tuple[int, ...], reference: Tensor) -> Tensor:
+        """Return the next noise, of that shape."""
+        if self._waiting is not None:
+            return self._waiting.pop(0)
+        self.noise.append(torch.randn(shape, device=reference.device))
+        return self.noise[-1]
+
+
 def noise_like(shape: tuple[int, ...], reference: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw standard normal noise on the device of `reference`."""
+    if isinstance(generator, GivenNoise):
+        return generator.take(shape, reference)
     return torch.randn(shape, device=reference.device, generator=generator)
+
+
+def require_own_draws(generator: torch.Generator | None, what: str) -> None:
+    """Raise `UsageError` where the noise of a sampler that draws by itself is given: see export.py."""
+    if isinstance(generator, GivenNoise):
+        raise UsageError(
+            f"the sampler is {what}", expected="one that begins with its only noise", fix="--set sampler=ddim"
+        )
