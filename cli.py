@@ -22,14 +22,18 @@ from vla.terminal.options import (
     Overwrite,
     Resume,
     Run,
+    Scheduler,
     Set,
     SkipBad,
     Source,
     Steps,
+    UnitIndex,
+    Workers,
+    Yes,
     as_set,
 )
 from vla.terminal.output import emit, figures, open_log, show_facts, show_plan
-from vla.terminal.progress import show_progress, show_training
+from vla.terminal.progress import show_progress, show_training, show_workers
 
 app = typer.Typer(
     help="Run a frozen backbone once over demonstrations; train heads from the cache; act.",
@@ -55,7 +59,11 @@ def featurize(
     ] = None,
     mapping: Map = None,
     skip_bad: SkipBad = False,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    unit_index: UnitIndex = None,
     dry_run: DryRun = False,
+    yes: Yes = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
     config: Config = None,
@@ -63,7 +71,8 @@ def featurize(
     as_json: Json = False,
 ) -> None:
     """Run a frozen backbone over demonstrations, once, into a store."""
-    from vla.featurize.job import FeaturizeConfig, prepare, run
+    from vla.featurize.job import FeaturizeConfig, prepare
+    from vla.featurize.launch import Where, launch, outlook
     from vla.stores.memory import keep_freed_memory
     from vla.stores.settings import read_pairs
 
@@ -78,9 +87,10 @@ def featurize(
         map=read_pairs(mapping),
         skip_bad=skip_bad or None,
     )
+    where = Where(workers, scheduler, unit_index)
     job = prepare(settings)
     root = f"{out.rstrip('/')}/{name or settings.backbone}" if "://" in out else Path(out, name or settings.backbone)
-    plan = job.plan.to_json() | {"out": str(root)}
+    plan = job.plan.to_json() | {"out": str(root), **outlook(job, root, where)}
     log = open_log()
     if dry_run:
         show_plan(plan, as_json)
@@ -89,8 +99,8 @@ def featurize(
         show_plan(plan, False)
     if job.plan.manifest.random_weights:
         log.print("[bold red]RANDOM WEIGHTS: these features test the pipeline, they carry no knowledge.[/]")
-    with show_progress("featurize", "frames") as progress:
-        report = run(job, root, resume=resume, overwrite=overwrite, progress=progress)
+    with show_workers("featurize", "frames") as progress:
+        report = launch(job, root, where, resume=resume, overwrite=overwrite, accept=yes, progress=progress)
     reports.show_featurized(root, report.to_json(), {**job.plan.skipped, **report.skipped}, as_json)
 
 
@@ -123,11 +133,8 @@ def import_(
     with show_progress("import", "frames") as progress:
         report = run(job, out, resume=resume, overwrite=overwrite, progress=progress)
     left_out = {**job.plan.skipped, **report.skipped}
-    if as_json:
-        emit({**report.__dict__, "skipped": left_out, "out": str(out)})
-        return
-    open_log().print(f"{out}: {report.frames} frames in {report.units} units; {len(left_out)} episodes left out")
-    reports.show_left_out(left_out)
+    said = f"{report.frames} frames in {report.units} units; {len(left_out)} episodes left out"
+    reports.show_made(out, {**report.__dict__, "skipped": left_out, "out": str(out)}, said, as_json, left_out)
 
 
 @app.command()
@@ -153,10 +160,7 @@ def inspect(
     facts = describe(store)
     if norm_stats is not None:
         write_norm_stats(norm_stats, norm_stats_of(open_store(store)))
-    if as_json:
-        emit(facts)
-        return
-    show_facts(facts)
+    emit(facts) if as_json else show_facts(facts)
 
 
 def _check_source(source: str, norm_stats: Path | None, mapping: list[str], set_: list[str], as_json: bool) -> None:
@@ -190,12 +194,9 @@ def verify(
         report = verify_store(store, progress)
     if as_json:
         emit(report.to_json())
-    elif not report.findings:
-        open_log().print(
-            f"{store}: sound; {report.files} files, {report.bytes / 2**20:.1f} MiB compared with their commits"
-        )
     else:
-        reports.show_findings(report.findings)
+        sound = f"{store}: sound; {report.files} files, {report.bytes / 2**20:.1f} MiB compared with their commits"
+        reports.show_findings(report.findings or [sound])
     if report.findings:
         raise typer.Exit(1)
 
@@ -364,10 +365,7 @@ def evaluate(
     head = load_head(run)
     error = evaluate_head(head, tuple(store) if store else None, seed=seed)
     facts = {"checkpoint": str(head.folder), "step": head.step, **error.to_json()}
-    if as_json:
-        emit(facts)
-        return
-    reports.show_errors(facts)
+    emit(facts) if as_json else reports.show_errors(facts)
 
 
 @app.command()
@@ -415,10 +413,8 @@ def rollout(
             report = roll_out(world, policy, episodes, seed=seed, video=video, progress=progress)
     finally:
         world.close()
-    if as_json:
-        emit(report.to_json())
-        return
-    open_log().print(f"{env}: success {report.success} (95 % Wilson interval); {figures(report.latency)}")
+    said = f"success {report.success} (95 % Wilson interval); {figures(report.latency)}"
+    reports.show_made(env, report.to_json(), said, as_json)
 
 
 @app.command()
@@ -442,10 +438,7 @@ def action_dims(
         skip_bad=skip_bad or None,
     )
     tasks = measure(settings)
-    if as_json:
-        emit(to_json(tasks))
-        return
-    reports.show_dims(group(tasks))
+    emit(to_json(tasks)) if as_json else reports.show_dims(group(tasks))
 
 
 @app.command()

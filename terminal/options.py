@@ -18,6 +18,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 Map = Annotated[list[str] | None, typer.Option("--map", help="OURS=THEIRS, such as action=actions.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable episodes out; count them.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")]
+Workers = Annotated[
+    int | None, typer.Option(metavar="N", help="Worker processes on this machine: one a GPU, or a group of cores.")
+]
+Scheduler = Annotated[str | None, typer.Option(help="tcp://HOST:PORT of a running dask cluster.")]
+UnitIndex = Annotated[
+    str | None, typer.Option("--unit-index", metavar="I/N", help="Share I of N, for one job of an array.")
+]
+Yes = Annotated[bool, typer.Option("--yes", help="Write whatever the disk seems to have room for.")]
 Steps = Annotated[int | None, typer.Option(help="Optimiser steps.")]
 Run = Annotated[Path, typer.Argument(help="A run of `vla train-head`, or one checkpoint.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an earlier run left.")]

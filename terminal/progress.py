@@ -44,6 +44,18 @@ def show_progress(title: str, unit: str, *, extra: bool = False) -> Iterator[Pro
 
 
 @contextmanager
+def show_workers(title: str, unit: str) -> Iterator[Callable[[Mapping[str, int], int], None]]:
+    """Like `show_progress`, from what each worker has done: a row a worker on a terminal, where there are several."""
+    with show_progress(title, unit, extra=True) as progress:
+
+        def show(done: Mapping[str, int], total: int) -> None:
+            each = ", ".join(f"worker {name}: {count}" for name, count in done.items() if name)
+            progress(sum(done.values()), total, each if len(done) > 1 else "")
+
+        yield show
+
+
+@contextmanager
 def show_training() -> Iterator[Callable[[int, int, Mapping[str, float]], None]]:
     """Like `_progress`, with loss, speed and data wait of the last log line beside the bar."""
     shown = ("loss", "action_mae", "sim_gap", "steps_per_s", "data_wait_share")
@@ -55,13 +67,14 @@ def show_training() -> Iterator[Callable[[int, int, Mapping[str, float]], None]]
 
 def _line_by_line(title: str, unit: str, console: Console) -> Progress:
     began = last = time.monotonic()
+    said = False
 
     def show(done: int, total: int, text: str = "") -> None:
-        nonlocal last
+        nonlocal last, said
         now = time.monotonic()
-        if now - last < LOG_SECONDS and done < total:
+        if said or (now - last < LOG_SECONDS and done < total):
             return
-        last = now
+        last, said = now, done >= total
         rate = done / max(now - began, 1e-9)
         left = f"{(total - done) / max(rate, 1e-9):.0f} s left"
         console.print(f"{title}: {done}/{total} {unit}, {rate:.1f}/s, {left} {text}".rstrip())

@@ -35,16 +35,23 @@ def show_featurized(root: str | Path, report: Mapping[str, Any], left_out: Mappi
         return
     if report["units"]:
         busy = ", ".join(f"{stage} {share:.0%}" for stage, share in report["busy"].items())
-        made = f"{report['frames']} frames in {report['units']} units, {report['frames_per_s']:.1f} frames/s ({busy})"
+        made = f"{report['frames']} frames in {report['units']} units, {report['frames_per_s']:.1f} frames/s ("
+        made += f"{busy}; bottleneck: {report['bottleneck']})"
         open_log().print(f"{root}: {made}")
     else:
-        open_log().print(f"{root}: was complete")
+        open_log().print(f"{root}: nothing was missing")
     show_left_out(left_out)
 
 
-def show_made(out: Path, made: Mapping[str, Any], said: str, as_json: bool) -> None:
-    """Print what a command made at `out`: `said` in words, or `made` as JSON."""
-    emit(made) if as_json else open_log().print(f"{out}: {said}")
+def show_made(
+    out: Path | str, made: Mapping[str, Any], said: str, as_json: bool, left_out: Mapping[str, str] | None = None
+) -> None:
+    """Print what a command made at `out`: `said` in words, and what it left out; or `made` as JSON."""
+    if as_json:
+        emit(made)
+        return
+    open_log().print(f"{out}: {said}")
+    show_left_out(left_out or {})
 
 
 def show_trained(run: Path, step: int, metrics: Mapping[str, float], facts: Mapping[str, Any], as_json: bool) -> None:
