@@ -16,7 +16,9 @@ from vla.terminal import reports
 from vla.terminal.help import HeadHelp
 from vla.terminal.options import (
     Config,
+    Copies,
     DryRun,
+    Dtype,
     Json,
     Map,
     Overwrite,
@@ -51,12 +53,8 @@ def featurize(
     weights: Annotated[str | None, typer.Option(help="Folder, hub id, or random.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the store. Left out: the backbone's.")] = None,
     format_: Annotated[str | None, typer.Option("--format", help="zarr (the default), or h5: a file a unit.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float16, bfloat16, float32, int8. Left out: the backbone's.")
-    ] = None,
-    augment: Annotated[
-        int | None, typer.Option(metavar="K", help="Cache K augmented copies of each frame for training.")
-    ] = None,
+    dtype: Dtype = None,
+    augment: Copies = None,
     mapping: Map = None,
     skip_bad: SkipBad = False,
     workers: Workers = None,
@@ -92,11 +90,10 @@ def featurize(
     root = f"{out.rstrip('/')}/{name or settings.backbone}" if "://" in out else Path(out, name or settings.backbone)
     plan = job.plan.to_json() | {"out": str(root), **outlook(job, root, where)}
     log = open_log()
-    if dry_run:
+    if dry_run or not as_json:
         show_plan(plan, as_json)
+    if dry_run:
         return
-    if not as_json:
-        show_plan(plan, False)
     if job.plan.manifest.random_weights:
         log.print("[bold red]RANDOM WEIGHTS: these features test the pipeline, they carry no knowledge.[/]")
     with show_workers("featurize", "frames") as progress:
@@ -192,11 +189,8 @@ def verify(
         return
     with show_progress("verify", "units") as progress:
         report = verify_store(store, progress)
-    if as_json:
-        emit(report.to_json())
-    else:
-        sound = f"{store}: sound; {report.files} files, {report.bytes / 2**20:.1f} MiB compared with their commits"
-        reports.show_findings(report.findings or [sound])
+    sound = f"{store}: sound; {report.files} files, {report.bytes / 2**20:.1f} MiB compared with their commits"
+    emit(report.to_json()) if as_json else reports.show_findings(report.findings or [sound])
     if report.findings:
         raise typer.Exit(1)
 
@@ -303,14 +297,11 @@ def train_head(
     settings = kind.from_sources(config, [*as_set(short), *(set_ or ())], head=head)
     run_dir = out or Path("runs") / "-".join([head, *(Path(path).name for path in settings.data.stores)])
     keep_freed_memory()
-    counts: dict[str, Any] = {}
-
-    def begun(model: Any) -> None:
-        counts.update(model.parameter_counts())
-        reports.show_parameters(counts)
-
+    counts: dict[str, tuple[int, int]] = {}
     with show_training() as progress:
-        report = run(settings, run_dir, resume=resume, overwrite=overwrite, begun=begun, progress=progress)
+        report = run(
+            settings, run_dir, resume=resume, overwrite=overwrite, begun=reports.counting(counts), progress=progress
+        )
     reports.show_trained(run_dir, report.step, report.metrics, {"parameters": counts}, as_json)
 
 
@@ -321,9 +312,7 @@ def distill(
     teacher: Annotated[str | None, typer.Option(help="Embeddings: a store, zarr arrays, or .npy files.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. Left out: runs/STUDENT.")] = None,
     steps: Steps = None,
-    skip_unpaired: Annotated[
-        bool, typer.Option("--skip-unpaired", help="Leave steps without an embedding out; count them.")
-    ] = False,
+    skip_unpaired: Annotated[bool, typer.Option("--skip-unpaired", help="Leave steps without one out.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Pair and print the plan, write nothing.")] = False,
     resume: Resume = False,
     overwrite: Overwrite = False,

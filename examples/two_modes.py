@@ -1,7 +1,7 @@
 """Two experts, one task: past an obstacle on the left or on the right. `dp` and `fm` keep both ways, `mlp` averages.
 
-A point stands below an obstacle and has to reach the goal above it. Half of the demonstrations pass it on the left, half
-on the right, from the same places; nothing that is observed tells which. The mean of both leads through the obstacle.
+A point stands below an obstacle and has to reach the goal above it. Half of the demonstrations pass it on the left,
+half on the right, from the same places; nothing that is observed tells which. The mean of both leads through it.
 
 `python examples/two_modes.py --out docs/two-modes.png` trains the three heads, prints how their paths pass the
 obstacle, and draws them. `--steps 200` is a quick look.
@@ -35,7 +35,7 @@ RADIUS = 0.35
 """Of the obstacle, which is at (0, 0); the experts pass it at about twice that distance."""
 
 HEADS: dict[str, dict[str, Any]] = {
-    "dp": {"n_obs": 1, "horizon": HORIZON, "n_action": 1, "net": "mlp", "hidden": 128, "encoder": {"dim": 32}},
+    "dp": {"n_obs": 1, "horizon": HORIZON, "n_action": 1, "down_dims": [32, 64], "encoder": {"dim": 32}},
     "fm": {"n_obs": 1, "horizon": HORIZON, "n_action": 1, "width": 128, "encoder": {"dim": 32}},
     "mlp": {"n_obs": 1, "horizon": HORIZON, "n_action": 1, "hidden": 128, "encoder": {"dim": 32}},
 }

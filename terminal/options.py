@@ -15,6 +15,8 @@ Source = Annotated[
 Config = Annotated[Path | None, typer.Option("--config", help="TOML or JSON file with any setting.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="One setting, such as --set batch_size=32.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, the log on stderr.")]
+Dtype = Annotated[str | None, typer.Option(help="float16, bfloat16, float32, int8. Left out: the backbone's.")]
+Copies = Annotated[int | None, typer.Option(metavar="K", help="Cache K augmented copies of each frame for training.")]
 Map = Annotated[list[str] | None, typer.Option("--map", help="OURS=THEIRS, such as action=actions.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable episodes out; count them.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,16 @@ def show_parameters(counts: Mapping[str, tuple[int, int]]) -> None:
     parts = [f"{name} {_short(total)}{_share(total, trains)}" for name, (total, trains) in counts.items()]
     total, trains = (sum(numbers) for numbers in zip(*counts.values(), strict=True)) if counts else (0, 0)
     open_log().print(f"parameters: {', '.join(parts)}; {_short(trains)} of {_short(total)} train", highlight=False)
+
+
+def counting(counts: dict[str, tuple[int, int]]) -> Callable[[Any], None]:
+    """Return what tells a head's parameters before its first step, and keeps them in `counts`."""
+
+    def begun(head: Any) -> None:
+        counts.update(head.parameter_counts())
+        show_parameters(counts)
+
+    return begun
 
 
 def _share(total: int, trains: int) -> str:
