@@ -71,6 +71,7 @@ def featurize(
     """Run a frozen backbone over demonstrations, once, into a store."""
     from vla.featurize.job import FeaturizeConfig, prepare
     from vla.featurize.launch import Where, launch, outlook
+    from vla.featurize.sources.registry import shipped
     from vla.stores.memory import keep_freed_memory
     from vla.stores.settings import read_pairs
 
@@ -80,7 +81,7 @@ def featurize(
         config,
         [*as_set(short), *(set_ or ())],
         backbone=backbone,
-        source=source or (None if config else str(_shipped())),
+        source=source or (None if config else str(shipped())),
         weights=weights,
         map=read_pairs(mapping),
         skip_bad=skip_bad or None,
@@ -298,10 +299,9 @@ def train_head(
     run_dir = out or Path("runs") / "-".join([head, *(Path(path).name for path in settings.data.stores)])
     keep_freed_memory()
     counts: dict[str, tuple[int, int]] = {}
+    begun = reports.counting(counts)
     with show_training() as progress:
-        report = run(
-            settings, run_dir, resume=resume, overwrite=overwrite, begun=reports.counting(counts), progress=progress
-        )
+        report = run(settings, run_dir, resume=resume, overwrite=overwrite, begun=begun, progress=progress)
     reports.show_trained(run_dir, report.step, report.metrics, {"parameters": counts}, as_json)
 
 
@@ -417,12 +417,13 @@ def action_dims(
 ) -> None:
     """Group the tasks of raw demonstrations by the size of action and state."""
     from vla.featurize.action_dims import DimsConfig, group, measure, to_json
+    from vla.featurize.sources.registry import shipped
     from vla.stores.settings import read_pairs
 
     settings = DimsConfig.from_sources(
         config,
         set_ or (),
-        source=source or (None if config else str(_shipped())),
+        source=source or (None if config else str(shipped())),
         map=read_pairs(mapping),
         skip_bad=skip_bad or None,
     )
@@ -452,16 +453,6 @@ def heads(
         return
     fields = [field.to_json() for field in head_fields(head)]
     emit(fields) if as_json else reports.show_fields(head, fields)
-
-
-def _shipped() -> Path:
-    """Return the data set that ships with a checkout."""
-    from vla.stores.errors import UsageError
-
-    path = Path(__file__).parent / "examples" / "push"
-    if not path.is_dir():
-        raise UsageError("no --source given", expected="a folder of demonstrations", fix="--source DIR")
-    return path
 
 
 def main() -> NoReturn:
