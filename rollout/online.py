@@ -193,8 +193,7 @@ class OnlineFeatures:
     def _prepared(self, windows: TensorBatches, first: int, stride: int) -> Iterator[tuple[Batch, list[_Ready]]]:
         """Yield batches without features, and the inputs of the backbones for each."""
         numbers = itertools.count(first, stride)
-        every = itertools.islice(windows.shuffled(self._seed, first), 0, None, stride)
-        for number, batch in zip(numbers, every, strict=False):
+        for number, batch in zip(numbers, windows.shuffled(self._seed, first, stride), strict=False):
             rows = windows.observed(self._seed, number)
             yield batch, [self._read(live, rows, number) for live in self._live]
 
