@@ -41,8 +41,10 @@ from vla.training.loop import seed_everything
 
 BATCH = 64
 SOURCE = "synthetic:episodes=4,length=[24,32],cameras=1"
-MODELS: dict[str, dict[str, Any]] = {"dp": {"dp": {}, "dp, net=mlp": {"net": "mlp"}}}
-"""Settings in which a head is measured, where there is more than its defaults."""
+MODELS: dict[str, dict[str, Any]] = {
+    "dp": {"dp, net=mlp": {"net": "mlp"}, "dp, down_dims=[64,128,256]": {"down_dims": [64, 128, 256]}, "dp": {}}
+}
+"""Settings in which a head is measured, where there is more than its defaults; `--quick` takes the first."""
 
 SAMPLING_STEPS = (1, 2, 4, 10, 16)
 SAMPLERS: dict[str, list[dict[str, Any]]] = {
@@ -88,7 +90,7 @@ def measure_head(head: str, model: dict[str, Any], quick: bool) -> dict[str, Any
         except (VlaError, ImportError) as error:
             return {"left_out": str(error)}
         figures: dict[str, Any] = {"features": list(built.reads), "parameters": built.parameter_counts()}
-        figures |= _training(built, data, 10 if quick else 60)
+        figures |= _training(built, data, 5 if quick else 30)
         figures["peak_mb"] = _peak_mb() - before
         devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
         for device in devices:
@@ -184,7 +186,8 @@ def main() -> None:
     """Measure and report."""
     options = measure.arguments(__doc__, samplers="the table of samplers alone")
     figures: dict[str, Any] = {}
-    chosen = [] if options.samplers else [(h, row, model) for h in HEADS for row, model in _rows(h).items()]
+    rows = {head: MODELS.get(head, {head: {}}) for head in HEADS if not options.samplers}
+    chosen = [(h, row, m) for h, of in rows.items() for row, m in list(of.items())[: 1 if options.quick else None]]
     for head, row, model in chosen:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             figures[row] = pool.submit(measure_head, head, model, options.quick).result()
@@ -192,10 +195,6 @@ def main() -> None:
     store = store_of("toy", "toy-14x14x112", grid=14, channels=112) if options.quick else store_of("efficientnet")
     table = {head: samplers(head, store, 40 if options.quick else 4000) for head in SAMPLERS}
     measure.report({"heads": figures, "samplers": table, "store": store.name}, as_json=options.json)
-
-
-def _rows(head: str) -> dict[str, dict[str, Any]]:
-    return MODELS.get(head, {head: {}})
 
 
 if __name__ == "__main__":
