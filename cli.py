@@ -5,7 +5,6 @@ Exit codes: 0 ok, 1 a check failed, 2 usage, 3 data, 4 environment, 130 interrup
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -13,7 +12,29 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from vla.terminal.output import emit, figures, list_entries, open_log, show_facts, show_plan, show_rows
+from vla.terminal import reports
+from vla.terminal.help import HeadHelp
+from vla.terminal.options import (
+    Config,
+    Copies,
+    DryRun,
+    Dtype,
+    Json,
+    Map,
+    Overwrite,
+    Resume,
+    Run,
+    Scheduler,
+    Set,
+    SkipBad,
+    Source,
+    Steps,
+    UnitIndex,
+    Workers,
+    Yes,
+    as_set,
+)
+from vla.terminal.output import emit, figures, open_log, show_facts, show_plan
 from vla.terminal.progress import show_progress, show_training, show_workers
 
 app = typer.Typer(
@@ -22,15 +43,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Source = Annotated[
-    str | None, typer.Option("--source", help="Raw demonstrations: a folder, or synthetic. Left out: examples/push.")
-]
-Config = Annotated[Path | None, typer.Option("--config", help="TOML, JSON or YAML file with any setting.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="One setting, such as --set batch_size=32.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, the log on stderr.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with what an earlier run left.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 
 @app.command()
@@ -41,23 +53,15 @@ def featurize(
     weights: Annotated[str | None, typer.Option(help="Folder, hub id, or random.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the store. Left out: the backbone's.")] = None,
     format_: Annotated[str | None, typer.Option("--format", help="zarr (the default), or h5: a file a unit.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float16, bfloat16, float32, int8. Left out: the backbone's.")
-    ] = None,
-    augment: Annotated[
-        int | None, typer.Option(metavar="K", help="Cache K augmented copies of each frame for training.")
-    ] = None,
-    mapping: Annotated[list[str] | None, typer.Option("--map", help="OURS=THEIRS, such as action=actions.")] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable episodes out; count them.")] = False,
-    workers: Annotated[
-        int | None, typer.Option(metavar="N", help="Worker processes on this machine: one a GPU, or a group of cores.")
-    ] = None,
-    scheduler: Annotated[str | None, typer.Option(help="tcp://HOST:PORT of a running dask cluster.")] = None,
-    unit_index: Annotated[
-        str | None, typer.Option("--unit-index", metavar="I/N", help="Share I of N, for one job of an array.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Write whatever the disk seems to have room for.")] = False,
+    dtype: Dtype = None,
+    augment: Copies = None,
+    mapping: Map = None,
+    skip_bad: SkipBad = False,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+    unit_index: UnitIndex = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
     config: Config = None,
@@ -67,19 +71,19 @@ def featurize(
     """Run a frozen backbone over demonstrations, once, into a store."""
     from vla.featurize.job import FeaturizeConfig, prepare
     from vla.featurize.launch import Where, launch, outlook
+    from vla.featurize.sources.registry import shipped
     from vla.stores.memory import keep_freed_memory
+    from vla.stores.settings import read_pairs
 
     keep_freed_memory()
-    pairs = dict(_pair(text) for text in mapping) if mapping else None
-    short = (("store.format", format_), ("store.dtype", dtype), ("augment.copies", augment))
-    stored = [f"{key}={value}" for key, value in short if value is not None]
+    short = {"store.format": format_, "store.dtype": dtype, "augment.copies": augment}
     settings = FeaturizeConfig.from_sources(
         config,
-        [*stored, *(set_ or ())],
+        [*as_set(short), *(set_ or ())],
         backbone=backbone,
-        source=source or (None if config else str(_shipped())),
+        source=source or (None if config else str(shipped())),
         weights=weights,
-        map=pairs,
+        map=read_pairs(mapping),
         skip_bad=skip_bad or None,
     )
     where = Where(workers, scheduler, unit_index)
@@ -87,29 +91,15 @@ def featurize(
     root = f"{out.rstrip('/')}/{name or settings.backbone}" if "://" in out else Path(out, name or settings.backbone)
     plan = job.plan.to_json() | {"out": str(root), **outlook(job, root, where)}
     log = open_log()
-    if dry_run:
+    if dry_run or not as_json:
         show_plan(plan, as_json)
+    if dry_run:
         return
-    if not as_json:
-        show_plan(plan, False)
     if job.plan.manifest.random_weights:
         log.print("[bold red]RANDOM WEIGHTS: these features test the pipeline, they carry no knowledge.[/]")
     with show_workers("featurize", "frames") as progress:
         report = launch(job, root, where, resume=resume, overwrite=overwrite, accept=yes, progress=progress)
-    left_out = {**job.plan.skipped, **report.skipped}
-    if as_json:
-        emit({**report.to_json(), "skipped": left_out, "out": str(root)})
-        return
-    if report.units:
-        busy = ", ".join(f"{stage} {share:.0%}" for stage, share in report.busy.items())
-        log.print(
-            f"{root}: {report.frames} frames in {report.units} units, {report.frames_per_s:.1f} frames/s ({busy}; "
-            f"bottleneck: {report.bottleneck})"
-        )
-    else:
-        log.print(f"{root}: nothing was missing")
-    for episode, reason in left_out.items():
-        log.print(f"left out {episode}: {reason}")
+    reports.show_featurized(root, report.to_json(), {**job.plan.skipped, **report.skipped}, as_json)
 
 
 @app.command("import")
@@ -118,8 +108,8 @@ def import_(
     path: Annotated[Path, typer.Argument(help="The cache.")],
     out: Annotated[Path, typer.Option(help="Folder of the new store.")],
     source: Annotated[str | None, typer.Option(help="Demonstrations that give the actions a cache lacks.")] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable episodes out; count them.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
+    skip_bad: SkipBad = False,
+    dry_run: DryRun = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
     config: Config = None,
@@ -141,12 +131,8 @@ def import_(
     with show_progress("import", "frames") as progress:
         report = run(job, out, resume=resume, overwrite=overwrite, progress=progress)
     left_out = {**job.plan.skipped, **report.skipped}
-    if as_json:
-        emit({**report.__dict__, "skipped": left_out, "out": str(out)})
-        return
-    open_log().print(f"{out}: {report.frames} frames in {report.units} units; {len(left_out)} episodes left out")
-    for episode, reason in left_out.items():
-        open_log().print(f"left out {episode}: {reason}")
+    said = f"{report.frames} frames in {report.units} units; {len(left_out)} episodes left out"
+    reports.show_made(out, {**report.__dict__, "skipped": left_out, "out": str(out)}, said, as_json, left_out)
 
 
 @app.command()
@@ -154,7 +140,7 @@ def inspect(
     store: Annotated[str | None, typer.Argument(help="A store: folder or URL.")] = None,
     source: Annotated[str | None, typer.Option(help="Raw demonstrations to check instead: exit code 1 if bad.")] = None,
     norm_stats: Annotated[Path | None, typer.Option(help="Also write openpi's norm_stats.json here.")] = None,
-    mapping: Annotated[list[str] | None, typer.Option("--map", help="OURS=THEIRS, such as action=actions.")] = None,
+    mapping: Map = None,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
@@ -172,29 +158,18 @@ def inspect(
     facts = describe(store)
     if norm_stats is not None:
         write_norm_stats(norm_stats, norm_stats_of(open_store(store)))
-    if as_json:
-        emit(facts)
-        return
-    show_facts(facts)
+    emit(facts) if as_json else show_facts(facts)
 
 
 def _check_source(source: str, norm_stats: Path | None, mapping: list[str], set_: list[str], as_json: bool) -> None:
     from vla.featurize.check_source import CheckConfig, check_source
     from vla.stores.norm_stats import write_norm_stats
+    from vla.stores.settings import read_pairs
 
-    pairs = dict(_pair(text) for text in mapping)
     with show_progress("inspect", "episodes") as progress:
-        report = check_source(CheckConfig.from_sources(None, set_, source=source, map=pairs or None), progress)
-    if as_json:
-        emit(report.to_json())
-    else:
-        show_facts({name: fact for name, fact in report.facts.items() if name != "statistics"})
-        statistics = report.facts.get("statistics", {})
-        for name in ("action", "state"):
-            show_rows(name, statistics.get(name, []))
-        for finding in report.findings:
-            open_log().print(f"{finding.check}: {finding.found}", highlight=False, markup=False)
-        open_log().print(f"{source}: {len(report.findings) or 'no'} findings")
+        report = check_source(CheckConfig.from_sources(None, set_, source=source, map=read_pairs(mapping)), progress)
+    found = [f"{finding.check}: {finding.found}" for finding in report.findings]
+    emit(report.to_json()) if as_json else reports.show_check(report.facts, found, source)
     if report.findings:
         raise typer.Exit(1)
     if norm_stats is not None:
@@ -215,15 +190,8 @@ def verify(
         return
     with show_progress("verify", "units") as progress:
         report = verify_store(store, progress)
-    if as_json:
-        emit(report.to_json())
-    elif not report.findings:
-        open_log().print(
-            f"{store}: sound; {report.files} files, {report.bytes / 2**20:.1f} MiB compared with their commits"
-        )
-    else:
-        for finding in report.findings:
-            open_log().print(finding, highlight=False)
+    sound = f"{store}: sound; {report.files} files, {report.bytes / 2**20:.1f} MiB compared with their commits"
+    emit(report.to_json()) if as_json else reports.show_findings(report.findings or [sound])
     if report.findings:
         raise typer.Exit(1)
 
@@ -237,13 +205,8 @@ def _repair(store: str, as_json: bool) -> None:
     if as_json:
         emit(report.to_json())
         return
-    for finding in report.found.findings:
-        open_log().print(finding, highlight=False)
-    for path in report.removed:
-        open_log().print(f"removed {path}", highlight=False)
-    dropped = f"dropped units {ranges(report.dropped)}" if report.dropped else "nothing was damaged"
-    lacking = f"; units {ranges(report.pending)} are missing: the same `vla featurize` with --resume"
-    open_log().print(f"{store}: {dropped}; free of damage{lacking if report.pending else ''}")
+    dropped, missing = ranges(report.dropped), ranges(report.pending)
+    reports.show_repair(store, report.found.findings, report.removed, dropped, missing)
 
 
 @app.command()
@@ -262,10 +225,8 @@ def convert(
     options = ConvertOptions.build({"format": format_, "compression": compression}, where="vla convert")
     with show_progress("convert", "units") as progress:
         report = convert_store(store, out, options, resume=resume, overwrite=overwrite, progress=progress)
-    if as_json:
-        emit(report.to_json())
-        return
-    open_log().print(f"{out}: {report.rows} frames in {report.units} units, {report.bytes / 2**20:.1f} MiB, {format_}")
+    said = f"{report.rows} frames in {report.units} units, {report.bytes / 2**20:.1f} MiB, {format_}"
+    reports.show_made(out, report.to_json(), said, as_json)
 
 
 @app.command()
@@ -282,58 +243,40 @@ def record(
     as_json: Json = False,
 ) -> None:
     """Record a simulator's scripted expert, or draw recorded states, as a LeRobot v3.0 data set."""
-    from vla.rollout.record import record as run
-    from vla.rollout.recording_card import NOISE
+    shown: dict[str, Any] = {"cameras": camera, "image_size": image_size, "overwrite": overwrite}
+    with show_progress("record", "frames" if simulator == "robosuite" else "episodes") as progress:
+        if simulator == "robosuite":
+            if seed is not None or noise is not None:
+                from vla.stores.errors import UsageError
 
-    if simulator == "robosuite":
-        if seed is not None or noise is not None:
-            from vla.stores.errors import UsageError
+                found = "--seed or --noise with robosuite"
+                raise UsageError(found, expected="neither: human demonstrations are fixed")
+            from vla.rollout.replay import record_replay
 
-            raise UsageError("--seed or --noise with robosuite", expected="neither: human demonstrations are fixed")
-        _replay(task, out, as_json, episodes=episodes, cameras=camera, image_size=image_size, overwrite=overwrite)
-        return
-    with show_progress("record", "episodes") as progress:
-        report = run(
-            f"{simulator}:{task}",
-            100 if episodes is None else episodes,
-            out,
-            seed=seed or 0,
-            noise=NOISE if noise is None else noise,
-            cameras=camera,
-            image_size=image_size,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    if as_json:
-        emit(report.to_json())
-        return
-    dropped = len(report.failed_seeds)
-    open_log().print(
-        f"{out}: {report.episodes} episodes, {report.frames} frames; {dropped} failed attempts were dropped"
-    )
+            made: Any = record_replay(task, out, progress=progress, episodes=episodes, **shown)
+            said = f"in {made.seconds:.0f} s"
+        else:
+            from vla.rollout.record import record as run
+            from vla.rollout.recording_card import NOISE
+
+            how: dict[str, Any] = {"seed": seed or 0, "noise": NOISE if noise is None else noise, "progress": progress}
+            made = run(f"{simulator}:{task}", 100 if episodes is None else episodes, out, **how, **shown)
+            said = f"; {len(made.failed_seeds)} failed attempts were dropped"
+    said = f"{made.episodes} episodes, {made.frames} frames {said}".replace(" ;", ";")
+    reports.show_made(out, made.to_json(), said, as_json)
 
 
-def _replay(task: str, out: Path, as_json: bool, **options: Any) -> None:
-    from vla.rollout.replay import record_replay
-
-    with show_progress("record", "frames") as progress:
-        report = record_replay(task, out, progress=progress, **options)
-    if as_json:
-        emit(report.to_json())
-        return
-    open_log().print(f"{out}: {report.episodes} episodes, {report.frames} frames in {report.seconds:.0f} s")
-
-
-@app.command()
+@app.command(cls=HeadHelp)
 def train_head(
     head: Annotated[str, typer.Argument(help="A name of `vla heads`.")],
     store: Annotated[list[str] | None, typer.Option(help="A store; repeat to join several of one source.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. Left out: runs/HEAD-STORE.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    steps: Steps = None,
     features: Annotated[str | None, typer.Option(help="Comma-separated names. Left out: all of the store's.")] = None,
     cache: Annotated[str | None, typer.Option(help="Folder that caches what comes from s3:// stores.")] = None,
     from_: Annotated[str | None, typer.Option("--from", help="A run whose weights to start from.")] = None,
     group_by: Annotated[str | None, typer.Option(help="action-dim: one model for each set, in OUT/dim-N.")] = None,
+    online: Annotated[bool, typer.Option("--online", help="Run the backbones in the loop: slow; see docs.")] = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
     config: Config = None,
@@ -341,43 +284,48 @@ def train_head(
     as_json: Json = False,
 ) -> None:
     """Train a head from stores. Its settings: --set model.KEY=…, --set train.KEY=…, --set data.KEY=…."""
+    from vla.heads import train
     from vla.heads.registry import head_class
-    from vla.heads.train import HeadTrainConfig
-    from vla.heads.train import train_head as run
     from vla.stores.memory import keep_freed_memory
 
     head_class(head)
-    overrides = [f"train.steps={steps}"] if steps is not None else []
-    overrides += [f"data.stores={json.dumps(store)}"] if store else []
-    overrides += [f"data.features={json.dumps(features.split(','))}"] if features else []
-    overrides += [f"data.remote.cache={json.dumps(cache)}"] if cache else []
-    settings = HeadTrainConfig.from_sources(config, [*overrides, *(set_ or ())], head=head, init_from=from_)
+    named = features.split(",") if features else None
+    short = {"train.steps": steps, "data.stores": store, "data.features": named, "data.remote.cache": cache}
+    kind: Any = train.HeadTrainConfig
+    run: Any = train.train_head
+    if online:
+        from vla.rollout import online as loop
+
+        kind, run = loop.OnlineTrainConfig, loop.train_online
+    settings = kind.from_sources(config, [*as_set(short), *(set_ or ())], head=head, init_from=from_)
     run_dir = out or Path("runs") / "-".join([head, *(Path(path).name for path in settings.data.stores)])
     keep_freed_memory()
     if group_by is not None:
-        _train_groups(settings, run_dir, group_by, resume, overwrite, as_json)
+        _train_groups(settings, run_dir, group_by, online, resume, overwrite, as_json)
         return
+    counts: dict[str, tuple[int, int]] = {}
+    begun = reports.counting(counts)
     with show_training() as progress:
-        report = run(settings, run_dir, resume=resume, overwrite=overwrite, progress=progress)
-    if as_json:
-        emit({"run": str(run_dir), "step": report.step, **report.metrics})
-    else:
-        open_log().print(f"{run_dir}: step {report.step}, {figures(report.metrics)}")
+        report = run(settings, run_dir, resume=resume, overwrite=overwrite, begun=begun, progress=progress)
+    reports.show_trained(run_dir, report.step, report.metrics, {"parameters": counts}, as_json)
 
 
-def _train_groups(settings: Any, out: Path, by: str, resume: bool, overwrite: bool, as_json: bool) -> None:
+def _train_groups(
+    settings: Any, out: Path, by: str, online: bool, resume: bool, overwrite: bool, as_json: bool
+) -> None:
     from vla.heads.groups import train_groups
     from vla.stores.errors import UsageError
 
-    if by != "action-dim":
-        raise UsageError(f"--group-by {by!r}", expected="action-dim")
+    if by != "action-dim" or online:
+        found = "--group-by with --online" if online else f"--group-by {by!r}"
+        raise UsageError(found, expected="action-dim, from stores")
     with show_training() as progress:
-        reports = train_groups(settings, out, resume=resume, overwrite=overwrite, progress=lambda group: progress)
+        trained = train_groups(settings, out, resume=resume, overwrite=overwrite, progress=lambda group: progress)
     if as_json:
-        groups = {name: {"run": str(r.run_dir), "step": r.step, **r.metrics} for name, r in reports.items()}
+        groups = {name: {"run": str(r.run_dir), "step": r.step, **r.metrics} for name, r in trained.items()}
         emit({"run": str(out), "groups": groups})
         return
-    for report in reports.values():
+    for report in trained.values():
         open_log().print(f"{report.run_dir}: step {report.step}, {figures(report.metrics)}")
 
 
@@ -394,7 +342,7 @@ def fit_fast(
     from vla.heads.fit_fast import FitFastConfig
     from vla.heads.fit_fast import fit_fast as run
 
-    settings = FitFastConfig.from_sources(config, [f"data.stores={json.dumps(store)}", *(set_ or ())])
+    settings = FitFastConfig.from_sources(config, [*as_set({"data.stores": store}), *(set_ or ())])
     report = run(settings, out, overwrite=overwrite).to_json()
     emit(report) if as_json else open_log().print(f"{out}: {figures(report)}")
 
@@ -405,10 +353,8 @@ def distill(
     store: Annotated[list[str] | None, typer.Option(help="Grids of a backbone; repeat to join several.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Embeddings: a store, zarr arrays, or .npy files.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. Left out: runs/STUDENT.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
-    skip_unpaired: Annotated[
-        bool, typer.Option("--skip-unpaired", help="Leave steps without an embedding out; count them.")
-    ] = False,
+    steps: Steps = None,
+    skip_unpaired: Annotated[bool, typer.Option("--skip-unpaired", help="Leave steps without one out.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Pair and print the plan, write nothing.")] = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -421,29 +367,24 @@ def distill(
     from vla.featurize.distill.train import distill as run
     from vla.stores.memory import keep_freed_memory
 
-    overrides = [f"train.steps={steps}"] if steps is not None else []
-    overrides += [f"data.stores={json.dumps(store)}"] if store else []
-    overrides += [f"data.teacher={json.dumps(teacher)}"] if teacher else []
-    overrides += ["data.skip_unpaired=true"] if skip_unpaired else []
+    short = {"train.steps": steps, "data.stores": store, "data.teacher": teacher}
+    short |= {"data.skip_unpaired": skip_unpaired or None}
     keep_freed_memory()
-    job = prepare(DistillConfig.from_sources(config, [*overrides, *(set_ or ())], student=student))
+    job = prepare(DistillConfig.from_sources(config, [*as_set(short), *(set_ or ())], student=student))
     run_dir = out or Path("runs") / student
     if dry_run:
         emit(job.to_json() | {"out": str(run_dir)}) if as_json else show_facts(job.to_json() | {"out": str(run_dir)})
         return
     with show_training() as progress:
         report = run(job, run_dir, resume=resume, overwrite=overwrite, progress=progress)
-    if as_json:
-        emit({"run": str(run_dir), "step": report.step, **report.metrics, "pairing": job.artefact.pairing})
-        return
-    open_log().print(
-        f"{run_dir}: step {report.step}, {figures(report.metrics)}; steps: {figures(job.artefact.pairing)}"
-    )
+    if not as_json:
+        open_log().print(f"steps paired: {figures(job.artefact.pairing)}")
+    reports.show_trained(run_dir, report.step, report.metrics, {"pairing": job.artefact.pairing}, as_json)
 
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run of `vla train-head`, or one checkpoint.")],
+    run: Run,
     store: Annotated[list[str] | None, typer.Option(help="Other stores. Left out: held-out episodes.")] = None,
     seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
     set_: Set = None,
@@ -456,25 +397,29 @@ def evaluate(
     head = load_head(run, settings=_model_settings(set_))
     error = evaluate_head(head, tuple(store) if store else None, seed=seed)
     facts = {"checkpoint": str(head.folder), "step": head.step, **error.to_json()}
-    if as_json:
-        emit(facts)
-        return
-    from rich.console import Console
-    from rich.table import Table
+    emit(facts) if as_json else reports.show_errors(facts)
 
-    table = Table("dimension", "error, executed steps", "error, whole horizon", "always the mean action")
-    for name, *values in zip(error.names, error.executed_mae, error.mae, error.baseline_mae, strict=True):
-        table.add_row(name, *(f"{value:.4f}" for value in values))
-    if error.acted:
-        Console().print(table)
-    if error.extra:
-        Console().print(figures(error.extra))
-    Console().print(f"mean absolute error over {error.windows} windows; {head.folder}, step {head.step}")
+
+@app.command()
+def export(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="File .pt2; what its inputs are goes to the .json beside it.")],
+    batch: Annotated[int, typer.Option(min=1, help="Observations at once.")] = 1,
+    set_: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Write a head as one file for torch.export: sampler and normalisation inside. --set model.sampler=…."""
+    from vla.heads.checkpoint import load_head
+    from vla.heads.export import export_head
+
+    made = export_head(load_head(run, settings=_model_settings(set_)), out, batch=batch)
+    said = f"inputs {', '.join(made['inputs'])}; largest difference to the live head {made['largest_difference']:.1g}"
+    reports.show_made(out, made, said, as_json)
 
 
 @app.command()
 def rollout(
-    run: Annotated[Path, typer.Argument(help="A run of `vla train-head`, or one checkpoint.")],
+    run: Run,
     env: Annotated[str, typer.Option(help="Such as metaworld:push-v3.")],
     episodes: Annotated[int, typer.Option(help="Unseen scenes to play.")] = 20,
     seed: Annotated[int, typer.Option(help="Which unseen scenes.")] = 0,
@@ -497,73 +442,57 @@ def rollout(
             report = roll_out(world, policy, episodes, seed=seed, video=video, progress=progress)
     finally:
         world.close()
-    if as_json:
-        emit(report.to_json())
-        return
-    open_log().print(f"{env}: success {report.success} (95 % Wilson interval); {figures(report.latency)}")
+    said = f"success {report.success} (95 % Wilson interval); {figures(report.latency)}"
+    reports.show_made(env, report.to_json(), said, as_json)
 
 
 @app.command()
 def action_dims(
     source: Source = None,
-    mapping: Annotated[list[str] | None, typer.Option("--map", help="OURS=THEIRS, such as action=actions.")] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable episodes out.")] = False,
+    mapping: Map = None,
+    skip_bad: SkipBad = False,
     config: Config = None,
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
     """Group the tasks of raw demonstrations by the size of action and state."""
     from vla.featurize.action_dims import DimsConfig, group, measure, to_json
+    from vla.featurize.sources.registry import shipped
+    from vla.stores.settings import read_pairs
 
     settings = DimsConfig.from_sources(
         config,
         set_ or (),
-        source=source or (None if config else str(_shipped())),
-        map=dict(_pair(text) for text in mapping) if mapping else None,
+        source=source or (None if config else str(shipped())),
+        map=read_pairs(mapping),
         skip_bad=skip_bad or None,
     )
     tasks = measure(settings)
-    if as_json:
-        emit(to_json(tasks))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("action", "state", "task", "episodes", "components of the action")
-    for (action, state), members in group(tasks).items():
-        for place, dims in enumerate(members):
-            sizes = (str(action), str(state)) if place == 0 else ("", "")
-            table.add_row(*sizes, dims.task, str(dims.episodes), ", ".join(dims.names), end_section=dims is members[-1])
-    Console().print(table)
+    emit(to_json(tasks)) if as_json else reports.show_dims(group(tasks))
 
 
 @app.command()
 def backbones(as_json: Json = False) -> None:
     """List the frozen backbones: what they make, their licences, and what this machine lacks for them."""
-    from rich.console import Console
-    from rich.table import Table
-
     from vla.featurize.backbones.registry import BACKBONES, missing
 
     entries = {name: {**entry._asdict(), "missing": missing(name)} for name, entry in BACKBONES.items()}
-    if as_json:
-        emit(entries)
-        return
-    table = Table("backbone", "features a view", "parameters", "licences (code; weights)", show_lines=True)
-    table.add_column("missing here", overflow="fold")  # a command that is cut short cannot be typed
-    for name, entry in entries.items():
-        licences = f"{entry['code_licence']}; {entry['weights_licence']}"
-        lacks = "\n".join(entry["missing"]) or "nothing"
-        table.add_row(f"{name}\n[dim]{entry['summary']}[/]", entry["features"], entry["parameters"], licences, lacks)
-    Console().print(table)
+    emit(entries) if as_json else reports.show_backbones(entries)
 
 
 @app.command()
-def heads(as_json: Json = False) -> None:
-    """List the trainable heads."""
-    from vla.heads.registry import HEADS, SUMMARIES
+def heads(
+    head: Annotated[str | None, typer.Argument(help="One head, to list every setting of it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the trainable heads and the features they need; or every setting of one head."""
+    from vla.heads.compatibility import head_fields, table
 
-    list_entries({name: SUMMARIES[name] for name in HEADS}, as_json)
+    if head is None:
+        emit({row.pop("head"): row for row in table()}) if as_json else reports.show_heads(table())
+        return
+    fields = [field.to_json() for field in head_fields(head)]
+    emit(fields) if as_json else reports.show_fields(head, fields)
 
 
 def _model_settings(texts: list[str] | None) -> dict[str, Any]:
@@ -578,25 +507,6 @@ def _model_settings(texts: list[str] | None) -> dict[str, Any]:
     if others:
         raise UsageError(f"--set {min(others)} of a trained head", expected="model.KEY=VALUE")
     return dict(values["model"])
-
-
-def _pair(text: str) -> tuple[str, str]:
-    from vla.stores.errors import UsageError
-
-    ours, equals, theirs = text.partition("=")
-    if not (ours and equals and theirs):
-        raise UsageError(f"--map {text!r}", expected="OURS=THEIRS, such as --map action=actions")
-    return ours, theirs
-
-
-def _shipped() -> Path:
-    """Return the data set that ships with a checkout."""
-    from vla.stores.errors import UsageError
-
-    path = Path(__file__).parent / "examples" / "push"
-    if not path.is_dir():
-        raise UsageError("no --source given", expected="a folder of demonstrations", fix="--source DIR")
-    return path
 
 
 def main() -> NoReturn:

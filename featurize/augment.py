@@ -54,6 +54,7 @@ class AugmentConfig(Settings):
     `rotate`: degrees either way. `brightness`, `contrast`, `saturation`: factors [low, high], 1 changes nothing.
     Everything is drawn uniformly. `colour_only`: cameras with one of these in their name are neither cropped nor
     turned, as in openpi: a camera on the wrist sees the gripper at one place, and the scene relative to it.
+    `seed`: of all that is drawn.
 
     `per`: "episode" draws once for all frames of an episode (each camera for itself), "frame" anew for each. The
     default is "episode": a head that reads two frames sees speed in their difference, and so does a backbone that looks
@@ -105,8 +106,12 @@ def require_augmentable(spec: BackboneSpec) -> None:
         raise UsageError(found, expected="a backbone that reads pictures alone")
 
 
-def draw(config: AugmentConfig, episode: str, frame: int, camera: str, copy: int) -> Adjustment:
-    """Return what copy 1, 2, … of a view is made with. The numbers come from a hash: no library's generator changes."""
+def draw(config: AugmentConfig, episode: str, frame: int, camera: str, copy: int | Sequence[int]) -> Adjustment:
+    """Return what copy 1, 2, … of a view is made with. The numbers come from a hash: no library's generator changes.
+
+    `copy` may be several numbers, where copies are not counted but drawn anew in every batch.
+    """
+    copy = copy if isinstance(copy, int) else list(copy)
     key = [config.seed, episode, frame if config.per == "frame" else None, camera, copy]
     words = np.frombuffer(hashlib.sha512(canonical(key)).digest(), "<u8")
     uniform = ((words >> np.uint64(11)) * 2.0**-53).tolist()  # 53 bits of each: 0 <= u < 1

@@ -78,9 +78,10 @@ def prepare(config: FeaturizeConfig) -> Job:
         source = Instructions(source)
     index, digest = source.index(), source.digest()
     spec, inputs = with_inputs(backbone.spec(), source, index)
-    recipe = {"name": config.backbone, "weights": config.weights, "options": config.options}
+    recipe: dict[str, Any] = {"name": config.backbone, "weights": config.weights, "options": config.options}
     if inputs:
         recipe["inputs"] = inputs
+    recipe["source"] = {"given": config.source, "map": config.map, "options": config.source_options}
     return Job(config, source, backbone, make_plan(index, digest, spec, recipe, config.store, config.augment))
 
 

@@ -80,7 +80,8 @@ def make_plan(
 ) -> Plan:
     """Lay out the store that `spec` makes of a source.
 
-    `recipe` is what rebuilds the backbone for a live policy: {"name", "weights", "options"}; it goes to provenance.
+    `recipe` is what rebuilds the backbone for a live policy, {"name", "weights", "options"}, and opens the
+    demonstrations again, "source"; it goes to provenance.
     Raises `UsageError` where augmented copies are asked of a backbone that reads more than pictures.
     """
     views = len(index.cameras)

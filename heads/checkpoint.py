@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,8 @@ class Artefact(Settings):
     """What a checkpoint keeps beside the weights: the resolved configuration and the stores' fingerprints.
 
     `frozen`: digests of the networks that the head runs without training them, whose weights stay where they were.
-    `init_from`: the run that it started from.
+    `init_from`: the run that it started from. `online`: how pictures were shown to the backbones in the loop; empty
+    where features came from the stores.
     """
 
     head: str
@@ -52,6 +54,7 @@ class Artefact(Settings):
     training_episodes: int
     frozen: dict[str, str] = {}
     init_from: str | None = None
+    online: dict[str, Any] = {}
     vla_version: str
 
 
@@ -74,6 +77,13 @@ def build_head(name: str, values: dict[str, Any], io: HeadIO) -> HeadModel:
     """Build an untrained head. Raises `UsageError` for unknown names, keys and values."""
     cls = head_class(name)
     return cls(cls.Config.build(values, where=f"head {name!r}"), io)
+
+
+def with_settings(head: TrainedHead, changes: Mapping[str, Any]) -> TrainedHead:
+    """Return a trained head with other settings, such as another sampler; see `HeadModel.adjust`."""
+    model = copy.deepcopy(head.model)
+    model.adjust(changes)
+    return TrainedHead(model.eval(), head.artefact, head.step, head.folder)
 
 
 def load_head(path: Path, *, which: str = "newest", settings: Mapping[str, Any] | None = None) -> TrainedHead:

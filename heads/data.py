@@ -35,6 +35,7 @@ class DataConfig(Settings):
     `stores`: folders of one or several stores of the same demonstrations. `features`: names to read (None: all of
     them). `state`: step columns that are proprioception; () for none. A column whose role is `privileged` (simulator
     truth) has to be named here to be used at all. `validation`: share of episodes held out, whole episodes at a time.
+    `split_seed`: which of them. `allow_partial`: train on the committed part of a store that is not complete.
     `verify`: when rows are compared with their checksums. `random_weights`: allow features of random weights.
     `shuffle`: "global" draws batches from all of the store, "blocks" from random places of it, which reads a store that
     exceeds memory far faster (vla.stores.shuffle); "auto" decides by the memory, and checkpoints keep its decision.

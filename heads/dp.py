@@ -9,6 +9,8 @@ other (16 of 100 steps shift a Gaussian's mean by 1 %; tests/heads/test_dp.py).
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from vla.heads.batch import Batch, HeadIO
 from vla.heads.encoded import EncodedConfig, EncodedHead
-from vla.heads.model import MAX_LAYERS, HeadConfig, masked_windows, noise_like, real_dims
+from vla.heads.model import MAX_LAYERS, HeadConfig, masked_windows, noise_like, real_dims, require_own_draws
 from vla.heads.nets.residual_mlp import ResidualMLP
 from vla.heads.nets.unet1d import ConditionalUnet1D, check_sizes
 from vla.pretrained.diffusion_policy import read_unet
@@ -41,12 +43,14 @@ class DiffusionConfig(EncodedConfig):
     """Diffusion Policy's settings; defaults are the published ones.
 
     `net`: "unet" (the published 1-D U-Net) or "mlp" (a residual MLP: ten times faster on a CPU). `down_dims`: channels
-    of the U-Net's levels; (64, 128, 256) has 8 M parameters instead of 84 M. `cond_predict_scale`: FiLM with scale and
-    shift rather than shift alone. `hidden`, `layers`, `dropout`: of the MLP. `train_steps`: diffusion steps in
-    training. `sampler`, `sample_steps`: DDIM needs few steps (None: 16), DDPM all of them (None: `train_steps`).
-    `clip_sample`: keep each step's estimate of the action in [-1, 1], where `action_norm` "limits" puts actions.
-    `weights`: start the U-Net from a published checkpoint of Diffusion Policy, a workspace's .ckpt or a state dict
-    (pretrained/diffusion_policy.py); what it is conditioned on has to be as wide: `n_obs` times `encoder.dim`.
+    of the U-Net's levels; (64, 128, 256) has 8 M parameters instead of 84 M. `kernel_size`, `n_groups`: of its
+    convolutions and their group normalisation. `diffusion_step_embed_dim`: width of the embedded diffusion step.
+    `cond_predict_scale`: FiLM with scale and shift rather than shift alone. `hidden`, `layers`, `dropout`: of the MLP.
+    `train_steps`: diffusion steps in training. `sampler`: "ddim" needs few steps, "ddpm" all of them. `sample_steps`:
+    steps that it takes (None: 16, or as many as `train_steps`). `clip_sample`: keep each step's estimate of the
+    action in [-1, 1], where `action_norm` "limits" puts actions. `weights`: start the U-Net from a published checkpoint
+    of Diffusion Policy, a workspace's .ckpt or a state dict (pretrained/diffusion_policy.py); what it is conditioned on
+    has to be as wide: `n_obs` times `encoder.dim`.
     """
 
     n_obs: int = Field(2, ge=1)
@@ -87,8 +91,7 @@ class DiffusionHead(EncodedHead):
 
     def __init__(self, config: DiffusionConfig, io: HeadIO) -> None:
         super().__init__(config, io)
-        if config.steps > config.train_steps:
-            raise UsageError(f"{config.steps} sampling steps", expected=f"at most train_steps = {config.train_steps}")
+        _require_steps(config)
         if config.clip_sample and config.action_norm in ("zscore", "none"):
             raise UsageError(
                 f"clip_sample with action_norm {config.action_norm!r} would cut actions off at 1",
@@ -124,6 +127,11 @@ class DiffusionHead(EncodedHead):
         if self.config.weights is not None:
             load_strictly(self.net, read_unet(Path(self.config.weights)), Path(self.config.weights))
 
+    def adjust(self, values: Mapping[str, Any]) -> None:
+        """See `HeadModel.adjust`."""
+        super().adjust(values)
+        _require_steps(self.config)
+
     def errors(self, batch: Batch, action: Tensor) -> Tensor:
         """Squared error of the predicted noise."""
         eps = real_dims(batch, torch.randn_like(action))
@@ -155,18 +163,26 @@ class DiffusionHead(EncodedHead):
         """Denoise from x_T ~ N(0, I)."""
         config, cond = self.config, self.encoder.frames(batch).flatten(1)
         steps = sampling_steps(config.train_steps, config.steps)
-        scheduler = noise_schedule(config.train_steps, clip_sample=config.clip_sample)
-        scheduler.set_timesteps(timesteps=steps, device=cond.device)
-        abar = scheduler.alphas_cumprod.tolist()
+        abar = signal_shares(config.train_steps)
+        scheduler = None
+        if config.sampler == "ddpm":
+            require_own_draws(generator, "DDPM, which draws in every step")
+            scheduler = noise_schedule(config.train_steps, clip_sample=config.clip_sample)
+            scheduler.set_timesteps(timesteps=steps, device=cond.device)
         x = real_dims(batch, noise_like((len(batch), config.horizon, self.io.action_dim), cond, generator))
         for k, previous in zip(steps, [*steps[1:], None], strict=True):
             eps = self.net(x, torch.full((len(batch),), k, device=x.device), cond)
-            if config.sampler == "ddpm":
+            if scheduler is not None:
                 x = scheduler.step(eps, k, x, generator=generator).prev_sample
             else:
                 x = ddim_step(eps, x, abar[k], 1.0 if previous is None else abar[previous], clip=config.clip_sample)
             x = real_dims(batch, x)
         return x
+
+
+def _require_steps(config: DiffusionConfig) -> None:
+    if config.steps > config.train_steps:
+        raise UsageError(f"{config.steps} sampling steps", expected=f"at most train_steps = {config.train_steps}")
 
 
 def noise_schedule(train_steps: int, *, clip_sample: bool = True) -> Any:
@@ -180,6 +196,12 @@ def noise_schedule(train_steps: int, *, clip_sample: bool = True) -> Any:
         clip_sample=clip_sample,
         prediction_type="epsilon",
     )
+
+
+@functools.cache
+def signal_shares(train_steps: int) -> tuple[float, ...]:
+    """Return abar_k of the schedule: the share of the variance of x_k that is the action's."""
+    return tuple(noise_schedule(train_steps).alphas_cumprod.tolist())
 
 
 def sampling_steps(train_steps: int, count: int) -> list[int]:

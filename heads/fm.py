@@ -22,7 +22,7 @@ class FlowConfig(EncodedConfig):
     `net`: "expert", a small transformer over feature tokens, proprioception and noisy actions; or "mlp", a residual
     MLP over the whole chunk, which is faster on a CPU. `width`, `layers`, `heads`, `dropout`: its size (`heads` is the
     expert's alone). `time`: "beta" draws t = 0.999 Beta(1.5, 1) + 0.001 as pi0 does, "uniform" U(0, 1). `sampler`:
-    Euler, or Heun (second order, two evaluations a step); `sample_steps` of it.
+    Euler, or Heun (second order, two evaluations a step). `sample_steps`: steps that it takes.
     """
 
     net: Literal["expert", "mlp"] = "mlp"

@@ -5,7 +5,7 @@ Heads that read whatever features there are through an observation encoder build
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -40,7 +40,7 @@ class HeadConfig(Settings):
 
     `n_obs`: observed frames, the present one last. `horizon`: actions predicted. `n_action`: actions executed before
     the next decision. `action_norm`: "limits" maps each dimension's range to [-1, 1] (what diffusion with clipping
-    needs), "quantile" its 1st to 99th percentile, "zscore" mean and deviation. `state_norm`: likewise for the state.
+    needs), "quantile" its 1st to 99th percentile, "zscore" mean and deviation. `state_norm`: the same for the state.
     `norm_stats`: openpi's norm_stats.json, for both instead of the training split; then with "zscore" or "quantile".
     """
 
@@ -78,8 +78,11 @@ class HeadModel(nn.Module):
     Config: ClassVar[type[HeadConfig]] = HeadConfig
     train_defaults: ClassVar[dict[str, Any]] = {}
     """What this head is trained with where nothing else is said, over `TrainConfig`'s own defaults."""
-    adjustable: ClassVar[frozenset[str]] = frozenset({"n_action"})
+    adjustable: ClassVar[frozenset[str]] = frozenset({"n_action", "sampler", "sample_steps"})
     """Settings that a trained head may be given others of (`adjust`)."""
+
+    not_exported: ClassVar[str] = ""
+    """Why `vla export` cannot write this head; empty where it can."""
 
     def __init__(self, config: HeadConfig, io: HeadIO) -> None:
         super().__init__()
@@ -171,10 +174,14 @@ class HeadModel(nn.Module):
         try:
             if training:
                 self.eval()
-            chunk = real_dims(batch, self.action.inverse(self.sample(batch, generator)))
+            return self.decide(batch, generator, whole=whole)
         finally:
             if training:
                 self.train()
+
+    def decide(self, batch: Batch, generator: torch.Generator | None, *, whole: bool = False) -> Tensor:
+        """Return what `act` does, in the mode that the module is in and unchecked: what export.py records."""
+        chunk = real_dims(batch, self.action.inverse(self.sample(batch, generator)))
         return chunk if whole else chunk[:, -self.config.action_offset :]
 
     def check(self, batch: Batch) -> None:
@@ -186,9 +193,10 @@ class HeadModel(nn.Module):
 
         Raises `UsageError` for those that training has decided, and for values that no configuration could have.
         """
+        may_change = self.adjustable & type(self.config).model_fields.keys()
         for name in values:
-            if name not in self.adjustable:
-                known = ", ".join(sorted(self.adjustable))
+            if name not in may_change:
+                known = ", ".join(sorted(may_change))
                 raise UsageError(f"model.{name} is decided in training", expected=f"one of {known}")
         config = type(self.config).build({**self.config.model_dump(), **values}, where="model")
         check_lengths(config)
@@ -306,6 +314,36 @@ def repeat_edges(action: Tensor, valid: Tensor) -> Tensor:
     return action.gather(1, source[..., None].expand_as(action))
 
 
+class GivenNoise(torch.Generator):
+    """A generator for `noise_like` that gives noise drawn elsewhere, in order; without any it draws, and keeps it."""
+
+    def __new__(cls, noise: Sequence[Tensor] | None = None) -> Self:
+        """Make a generator; `noise` is not its seed."""
+        return super().__new__(cls)
+
+    def __init__(self, noise: Sequence[Tensor] | None = None) -> None:
+        super().__init__()
+        self.noise: list[Tensor] = [] if noise is None else list(noise)
+        self._waiting = None if noise is None else list(noise)
+
+    def take(self, shape: tuple[int, ...], reference: Tensor) -> Tensor:
+        """Return the next noise, of that shape."""
+        if self._waiting is not None:
+            return self._waiting.pop(0)
+        self.noise.append(torch.randn(shape, device=reference.device))
+        return self.noise[-1]
+
+
 def noise_like(shape: tuple[int, ...], reference: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw standard normal noise on the device of `reference`."""
+    if isinstance(generator, GivenNoise):
+        return generator.take(shape, reference)
     return torch.randn(shape, device=reference.device, generator=generator)
+
+
+def require_own_draws(generator: torch.Generator | None, what: str) -> None:
+    """Raise `UsageError` where the noise of a sampler that draws by itself is given: see export.py."""
+    if isinstance(generator, GivenNoise):
+        raise UsageError(
+            f"the sampler is {what}", expected="one that begins with its only noise", fix="--set sampler=ddim"
+        )

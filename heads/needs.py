@@ -36,16 +36,28 @@ class Need:
             return f"{self.feature!r} has the axes {found.dims}"
         return f"{self.feature!r} comes without its mask" if self.masked and not found.masked else None
 
+    def describe(self) -> str:
+        """Return the need in a few words, such as "`fine` (token, channel), with its mask"."""
+        if self.feature == "text":
+            return "text with embeddings" if self.embeddings else "text"
+        axes = ", ".join((*self.layout, "channel"))
+        return f"`{self.feature}` ({axes}){', with its mask' if self.masked else ''}"
+
+    def command(self) -> str:
+        """Return the command that makes it, but for its source."""
+        return f"vla featurize --backbone {self.backbone}" + (
+            " --set options.embedding=table" if self.embeddings else ""
+        )
+
 
 def check_needs(head: str, needs: Sequence[Need], io: HeadIO) -> None:
     """Raise `UsageError` naming the first need that the stores do not meet, and the command that would."""
     for need in needs:
         wrong = need.lacking(io)
         if wrong is not None:
-            options = " --set options.embedding=table" if need.embeddings else ""
             what = "a text store" if need.feature == "text" else f"the feature {need.feature!r}"
             raise UsageError(
                 f"{head} needs {what}, and of the stores given {wrong}",
                 expected=f"a store of the backbone {need.backbone}",
-                fix=f"vla featurize --backbone {need.backbone} on the same --source{options}, then --store of it too",
+                fix=f"{need.command()} on the same --source, then --store of it too",
             )

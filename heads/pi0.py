@@ -109,7 +109,7 @@ class Pi0Head(HeadModel):
         "weight_decay": 0.01,
         "warmup_steps": 1000,
     }
-    adjustable: ClassVar[frozenset[str]] = HeadModel.adjustable | {"use_geom_prefix", "sampler", "sample_steps"}
+    adjustable: ClassVar[frozenset[str]] = HeadModel.adjustable | {"use_geom_prefix"}
     kind: ClassVar[Literal["pi0", "pi05"]] = "pi0"
     config: Pi0Config
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from vla.heads.batch import Batch, HeadIO
 from vla.heads.storage import as_tensor
@@ -29,6 +30,10 @@ class TensorBatches:
     def shuffled(self, seed: int, start: int = 0, stride: int = 1) -> Iterator[Batch]:
         """Yield batches start, start + stride, … for ever; batch k is a function of (seed, k)."""
         return map(self._to_torch, self.batches.shuffled(seed, start, stride=stride))
+
+    def observed(self, seed: int, number: int) -> NDArray[np.int64]:
+        """Return the rows [B, n_obs] of the first store that batch `number` of the shuffled stream observes."""
+        return self.batches.index.rows(self.batches.windows_of_batch(seed, number)).obs
 
     def in_order(self) -> Iterator[Batch]:
         """Yield every window once."""

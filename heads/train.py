@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from vla.heads.model import HeadModel
 from vla.heads.registry import head_class
 from vla.heads.start import start_from
 from vla.heads.storage import largest_scales
+from vla.heads.tensor_batches import TensorBatches
 from vla.stores.fingerprint import digest
 from vla.stores.settings import Settings
 from vla.training.config import TrainConfig
@@ -39,15 +40,36 @@ class HeadTrainConfig(Settings):
     init_from: str | None = None
 
 
+class Supplier(Protocol):
+    """Gives training windows their features where they do not come from the stores: rollout/online.py."""
+
+    identity: Mapping[str, Any]
+    """What its features depend on beyond the stores' fingerprints, JSON-able; kept in every checkpoint."""
+
+    def open(self, data: HeadData, model: HeadModel) -> None:
+        """Make ready, before the first step. Raises where the features that the head reads cannot be supplied."""
+        ...
+
+    def supply(self, windows: TensorBatches, first: int, stride: int) -> Iterator[Batch]:
+        """Yield the batches first, first + stride, … of a stream without features, with them."""
+        ...
+
+
 def train_head(
     config: HeadTrainConfig,
     run_dir: Path,
     *,
     resume: bool = False,
     overwrite: bool = False,
+    supplier: Supplier | None = None,
+    begun: Callable[[HeadModel], None] = lambda model: None,
     progress: Progress = lambda step, total, metrics: None,
 ) -> FitReport:
-    """Train a head into `run_dir`. Raises what opening the stores, building the head and `fit` raise."""
+    """Train a head into `run_dir`. Raises what opening the stores, building the head and `fit` raise.
+
+    `supplier` gives the training batches their features; statistics and validation read the stores all the same.
+    `begun` is called with the head before the first step.
+    """
     config = with_head_defaults(config)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
@@ -58,14 +80,26 @@ def train_head(
         if config.init_from is None:
             model.prepare(data)
         else:
-            start_from(Path(config.init_from), model, artefact_of(config, model, data))
+            start_from(Path(config.init_from), model, artefact_of(config, model, data, {}))
     seed_everything(config.train.seed)
     pin = config.train.device != "cpu" and torch.cuda.is_available()
+    stored = supplier is None
+    if supplier is not None:
+        supplier.open(data, model)
     batches = data.batches(
-        data.training, model.config.window, config.train.batch_size, pin=pin, augment=True, reads=model.reads
+        data.training,
+        model.config.window,
+        config.train.batch_size,
+        pin=pin,
+        augment=stored,
+        reads=model.reads if stored else {},
     )
+    identity = {} if supplier is None else supplier.identity
+    begun(model)
 
     def stream(first: int, stride: int) -> Iterator[Batch]:
+        if supplier is not None:
+            return supplier.supply(batches, first, stride)
         return batches.shuffled(config.train.seed, first, stride)
 
     def validate(averaged: nn.Module, step: int) -> dict[str, float]:
@@ -77,7 +111,7 @@ def train_head(
         stream,
         config.train,
         run_dir,
-        artefact=artefact_of(config, model, data).model_dump(mode="json"),
+        artefact=artefact_of(config, model, data, identity).model_dump(mode="json"),
         validate=validate if len(data.validation) else None,
         param_groups=model.param_groups(config.train.lr),
         resume=resume,
@@ -90,14 +124,14 @@ def with_head_defaults(config: HeadTrainConfig) -> HeadTrainConfig:
     """Fill in what the head is best trained with, wherever `train` was not set explicitly."""
     explicit = config.train.model_dump(include=config.train.model_fields_set)
     defaults = head_class(config.head).defaults(config.model)
-    if explicit.get("steps", math.inf) <= explicit.get("warmup_steps", defaults.get("warmup_steps", 0)):
+    if explicit.get("steps", math.inf) <= (explicit.get("warmup_steps", defaults.get("warmup_steps")) or 0):
         defaults = {key: value for key, value in defaults.items() if key != "warmup_steps"}
     train = TrainConfig.build({**defaults, **explicit}, where="train")
     return config.model_copy(update={"train": train})
 
 
-def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData) -> Artefact:
-    """Collect what the checkpoint keeps beside the weights."""
+def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData, online: Mapping[str, Any]) -> Artefact:
+    """Collect what the checkpoint keeps beside the weights. `online`: the identity of a supplier; {} without one."""
     masks = {f"{name}_mask" for name, feature in data.io.features.items() if feature.masked}
     held = data.io.features.keys() | masks
     texts = () if data.texts is None else (data.texts.store,)
@@ -125,4 +159,5 @@ def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData) -> Ar
         init_from=config.init_from,
         vla_version=__version__,
         frozen={name: frozen.digest for name, frozen in model.frozen.items()},
+        online=dict(online),
     )

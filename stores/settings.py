@@ -58,6 +58,17 @@ def set_dotted(values: dict[str, Any], text: str) -> None:
     values[leaf] = value
 
 
+def read_pairs(texts: Iterable[str] | None) -> dict[str, str] | None:
+    """Return what `--map` was given as {ours: theirs}; None for nothing. Raises `UsageError` for another form."""
+    pairs = {}
+    for text in texts or ():
+        ours, equals, theirs = text.partition("=")
+        if not (ours and equals and theirs):
+            raise UsageError(f"--map {text!r}", expected="OURS=THEIRS, such as --map action=actions")
+        pairs[ours] = theirs
+    return pairs or None
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ", did you mean 'x'?" for the closest known word, or an empty string."""
     match = difflib.get_close_matches(word, list(known), n=1)

@@ -16,14 +16,6 @@ def figures(values: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
-def list_entries(entries: dict[str, str], as_json: bool) -> None:
-    """Print names with what they mean."""
-    if as_json:
-        emit(entries)
-    else:
-        show_facts(entries)
-
-
 def open_log() -> Console:
     """Return the console on stderr."""
     from rich.console import Console

@@ -29,14 +29,20 @@ class TrainConfig(Settings):
     """Settings of the loop. Defaults are Diffusion Policy's, but for `steps`.
 
     `steps`: optimiser steps; each takes `accumulate` batches of `batch_size` windows in every process.
+    `lr`, `betas`, `eps`, `weight_decay`: AdamW's learning rate after the warm-up, and its other numbers.
     `schedule`: "cosine" falls to zero at `steps`, so that a resumed run cannot raise `steps`; "constant" can.
     `warmup_steps`: linear warm-up from zero; None: 500, or a tenth of `steps` where that is less.
     `grad_clip`: largest norm of the gradient of all trained weights together.
     `precision`: autocast of the forward pass; the weights stay float32.
     `ema`: keep an exponential moving average of the weights, used for validation and saved beside them, with decay
     min(ema_max, 1 - (1 + k)^-ema_power) at update k = 0, 1, …
+    `ema_power`, `ema_max`: of that decay.
+    `seed`: of the first weights, the order of the batches and the noise.
+    `log_every`, `checkpoint_every`: steps between lines of the log, and between regular checkpoints.
     `validate_every`: steps between validations; every regular checkpoint is validated as well.
     `keep_checkpoints`: newest ones kept, besides the one whose `best_metric` is lowest.
+    `best_metric`: the figure of the validation by which the best checkpoint is told.
+    `device`: "auto" takes a GPU where there is one.
     `threads`: torch's threads on a CPU, which the caller of the loop sets (0: as they are); small heads are fastest
     with one.
     `trackers`: names accelerate knows, such as "tensorboard" or "wandb".

@@ -81,6 +81,14 @@ def open_source(spec: str | Path, **options: Any) -> Source:
     return _make(kind, place, written | given)
 
 
+def shipped() -> Path:
+    """Return the data set that ships with a checkout. Raises `UsageError` outside of one."""
+    path = Path(__file__).parents[2] / "examples" / "push"
+    if not path.is_dir():
+        raise UsageError("no --source given", expected="a folder of demonstrations", fix="--source DIR")
+    return path
+
+
 def option_names(spec: str | Path) -> list[str]:
     """Return the names of the options that the source of `spec` takes. Raises as `open_source` does."""
     return _options_of(_class_of(_parse(spec)[0]))

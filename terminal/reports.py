@@ -1,0 +1,180 @@
+"""What the commands show of their results: tables on stdout, one line of summary on stderr. They take plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vla.terminal.output import emit, figures, open_log, show_facts, show_rows
+
+
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, fold: int | None = None) -> None:
+    """Print a table. Column `fold` is broken anywhere rather than cut short: a command cut short cannot be typed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_lines=fold is not None)
+    for at, column in enumerate(columns):
+        table.add_column(column, overflow="fold" if at == fold else "ellipsis")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def show_left_out(left_out: Mapping[str, str]) -> None:
+    """Log the episodes that were left out."""
+    for episode, reason in left_out.items():
+        open_log().print(f"left out {episode}: {reason}", highlight=False, markup=False)
+
+
+def show_featurized(root: str | Path, report: Mapping[str, Any], left_out: Mapping[str, str], as_json: bool) -> None:
+    """Print what `vla featurize` did."""
+    if as_json:
+        emit({**report, "skipped": dict(left_out), "out": str(root)})
+        return
+    if report["units"]:
+        busy = ", ".join(f"{stage} {share:.0%}" for stage, share in report["busy"].items())
+        made = f"{report['frames']} frames in {report['units']} units, {report['frames_per_s']:.1f} frames/s ("
+        made += f"{busy}; bottleneck: {report['bottleneck']})"
+        open_log().print(f"{root}: {made}")
+    else:
+        open_log().print(f"{root}: nothing was missing")
+    show_left_out(left_out)
+
+
+def show_made(
+    out: Path | str, made: Mapping[str, Any], said: str, as_json: bool, left_out: Mapping[str, str] | None = None
+) -> None:
+    """Print what a command made at `out`: `said` in words, and what it left out; or `made` as JSON."""
+    if as_json:
+        emit(made)
+        return
+    open_log().print(f"{out}: {said}")
+    show_left_out(left_out or {})
+
+
+def show_trained(run: Path, step: int, metrics: Mapping[str, float], facts: Mapping[str, Any], as_json: bool) -> None:
+    """Print how a training run ended. `facts` stand in the JSON alone."""
+    show_made(run, {"run": str(run), "step": step, **metrics, **facts}, f"step {step}, {figures(metrics)}", as_json)
+
+
+def show_findings(findings: Iterable[str]) -> None:
+    """Log findings, one a line, as they are."""
+    for finding in findings:
+        open_log().print(finding, highlight=False, markup=False)
+
+
+def show_repair(store: str, found: Iterable[str], removed: Iterable[object], dropped: str, missing: str) -> None:
+    """Log what a repair found and did; `dropped` and `missing` are units."""
+    show_findings([*found, *(f"removed {path}" for path in removed)])
+    lacking = f"; units {missing} are missing: the same `vla featurize` with --resume" if missing else ""
+    what = f"dropped units {dropped}" if dropped else "nothing was damaged"
+    open_log().print(f"{store}: {what}; free of damage{lacking}")
+
+
+def show_errors(facts: Mapping[str, Any]) -> None:
+    """Print the table of `vla evaluate`: a row a dimension of the action."""
+    by_name = facts["per_dimension"]
+    columns = ("executed_mae", "mae", "baseline_mae")
+    rows = [(name, *(f"{by_name[column][name]:.4f}" for column in columns)) for name in by_name["mae"]]
+    show_table(("dimension", "error, executed steps", "error, whole horizon", "always the mean action"), rows)
+    print_line(f"mean absolute error over {facts['windows']} windows; {facts['checkpoint']}, step {facts['step']}")
+
+
+def show_check(facts: Mapping[str, Any], findings: Sequence[str], source: str) -> None:
+    """Print what `vla inspect --source` found: facts, statistics, findings."""
+    show_facts({name: fact for name, fact in facts.items() if name != "statistics"})
+    for name in ("action", "state"):
+        show_rows(name, facts.get("statistics", {}).get(name, []))
+    show_findings(findings)
+    open_log().print(f"{source}: {len(findings) or 'no'} findings")
+
+
+def print_line(text: str) -> None:
+    """Print one line on stdout."""
+    from rich.console import Console
+
+    Console().print(text, highlight=False, markup=False)
+
+
+def show_backbones(entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print the table of `vla backbones`."""
+    rows = [
+        (
+            f"{name}\n[dim]{entry['summary']}[/]",
+            entry["features"],
+            entry["parameters"],
+            f"{entry['code_licence']}; {entry['weights_licence']}",
+            "\n".join(entry["missing"]) or "nothing",
+        )
+        for name, entry in entries.items()
+    ]
+    columns = ("backbone", "features a view", "parameters", "licences (code; weights)", "missing here")
+    show_table(columns, rows, fold=4)
+
+
+def show_heads(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the table of `vla heads`."""
+    cells = [
+        (
+            f"{row['head']}\n[dim]{row['summary']}[/]",
+            "\n".join(row["needs"]).replace("`", ""),
+            "\n".join(row["commands"]) or "vla featurize --backbone any",
+        )
+        for row in rows
+    ]
+    show_table(("head", "features it needs", "made by"), cells, fold=2)
+    print_line("vla heads HEAD lists a head's settings.")
+
+
+def show_fields(head: str, fields: Iterable[Mapping[str, str]]) -> None:
+    """Print every setting of a head."""
+    rows = [(f"{field['name']}\n  = {field['default']}", f"{field['text']}\n{field['type']}") for field in fields]
+    # A bracket is an axis or a list here, not the markup of a colour.
+    show_table(
+        ("setting = default", "meaning, and type"), [tuple(cell.replace("[", "\\[") for cell in row) for row in rows]
+    )
+    print_line(f"{head} takes them as --set NAME=VALUE or from --config; train.* are those with defaults of its own.")
+
+
+def show_parameters(counts: Mapping[str, tuple[int, int]]) -> None:
+    """Log how many parameters each part has and how many of them train: {part: (all, training)}."""
+    parts = [f"{name} {_short(total)}{_share(total, trains)}" for name, (total, trains) in counts.items()]
+    total, trains = (sum(numbers) for numbers in zip(*counts.values(), strict=True)) if counts else (0, 0)
+    open_log().print(f"parameters: {', '.join(parts)}; {_short(trains)} of {_short(total)} train", highlight=False)
+
+
+def counting(counts: dict[str, tuple[int, int]]) -> Callable[[Any], None]:
+    """Return what tells a head's parameters before its first step, and keeps them in `counts`."""
+
+    def begun(head: Any) -> None:
+        counts.update(head.parameter_counts())
+        show_parameters(counts)
+
+    return begun
+
+
+def _share(total: int, trains: int) -> str:
+    return "" if trains == total else " (frozen)" if not trains else f" ({_short(trains)} of them train)"
+
+
+def _short(count: int) -> str:
+    """Write a count with a unit, such as 8.1 M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
+
+
+def show_dims(groups: Mapping[tuple[int, int], Sequence[Any]]) -> None:
+    """Print the table of `vla action-dims`: tasks grouped by (size of action, size of state)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("action", "state", "task", "episodes", "components of the action")
+    for (action, state), members in groups.items():
+        for place, dims in enumerate(members):
+            sizes = (str(action), str(state)) if place == 0 else ("", "")
+            table.add_row(*sizes, dims.task, str(dims.episodes), ", ".join(dims.names), end_section=dims is members[-1])
+    Console().print(table)
