@@ -176,7 +176,7 @@ def _description(head: TrainedHead, inputs: tuple[Input, ...], batch: int, apart
         "tasks": list(made.tasks),
         "cameras": {name: list(store.cameras) for store in artefact.stores for name in store.features},
         "backbones": {name: store.recipe for store in artefact.stores for name in store.features},
-        "config": artefact.config,
+        "config": config.model_dump(mode="json"),
         "largest_difference": apart,
         "torch": torch.__version__,
         "vla": artefact.vla_version,
