@@ -309,6 +309,18 @@ def test_gap_10_an_instruction_alone_gives_the_plan_that_it_gives_beside_a_longe
     torch.testing.assert_close(only.act(batch), model.act(batch), atol=1e-5, rtol=1e-5)
 
 
+def test_gap_10_positions_count_real_tokens(planner: MakeHead) -> None:
+    """Rotary positions are relative, so that a shift is seen in rounding alone; other models' are not."""
+    model = planner("llm")
+    seen: list[Any] = []
+    model.frozen["llm"].module.register_forward_pre_hook(lambda *given: seen.append(given[2]), with_kwargs=True)
+    batch = windows(model)
+    model.act(batch)
+    positions = seen[0]["position_ids"]
+    for row, padding in enumerate((0, 3) * 3):
+        assert positions[row, padding:].tolist() == list(range(positions.shape[1] - padding))
+
+
 def test_the_light_variant_reads_real_tokens_of_the_text_alone(planner: MakeHead) -> None:
     model = planner("light")
     batch = windows(model)
