@@ -5,6 +5,8 @@ frames per second of two workers over those of one process, in alternating round
 `overhead_ms_per_unit`: units of one frame of the toy backbone on one worker, less what they take in this process; and
 its share of the time in which one process makes a unit of 50 MB of EfficientNet's grid. `linear`: planning and
 committing made-up features of 16 bytes a frame in memory: microseconds a frame at growing numbers of frames.
+`time_left_error`: how far off the time left was that a tenth of one run foretold. `statistics_s`: opening a store of
+10,000 units and merging its statistics from the commits.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from vla.featurize.job import FeaturizeConfig, prepare, run
 from vla.featurize.spread import make_on_cluster
 from vla.featurize.units import open_unit_maker
 from vla.stores.manifest import FeatureInfo, Manifest, StepInfo
+from vla.stores.store import open_store
 from vla.stores.tables import EpisodeTable
 from vla.stores.writer import open_writer
 
@@ -47,12 +50,20 @@ def two_workers(folder: Path, frames: int, rounds: int) -> dict[str, Any]:
             report = make_on_cluster(client, config, folder / next(names), units, rows)
             assert report.run.frames == manifest.rows, report
 
+        errors: list[float] = []
+
         def alone() -> None:
-            run(job, folder / next(names))
+            seen = [(time.perf_counter(), 0)]
+            run(job, folder / next(names), progress=lambda done, total: seen.append((time.perf_counter(), done)))
+            (began, _), tenth, (ended, frames) = seen[1], next(s for s in seen if s[1] * 10 >= seen[-1][1]), seen[-1]
+            foretold = (tenth[0] - began) / max(tenth[1] - seen[1][1], 1) * (frames - tenth[1])
+            errors.append(abs(foretold / (ended - tenth[0]) - 1))
 
         times = measure.interleave({"together": together, "alone": alone}, rounds)
     seconds = statistics.median(times["alone"]) / (manifest.rows * manifest.row_bytes) * UNIT_BYTES
-    return {"two_workers_vs_one": measure.ratio(times, "together", "alone"), "seconds_of_a_50_mb_unit": seconds}
+    return {"two_workers_vs_one": measure.ratio(times, "together", "alone"), "seconds_of_a_50_mb_unit": seconds} | {
+        "time_left_error": {"median": statistics.median(errors), "max": max(errors)}
+    }
 
 
 def overhead(folder: Path, count: int) -> float:
@@ -74,8 +85,8 @@ def overhead(folder: Path, count: int) -> float:
     return (there - here) / count
 
 
-def commit(folder: Path, frames: int) -> float:
-    """Return seconds to plan, open and commit a store of `frames` rows, 100 an episode, 1024 a unit."""
+def commit(folder: Path, frames: int, unit_rows: int = 1024) -> float:
+    """Return seconds to plan, open and commit a store of `frames` rows, 100 an episode."""
     shutil.rmtree(folder, ignore_errors=True)
     began = time.perf_counter()
     episodes = EpisodeTable.plan(
@@ -83,7 +94,7 @@ def commit(folder: Path, frames: int) -> float:
     )
     manifest = Manifest(
         rows=frames,
-        unit_rows=1024,
+        unit_rows=unit_rows,
         fps=10,
         cameras=("top",),
         features={"tiny": FeatureInfo(shape=(1, 8), dims=("view", "channel"), dtype="float16")},
@@ -101,6 +112,15 @@ def commit(folder: Path, frames: int) -> float:
     return time.perf_counter() - began
 
 
+def consolidate(folder: Path, units: int) -> float:
+    """Return seconds to open a store of so many units and to merge its statistics."""
+    commit(folder, units * 10, unit_rows=10)
+    began = time.perf_counter()
+    store = open_store(folder)
+    store.statistics("tiny")
+    return time.perf_counter() - began
+
+
 def main() -> None:
     """Measure and report."""
     options = measure.arguments(__doc__)
@@ -113,6 +133,7 @@ def main() -> None:
         figures["overhead_ms_per_unit"] = per_unit * 1e3
         figures["overhead_share_of_a_50_mb_unit"] = per_unit / figures["seconds_of_a_50_mb_unit"]
         linear = {frames: commit(folder / "plan", frames) / frames * 1e6 for frames in sizes}
+        figures["statistics_s"] = consolidate(folder / "plan", 1000 if options.quick else 10_000)
         figures["linear_us_per_frame"] = {str(frames): value for frames, value in linear.items()}
     measure.report(figures, as_json=options.json)
 
