@@ -47,18 +47,20 @@ def feature_io(stores: JoinedStores, name: str) -> FeatureIO:
     return FeatureIO(shape=info.shape, dims=info.dims[1:], masked=masked)
 
 
-def episode_dims(target: str, store: Store) -> NDArray[np.bool_] | None:
+def episode_dims(target: str, store: Store, usable: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
     """Return which dimensions of the label each episode has, bool [episodes, A]; None where all have all.
 
-    Raises `DataError` where they change within an episode.
+    Rows of episodes that are not `usable` [episodes] say nothing. Raises `DataError` where they change within one that
+    is.
     """
     name = f"{target}_dims"
     if name not in store.manifest.steps:
         return None
     dims = store.steps(name).astype(np.bool_)
     table = store.episodes
-    begun = np.repeat(table.row_start, table.length)
-    if not (dims[: len(begun)] == dims[begun]).all():
+    first = np.repeat(table.row_start, table.length)
+    changed = (dims[: len(first)] != dims[first]).any(axis=1)
+    if (changed & np.repeat(usable, table.length)).any():
         raise DataError(f"{store.place}: {name} changes within an episode", expected="one answer an episode")
     return dims[table.row_start]
 

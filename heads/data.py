@@ -191,7 +191,7 @@ def open_data(config: DataConfig) -> HeadData:
             known = ", ".join(key for key, step in steps.items() if step.role != "action")
             raise UsageError(f"data.state names {name!r}", expected=f"one of {known}")
     target = target_info(config.target, first)
-    dims = episode_dims(config.target, first)
+    dims = episode_dims(config.target, first, stores.usable)
     usable = stores.usable if config.dims is None else stores.usable & _of_group(config, dims, target.shape[-1], first)
     training, validation = split_episodes(usable, first.episodes.ids, config.validation, config.split_seed)
     widths = {name: int(np.prod(steps[name].shape)) for name in state}

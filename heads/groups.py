@@ -38,7 +38,7 @@ def action_groups(config: HeadTrainConfig) -> tuple[ActionGroup, ...]:
     stores = open_data(config.data.model_copy(update={"dims": None})).stores
     first, usable = stores.first, stores.usable
     table, target = first.episodes, first.manifest.steps[config.data.target]
-    found = episode_dims(config.data.target, first)
+    found = episode_dims(config.data.target, first, usable)
     rows = np.ones((len(table), target.shape[-1]), bool) if found is None else found
     sets = sorted({tuple(np.flatnonzero(row).tolist()) for row in rows[usable]}, key=lambda dims: (-len(dims), dims))
     groups, seen = [], Counter[int]()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,10 +14,12 @@ from accelerate import Accelerator
 
 from vla.heads.batch import Batch, HeadIO
 from vla.heads.checkpoint import build_head
+from vla.heads.columns import episode_dims, task_dims
 from vla.heads.data import DataConfig
 from vla.heads.dp import DiffusionConfig
 from vla.heads.model import HeadModel
 from vla.heads.train import HeadTrainConfig, with_head_defaults
+from vla.stores.errors import DataError
 from vla.stores.tables import EpisodeTable
 from vla.stores.windows import WindowIndex
 from vla.training.config import TrainConfig
@@ -93,6 +95,41 @@ def test_instructions_may_have_any_characters(toy_io: HeadIO) -> None:
     io = toy_io.model_copy(update={"tasks": ("beat.block-demo_clean", "stack/two blocks", "")})
     model: Any = build_head("dp", {"net": "mlp", "horizon": 4, "n_action": 2}, io)
     assert model.encoder.task.num_embeddings == 3
+
+
+@pytest.mark.parametrize("kind", ["attention", "keypoints"])
+def test_a_frozen_encoder_keeps_its_readers_and_trains_what_mixes_them(kind: str, toy_head: MakeHead) -> None:
+    model: Any = toy_head("dp-mlp", encoder={"kind": kind}, freeze_encoder=True, fitted=False)
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    rest = {name for name, _ in model.named_parameters()} - trains
+    assert rest
+    assert all(name.startswith("encoder.readers.") for name in rest)
+    assert {"encoder.mix.0.weight", "encoder.task.weight"} <= trains
+
+
+def test_dimensions_that_change_within_an_episode_are_refused_where_the_episode_is_used() -> None:
+    class OneColumn:
+        place = "stores/x"
+        episodes = EpisodeTable.plan(["a", "b"], [3, 2], ["go", "go"], [{}, {}])
+
+        class manifest:  # noqa: N801
+            steps: ClassVar[dict[str, None]] = {"action_dims": None}
+
+        @staticmethod
+        def steps(name: str) -> np.ndarray[Any, Any]:
+            return np.array([[1, 1], [1, 1], [1, 1], [1, 0], [0, 1]], bool)
+
+    store: Any = OneColumn()
+    with pytest.raises(DataError, match="action_dims changes within an episode"):
+        episode_dims("action", store, np.array([True, True]))
+    found = episode_dims("action", store, np.array([True, False]))
+    assert found is not None
+    assert found.tolist() == [[True, True], [True, False]]
+
+
+def test_a_task_of_episodes_that_differ_has_no_one_answer() -> None:
+    dims = np.array([[1, 1], [1, 0], [1, 0], [1, 0]], bool)
+    assert task_dims(dims, np.array([0, 0, 1, 1]), 3) == ((), (True, False), ())
 
 
 def test_noise_is_compared_at_fixed_steps_over_real_entries(awake_head: MakeHead, toy_batch: MakeBatch) -> None:
