@@ -23,7 +23,7 @@ RowsOf = Callable[[Batch, torch.Tensor], Batch]
         ("fm-expert", 200, 8, 5e-3, 5),
         ("dp-mlp", 300, 16, 5e-3, 5),
         ("track-light", 150, 1, 5e-3, 20),
-        ("track-llm", 150, 1, 5e-3, 20),
+        ("track-llm", 100, 1, 5e-3, 20),
         ("dp-unet", 300, 16, 1e-2, 3),  # 16 channels learn slowly: other seeds reach 5 to 8
         ("spatial-net", 200, 8, 5e-3, 5),
         ("pi0-rgb", 150, 4, 8e-3, 5),
