@@ -17,7 +17,8 @@ from vla.heads.flow import Velocity
 from vla.heads.model import HeadConfig
 from vla.heads.nets.pi0_expert import Pi05Net
 from vla.heads.normalize import Mode
-from vla.heads.pi0 import Pi0Config, Pi0Head
+from vla.heads.pi0 import Pi0Head
+from vla.heads.pi0_config import Pi0Config
 from vla.heads.prompts import action_prompt, discretise
 
 

@@ -12,7 +12,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from vla.cli import app
 from vla.featurize.job import FeaturizeConfig, prepare, run
 from vla.heads.checkpoint import load_head
 from vla.heads.data import open_data
@@ -135,6 +137,17 @@ def test_evaluation_and_rollout_both_take_the_prefix_and_both_can_leave_it_out(t
     policy = Policy.from_run(trained, device="cpu", settings=settings)
     assert [store.recipe["name"] for _, store in policy._backbones] == ["siglip-prefix"]
     assert policy.act(observations(0)[0]).shape == (4,)
+
+
+def test_the_command_line_leaves_the_prefix_out_too(trained: Path) -> None:
+    def evaluated(*settings: str) -> Any:
+        words = [word for setting in settings for word in ("--set", setting)]
+        return CliRunner().invoke(app, ["evaluate", str(trained), "--json", *words])
+
+    errors = [json.loads(evaluated(*words).stdout)["action_mae"] for words in ((), ("model.use_geom_prefix=false",))]
+    assert errors[0] != errors[1]
+    assert isinstance(evaluated("train.lr=1").exception, UsageError)
+    assert "decided in training" in str(evaluated("model.horizon=2").exception)
 
 
 def test_the_prefix_of_a_trained_head_is_exported(trained: Path) -> None:
