@@ -414,13 +414,14 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="A run of `vla train-head`, or one checkpoint.")],
     store: Annotated[list[str] | None, typer.Option(help="Other stores. Left out: held-out episodes.")] = None,
     seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
+    set_: Set = None,
     as_json: Json = False,
 ) -> None:
     """Compare sampled actions with demonstrated ones, per dimension, in the data's units."""
     from vla.heads.checkpoint import load_head
     from vla.heads.evaluate import evaluate_head
 
-    head = load_head(run)
+    head = load_head(run, settings=_model_settings(set_))
     error = evaluate_head(head, tuple(store) if store else None, seed=seed)
     facts = {"checkpoint": str(head.folder), "step": head.step, **error.to_json()}
     if as_json:
@@ -447,6 +448,7 @@ def rollout(
     seed: Annotated[int, typer.Option(help="Which unseen scenes.")] = 0,
     n_action: Annotated[int | None, typer.Option(help="Actions executed per decision. Left out: the head's.")] = None,
     video: Annotated[Path | None, typer.Option(help=".mp4 of the first three episodes.")] = None,
+    set_: Set = None,
     as_json: Json = False,
 ) -> None:
     """Run backbone and head live in a simulator: success on unseen scenes, latency, a video."""
@@ -456,7 +458,7 @@ def rollout(
     from vla.stores.memory import keep_freed_memory
 
     keep_freed_memory()
-    policy = Policy.from_run(run, n_action=n_action)
+    policy = Policy.from_run(run, n_action=n_action, settings=_model_settings(set_))
     world = make_env(env, **policy.env_options())
     try:
         with show_progress("rollout", "episodes") as progress:
@@ -530,6 +532,20 @@ def heads(as_json: Json = False) -> None:
     from vla.heads.registry import HEADS, SUMMARIES
 
     list_entries({name: SUMMARIES[name] for name in HEADS}, as_json)
+
+
+def _model_settings(texts: list[str] | None) -> dict[str, Any]:
+    """Read --set model.KEY=VALUE for a head that is trained already."""
+    from vla.stores.errors import UsageError
+    from vla.stores.settings import set_dotted
+
+    values: dict[str, Any] = {"model": {}}
+    for text in texts or ():
+        set_dotted(values, text)
+    others = values.keys() - {"model"}
+    if others:
+        raise UsageError(f"--set {min(others)} of a trained head", expected="model.KEY=VALUE")
+    return dict(values["model"])
 
 
 def _pair(text: str) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,10 +74,11 @@ def build_head(name: str, values: dict[str, Any], io: HeadIO) -> HeadModel:
     return cls(cls.Config.build(values, where=f"head {name!r}"), io)
 
 
-def load_head(path: Path, *, which: str = "newest") -> TrainedHead:
+def load_head(path: Path, *, which: str = "newest", settings: Mapping[str, Any] | None = None) -> TrainedHead:
     """Load a run folder or one checkpoint. Raises `CheckpointError` where weights and configuration do not fit;
     what the configuration claims is compared with the weights before any memory is taken for it. Networks that the head
-    runs frozen are loaded from where they were; others raise `CheckpointError` too."""
+    runs frozen are loaded from where they were; others raise `CheckpointError` too. `settings`: what `HeadModel.adjust`
+    shall change, which raises `UsageError` for what training has decided."""
     found = load_checkpoint(path, which=which)
     artefact = Artefact.build(found.artefact, where=f"{found.folder / 'artefact.json'}")
     wanted = _shapes(artefact, found.folder)
@@ -93,6 +95,7 @@ def load_head(path: Path, *, which: str = "newest") -> TrainedHead:
                 expected=f"SHA-256 {artefact.frozen.get(name)}, found {frozen.digest}",
                 fix="the same weights folder",
             )
+    model.adjust(settings or {})
     return TrainedHead(model.eval(), artefact, found.step, found.folder)
 
 

@@ -31,7 +31,9 @@ class Frozen:
     def module(self) -> Any:
         """The network, in evaluation mode, without gradients for its weights."""
         if self._module is None:
-            self._module = self._load().requires_grad_(False).eval().to(self._device)
+            # A head may act first and train later: weights made in inference mode never allow a gradient through them.
+            with torch.inference_mode(False):
+                self._module = self._load().requires_grad_(False).eval().to(self._device)
         return self._module
 
     @cached_property

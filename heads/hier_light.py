@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vla.heads.batch import Batch, HeadIO
 from vla.heads.encoders import IDENTITY_STD, EncoderConfig, ObservationEncoder
-from vla.heads.fm import TIME_SCALE
+from vla.heads.flow import TIME_SCALE
 from vla.heads.hier_config import HierConfig
 from vla.heads.hier_parts import Actor, Language
 from vla.heads.nets.action_expert import ActionExpert

@@ -78,14 +78,13 @@ class HeadModel(nn.Module):
     Config: ClassVar[type[HeadConfig]] = HeadConfig
     train_defaults: ClassVar[dict[str, Any]] = {}
     """What this head is trained with where nothing else is said, over `TrainConfig`'s own defaults."""
+    adjustable: ClassVar[frozenset[str]] = frozenset({"n_action"})
+    """Settings that a trained head may be given others of (`adjust`)."""
 
     def __init__(self, config: HeadConfig, io: HeadIO) -> None:
         super().__init__()
         check_needs(type(self).__name__, self.needs(config), io)
-        if config.n_action > config.n_action_max:
-            raise UsageError(
-                f"n_action {config.n_action} of horizon {config.horizon}", expected=f"at most {config.n_action_max}"
-            )
+        check_lengths(config)
         self.config, self.io = config, io
         self.frozen: dict[str, Frozen] = {}
         self.action = Normalizer(io.action_dim)
@@ -182,6 +181,19 @@ class HeadModel(nn.Module):
         """Raise `DataError` where a batch does not have the shapes that the head was built for."""
         check_batch(batch, self.io, self.config.window, self.reads, state=bool(self.columns))
 
+    def adjust(self, values: Mapping[str, Any]) -> None:
+        """Change settings of a trained head for an evaluation or a rollout.
+
+        Raises `UsageError` for those that training has decided, and for values that no configuration could have.
+        """
+        for name in values:
+            if name not in self.adjustable:
+                known = ", ".join(sorted(self.adjustable))
+                raise UsageError(f"model.{name} is decided in training", expected=f"one of {known}")
+        config = type(self.config).build({**self.config.model_dump(), **values}, where="model")
+        check_lengths(config)
+        self.config = config
+
     def measure(self, batch: Batch, chunk: Tensor) -> dict[str, Tensor]:
         """Return what else validation should report, from the chunk [B, n_action_max, A] that `act` gave: name -> [n].
 
@@ -246,15 +258,35 @@ class HeadModel(nn.Module):
         return self
 
 
+def check_lengths(config: HeadConfig) -> None:
+    """Raise `UsageError` where more actions would be executed than are predicted."""
+    if config.n_action > config.n_action_max:
+        found = f"n_action {config.n_action} of horizon {config.horizon}"
+        raise UsageError(found, expected=f"at most {config.n_action_max}")
+
+
 def masked_mean(errors: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the mean of errors [B, H, A] over valid steps and real dimensions, and the share of them."""
+    counted = _counted(errors, batch)
+    total = torch.where(counted, errors, 0.0).sum()
+    return total / counted.sum().clamp(min=1), {"mask_share": counted.float().mean()}
+
+
+def masked_windows(errors: Tensor, batch: Batch) -> Tensor:
+    """Return the mean of errors [B, H, A] over each window's valid steps and real dimensions, [n] of n with any."""
+    counted = _counted(errors, batch)
+    count = counted.sum((1, 2))
+    means = torch.where(counted, errors, 0.0).sum((1, 2)) / count.clamp(min=1)
+    return means[count > 0]
+
+
+def _counted(errors: Tensor, batch: Batch) -> Tensor:
     counted = torch.ones_like(errors, dtype=torch.bool)
     if batch.action_valid is not None:
         counted &= batch.action_valid[..., None]
     if batch.action_dims is not None:
         counted &= batch.action_dims[:, None]
-    total = torch.where(counted, errors, 0.0).sum()
-    return total / counted.sum().clamp(min=1), {"mask_share": counted.float().mean()}
+    return counted
 
 
 def real_dims(batch: Batch, x: Tensor) -> Tensor:

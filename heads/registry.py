@@ -16,6 +16,9 @@ HEADS: dict[str, str] = {
     "fm": "vla.heads.fm:FlowHead",
     "hier": "vla.heads.hier:HierHead",
     "mlp": "vla.heads.mlp:MlpHead",
+    "pi0": "vla.heads.pi0:Pi0Head",
+    "pi05": "vla.heads.pi05:Pi05Head",
+    "spatial": "vla.heads.spatial:SpatialHead",
 }
 """Name -> "module:Class", a `HeadModel`."""
 
@@ -24,6 +27,9 @@ SUMMARIES = {
     "fm": "flow matching in pi0's convention, a small transformer expert or an MLP",
     "hier": "pi0.5's hierarchy: a language model says the subtask, a flow-matching expert does it",
     "mlp": "masked MSE on a chunk of actions: the plain baseline",
+    "pi0": "pi0: PaliGemma over cached image tokens, instruction and DA3 geometry; flow-matching action expert",
+    "pi05": "pi0.5: as pi0, with the state in the prompt and the time in the expert's norms",
+    "spatial": "SpatialVLA: a connector MLP and a flow-matching expert over cached 3-D tokens",
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,16 @@ class Policy:
         self.reset(seed=0, task=self._model.instructions[0])
 
     @classmethod
-    def from_run(cls, run: Path, *, device: str = "auto", n_action: int | None = None) -> Policy:
-        """Load a run of `vla train-head` or one of its checkpoints."""
-        return cls(load_head(run), device=device, n_action=n_action)
+    def from_run(
+        cls,
+        run: Path,
+        *,
+        device: str = "auto",
+        n_action: int | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> Policy:
+        """Load a run of `vla train-head` or one of its checkpoints; `settings` as `load_head` takes them."""
+        return cls(load_head(run, settings=settings), device=device, n_action=n_action)
 
     def env_options(self) -> dict[str, Any]:
         """Return what an environment has to be made with: the cameras that the backbones look through."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vla.heads.nets.unet1d import SinusoidalPosEmb
+from vla.stores.errors import UsageError
 
 
 class ActionExpert(nn.Module):
@@ -40,3 +41,9 @@ class ActionExpert(nn.Module):
         padded = torch.cat([~context_valid, context_valid.new_zeros(len(sample), 1 + H)], dim=1)
         out: Tensor = self.output(self.layers(sequence, src_key_padding_mask=padded)[:, -H:])
         return out
+
+
+def check_width(width: int, heads: int) -> None:
+    """Raise `UsageError` where a transformer of this width cannot have as many heads, or sines and cosines."""
+    if width % heads or width % 2:
+        raise UsageError(f"width {width} with {heads} heads", expected="an even multiple of the heads")

@@ -60,6 +60,17 @@ class PrefixModel(nn.Module):
         self.config = config
         self.language: Any = GemmaModel(config) if language is None else language
 
+    def train_for_its_cache(self) -> PrefixModel:
+        """Leave out of training what no key or value depends on, and return the model.
+
+        That is the last layer behind its keys and values: training over several processes refuses such parameters.
+        """
+        last = self.language.layers[-1]
+        attention = last.self_attn
+        for part in (attention.q_proj, attention.o_proj, last.mlp, last.post_attention_layernorm, self.language.norm):
+            part.requires_grad_(False)
+        return self
+
     @property
     def width(self) -> int:
         """D."""

@@ -14,6 +14,7 @@ from vla.heads.model import HeadModel
 
 MakeHead = Callable[..., HeadModel]
 MakeBatch = Callable[..., Batch]
+RowsOf = Callable[[Batch, torch.Tensor], Batch]
 
 
 def one_instruction(batch: Batch) -> Batch:
@@ -23,7 +24,9 @@ def one_instruction(batch: Batch) -> Batch:
     return dataclasses.replace(batch, action=(batch.action - 5) * sign + 5, task=torch.zeros_like(batch.task))
 
 
-def times_better_than_the_mean_action(model: HeadModel, make: MakeBatch, steps: int, lr: float) -> float:
+def times_better_than_the_mean_action(
+    model: HeadModel, make: MakeBatch, rows_of: RowsOf, steps: int, lr: float
+) -> float:
     """Train on fresh windows; return (error of the training mean) / (error of sampled actions) on 256 other windows."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
@@ -31,14 +34,7 @@ def times_better_than_the_mean_action(model: HeadModel, make: MakeBatch, steps: 
     data = one_instruction(make(model, 2048, 1))
     for step in range(steps):
         rows = torch.randperm(2048)[:64] if step else torch.arange(64)
-        batch = Batch(
-            features={name: value[rows] for name, value in data.features.items()},
-            state=None if data.state is None else data.state[rows],
-            task=data.task[rows],
-            obs_valid=data.obs_valid[rows],
-            action=None if data.action is None else data.action[rows],
-        )
-        loss, _ = model.loss(batch)
+        loss, _ = model.loss(rows_of(data, rows))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -52,27 +48,41 @@ def times_better_than_the_mean_action(model: HeadModel, make: MakeBatch, steps: 
 
 
 @pytest.mark.parametrize("kind", ["projection", "attention", "keypoints"])
-def test_every_encoder_learns_where_things_are(kind: str, toy_head: MakeHead, toy_batch: MakeBatch) -> None:
+def test_every_encoder_learns_where_things_are(
+    kind: str, toy_head: MakeHead, toy_batch: MakeBatch, rows_of: RowsOf
+) -> None:
     """Attention fails this where its positions start small beside the cells: it starts from the grid's mean."""
     model = toy_head("mlp", encoder={"kind": kind, "use_task": False, "queries": 8})
-    assert times_better_than_the_mean_action(model, toy_batch, 200, 3e-3) > 5
+    assert times_better_than_the_mean_action(model, toy_batch, rows_of, 200, 3e-3) > 5
 
 
 @pytest.mark.parametrize(("name", "steps"), [("fm-mlp", 300), ("dp-mlp", 500)])
 def test_sampled_actions_beat_the_mean_action_five_times(
-    name: str, steps: int, toy_head: MakeHead, toy_batch: MakeBatch
+    name: str, steps: int, toy_head: MakeHead, toy_batch: MakeBatch, rows_of: RowsOf
 ) -> None:
     model = toy_head(name, encoder={"use_task": False, "queries": 8}, n_obs=1)
-    assert times_better_than_the_mean_action(model, toy_batch, steps, 3e-3) > 5
+    assert times_better_than_the_mean_action(model, toy_batch, rows_of, steps, 3e-3) > 5
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "steps", "lr", "settings"),
-    [("fm-expert", 150, 3e-3, {}), ("dp-unet", 300, 6e-3, {"down_dims": [32, 32], "kernel_size": 3})],
+    [
+        ("fm-expert", 150, 3e-3, {}),
+        ("dp-unet", 300, 6e-3, {"down_dims": [32, 32], "kernel_size": 3}),
+        ("spatial-net", 300, 3e-3, {"use_task": False}),
+        ("pi0-rgb", 300, 3e-3, {}),
+        ("pi05-rays", 300, 4e-3, {"use_geom_prefix": False, "discrete_state": False}),
+    ],
 )
 def test_the_larger_nets_beat_the_mean_action_five_times(
-    name: str, steps: int, lr: float, settings: dict[str, Any], toy_head: MakeHead, toy_batch: MakeBatch
+    name: str,
+    steps: int,
+    lr: float,
+    settings: dict[str, Any],
+    toy_head: MakeHead,
+    toy_batch: MakeBatch,
+    rows_of: RowsOf,
 ) -> None:
     model = toy_head(name, encoder={"use_task": False, "queries": 8}, n_obs=1, **settings)
-    assert times_better_than_the_mean_action(model, toy_batch, steps, lr) > 5
+    assert times_better_than_the_mean_action(model, toy_batch, rows_of, steps, lr) > 5

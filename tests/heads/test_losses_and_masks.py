@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vla.heads.batch import Batch
 from vla.heads.dp import noise_schedule
+from vla.heads.flow import draw_time
 from vla.heads.model import HeadModel, repeat_edges
 from vla.stores.errors import DataError
 
@@ -123,9 +124,10 @@ def test_windows_without_masks_count_in_full(every: str, awake_head: MakeHead, t
     assert torch.equal(*losses)
 
 
-def test_flow_matching_trains_on_the_convention_of_pi0(toy_head: MakeHead, toy_batch: MakeBatch) -> None:
+@pytest.mark.parametrize("name", ["fm-mlp", "spatial-net"])
+def test_flow_matching_trains_on_the_convention_of_pi0(name: str, toy_head: MakeHead, toy_batch: MakeBatch) -> None:
     """x_t = t noise + (1 - t) action, u = noise - action."""
-    model = toy_head("fm-mlp")
+    model = toy_head(name)
     batch = toy_batch(model)
     assert batch.action is not None
     action = model.action(batch.action)
@@ -140,10 +142,9 @@ def test_flow_matching_trains_on_the_convention_of_pi0(toy_head: MakeHead, toy_b
 
 
 @pytest.mark.parametrize(("time", "mean"), [("beta", 0.999 * 1.5 / 2.5 + 0.001), ("uniform", 0.5)])
-def test_flow_times_have_the_mean_of_their_distribution(time: str, mean: float, toy_head: MakeHead) -> None:
+def test_flow_times_have_the_mean_of_their_distribution(time: Any, mean: float) -> None:
     """The mean of Beta(1.5, 1) is 1.5 / 2.5."""
-    model: Any = toy_head("fm-mlp", time=time, fitted=False)
-    t = model._draw_time(40_000, torch.zeros(1))
+    t = draw_time(time, 40_000, torch.zeros(1))
     assert t.mean().item() == pytest.approx(mean, abs=0.006)  # four standard errors
     assert 0 <= t.min() < 0.02
     assert 0.98 < t.max() <= 1

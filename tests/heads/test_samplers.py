@@ -12,16 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from vla.heads import dp, fm, hier
+from vla.heads import dp, flow
 from vla.heads.batch import Batch, HeadIO
 from vla.heads.checkpoint import build_head
 from vla.heads.dp import noise_schedule, sampling_steps
-from vla.heads.fm import integrate
+from vla.heads.flow import integrate
 from vla.heads.model import HeadModel
+from vla.heads.registry import head_class
 from vla.stores.errors import UsageError
 
 MakeHead = Callable[..., HeadModel]
 MakeBatch = Callable[..., Batch]
+RowsOf = Callable[[Batch, Tensor], Batch]
 SHAPE = (8, 4, 2)
 
 
@@ -174,12 +176,13 @@ def test_clipping_keeps_actions_within_the_demonstrated_range(toy_head: MakeHead
 # Flow matching.
 
 
+@pytest.mark.parametrize("name", ["fm-mlp", "spatial-net"])
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
 @pytest.mark.parametrize("steps", [1, 10])
 def test_flow_with_the_true_velocity_recovers_the_action(
-    sampler: str, steps: int, toy_head: MakeHead, toy_batch: MakeBatch
+    name: str, sampler: str, steps: int, toy_head: MakeHead, toy_batch: MakeBatch
 ) -> None:
-    model = toy_head("fm-mlp", sampler=sampler, sample_steps=steps)
+    model = toy_head(name, sampler=sampler, sample_steps=steps)
     action = torch.randn(SHAPE)
     noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(4))
     net = model.net = Formula(lambda x, t: noise - action)
@@ -209,7 +212,7 @@ def test_time_runs_from_noise_to_action() -> None:
     ids=["x t", "x", "cos^2 x"],
 )
 def test_integration_converges_to_the_closed_form_at_its_order(
-    velocity: Callable[[Tensor, float], Tensor], exact: float | None, sampler: str, order: int
+    velocity: Callable[[Tensor, float], Tensor], exact: float | None, sampler: Any, order: int
 ) -> None:
     """x(1) = 1. dx/dt = x t: x(0) = exp(-1/2); x: exp(-1); cos^2 x: tan x falls by 1."""
     exact = math.atan(math.tan(1.0) - 1) if exact is None else exact
@@ -242,24 +245,18 @@ def test_ddpm_draws_every_step_from_its_generator(awake_head: MakeHead, toy_batc
 
 
 def test_an_action_does_not_depend_on_batch_mates(
-    every: str, awake_head: MakeHead, toy_batch: MakeBatch, monkeypatch: pytest.MonkeyPatch
+    every: str, awake_head: MakeHead, toy_batch: MakeBatch, rows_of: RowsOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = awake_head(every)
     batch = toy_batch(model)
     noise = torch.randn(len(batch), model.config.horizon, 2)
     window = slice(0, len(batch))
-    for module in (dp, fm, hier):
+    for module in (dp, flow):
         monkeypatch.setattr(module, "noise_like", lambda shape, reference, generator: noise[window])
     together = model.act(batch)
     for row in range(3):
         window = slice(row, row + 1)
-        assert batch.state is not None
-        alone = Batch(
-            features={name: value[window] for name, value in batch.features.items()},
-            state=batch.state[window],
-            task=batch.task[window],
-            obs_valid=batch.obs_valid[window],
-        )
+        alone = rows_of(batch, torch.tensor([row]))
         torch.testing.assert_close(model.act(alone), together[window], atol=2e-5, rtol=1e-5)
 
 
@@ -294,7 +291,8 @@ def test_heads_that_start_at_the_present_act_on_the_whole_horizon(
 def test_acting_in_training_mode_has_no_dropout_and_no_noise_and_stays_in_it(
     every: str, awake_head: MakeHead, toy_batch: MakeBatch
 ) -> None:
-    model = awake_head(every, dropout=0.5, encoder={"noise": 1.0, "dropout": 0.5})
+    drops = "dropout" in head_class(every.partition("-")[0]).Config.model_fields
+    model = awake_head(every, encoder={"noise": 1.0, "dropout": 0.5}, **({"dropout": 0.5} if drops else {}))
     batch = toy_batch(model)
     wanted = model.act(batch, torch.Generator().manual_seed(0))
     model.train()
