@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vla.heads import hier_full
 from vla.heads.batch import Batch, FeatureIO, HeadIO
 from vla.heads.checkpoint import build_head
 from vla.heads.fast import FastTokenizer
@@ -21,6 +22,7 @@ from vla.heads.hier_full import FullLanguage, fast_ids
 from vla.heads.model import HeadModel
 from vla.heads.nets.pi0_expert import Pi05Net
 from vla.heads.nets.prefix import PrefixModel
+from vla.heads.pi0_weights import network_sizes
 from vla.pretrained.pi0 import gemma_config
 from vla.stores.errors import UsageError
 
@@ -239,3 +241,22 @@ def test_the_full_variant_names_the_backbone_that_it_needs() -> None:
     io = IO.model_copy(update={"features": {}})
     with pytest.raises(UsageError, match="vla featurize --backbone siglip-prefix"):
         build_head("hier", {"variant": "full", "weights": "random"}, io)
+
+
+def test_a_checkpoint_of_pi0_is_refused_for_its_norms(full: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = dataclasses.replace(network_sizes("random"), adaptive=False)
+    monkeypatch.setattr(hier_full, "network_sizes", lambda weights: sizes)
+    with pytest.raises(UsageError, match=r"no adaptive norms.*pi05_base"):
+        full()
+
+
+@pytest.mark.parametrize(("mode", "loaded"), [("joint", ["language", "expert"]), ("high-level", ["language"])])
+def test_published_weights_are_loaded_for_what_the_mode_trains(
+    mode: str, loaded: list[str], full: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    model = full(mode=mode)
+    monkeypatch.setattr(FullLanguage, "load", lambda self: asked.append("language"))
+    monkeypatch.setattr(hier_full, "load_expert", lambda net, weights: asked.append("expert"))
+    hier_full.load_full(model.language, model.actor)
+    assert asked == loaded
