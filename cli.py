@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from vla.terminal.output import emit, figures, list_entries, open_log, show_facts, show_plan, show_rows
-from vla.terminal.progress import show_progress, show_training
+from vla.terminal.progress import show_progress, show_training, show_workers
 
 app = typer.Typer(
     help="Run a frozen backbone once over demonstrations; train heads from the cache; act.",
@@ -49,7 +49,15 @@ def featurize(
     ] = None,
     mapping: Annotated[list[str] | None, typer.Option("--map", help="OURS=THEIRS, such as action=actions.")] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave unreadable episodes out; count them.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(metavar="N", help="Worker processes on this machine: one a GPU, or a group of cores.")
+    ] = None,
+    scheduler: Annotated[str | None, typer.Option(help="tcp://HOST:PORT of a running dask cluster.")] = None,
+    unit_index: Annotated[
+        str | None, typer.Option("--unit-index", metavar="I/N", help="Share I of N, for one job of an array.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, write nothing.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Write whatever the disk seems to have room for.")] = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
     config: Config = None,
@@ -57,7 +65,8 @@ def featurize(
     as_json: Json = False,
 ) -> None:
     """Run a frozen backbone over demonstrations, once, into a store."""
-    from vla.featurize.job import FeaturizeConfig, prepare, run
+    from vla.featurize.job import FeaturizeConfig, prepare
+    from vla.featurize.launch import Where, launch, outlook
     from vla.stores.memory import keep_freed_memory
 
     keep_freed_memory()
@@ -73,9 +82,10 @@ def featurize(
         map=pairs,
         skip_bad=skip_bad or None,
     )
+    where = Where(workers, scheduler, unit_index)
     job = prepare(settings)
     root = f"{out.rstrip('/')}/{name or settings.backbone}" if "://" in out else Path(out, name or settings.backbone)
-    plan = job.plan.to_json() | {"out": str(root)}
+    plan = job.plan.to_json() | {"out": str(root), **outlook(job, root, where)}
     log = open_log()
     if dry_run:
         show_plan(plan, as_json)
@@ -84,8 +94,8 @@ def featurize(
         show_plan(plan, False)
     if job.plan.manifest.random_weights:
         log.print("[bold red]RANDOM WEIGHTS: these features test the pipeline, they carry no knowledge.[/]")
-    with show_progress("featurize", "frames") as progress:
-        report = run(job, root, resume=resume, overwrite=overwrite, progress=progress)
+    with show_workers("featurize", "frames") as progress:
+        report = launch(job, root, where, resume=resume, overwrite=overwrite, accept=yes, progress=progress)
     left_out = {**job.plan.skipped, **report.skipped}
     if as_json:
         emit({**report.to_json(), "skipped": left_out, "out": str(root)})
@@ -93,10 +103,11 @@ def featurize(
     if report.units:
         busy = ", ".join(f"{stage} {share:.0%}" for stage, share in report.busy.items())
         log.print(
-            f"{root}: {report.frames} frames in {report.units} units, {report.frames_per_s:.1f} frames/s ({busy})"
+            f"{root}: {report.frames} frames in {report.units} units, {report.frames_per_s:.1f} frames/s ({busy}; "
+            f"bottleneck: {report.bottleneck})"
         )
     else:
-        log.print(f"{root}: was complete")
+        log.print(f"{root}: nothing was missing")
     for episode, reason in left_out.items():
         log.print(f"left out {episode}: {reason}")
 

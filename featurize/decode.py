@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,6 @@ from vla.featurize.views import read_views
 from vla.stores.errors import SourceError
 from vla.stores.tables import EpisodeTable
 from vla.stores.unit_buffer import UnitBuffer
-from vla.stores.writer import StoreWriter
 
 RING = 5
 """Batch buffers: one being filled, two waiting (run.AHEAD), one in the network's hands, one whose features are awaited.
@@ -81,13 +80,16 @@ def segments(episodes: EpisodeTable, rows: range) -> Iterator[Segment]:
 
 
 class Decoder:
-    """Decodes and preprocesses the frames of units, in batches that never cross a unit."""
+    """Decodes and preprocesses the frames of units, in batches that never cross a unit.
+
+    `begin(unit)` gives the buffers of a unit.
+    """
 
     def __init__(
         self,
         source: Source,
         backbone: Backbone,
-        writer: StoreWriter,
+        begin: Callable[[int], UnitBuffer],
         episodes: EpisodeTable,
         *,
         batch_size: int,
@@ -96,7 +98,7 @@ class Decoder:
         clock: StageClock,
         pin: bool = False,
     ) -> None:
-        self._source, self._backbone, self._writer, self._episodes = source, backbone, writer, episodes
+        self._source, self._backbone, self._begin, self._episodes = source, backbone, begin, episodes
         self._skip_bad, self._clock, self._augment, self._pin = skip_bad, clock, augment, pin
         self._slots = self._augment.copies + 1  # time steps that the network sees of a frame
         self._batch_frames = max(batch_size // self._slots, 1)
@@ -106,10 +108,10 @@ class Decoder:
         self._shape: tuple[int, ...] = ()
         self._dtype = torch.float32
 
-    def batches(self, units: list[int]) -> Iterator[Batch]:
+    def batches(self, units: Iterable[int]) -> Iterator[Batch]:
         """Yield the batches of each unit, then one without images that ends the unit."""
         for unit in units:
-            buffer = self._writer.begin(unit)
+            buffer = self._begin(unit)
             row, count, images = buffer.rows.start, 0, None
             for at, ready in self._frames(buffer):
                 if images is not None and (at != row + count or count == self._batch_frames):

@@ -16,7 +16,8 @@ from vla.featurize.backbones.base import Backbone
 from vla.featurize.backbones.registry import make_backbone
 from vla.featurize.batch_size import ON_CPU, find_batch_size
 from vla.featurize.chain import Chain
-from vla.featurize.plan import Plan, StoreOptions, check_space, make_plan
+from vla.featurize.plan import Plan, StoreOptions, make_plan
+from vla.featurize.room import require_room
 from vla.featurize.run import Progress, RunReport, featurize
 from vla.featurize.sources.base import Source
 from vla.featurize.sources.instructions import Instructions
@@ -86,16 +87,17 @@ def run(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    accept: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> RunReport:
     """Make the store at `root`, a folder or a URL.
 
-    Raises `MachineError` where the disk is too small, and what `featurize` raises.
+    Raises what `require_room` does where the disk is too small (not with `accept`), and what `featurize` raises.
     """
     if not is_url(root):
         root = Path(root)
         refuse_shadowing(root)
-        check_space(job.plan, root)
+        require_room(job.plan, root, accept=accept)
     if job.config.threads:
         torch.set_num_threads(job.config.threads)
     device = choose_device(job.config.device)

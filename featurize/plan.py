@@ -1,13 +1,11 @@
-"""Planning a store before any pixel is decoded: rows, units, fingerprint, bytes, files, free space."""
+"""Planning a store before any pixel is decoded: rows, units, fingerprint, bytes, files."""
 
 from __future__ import annotations
 
 import platform
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,7 @@ from vla.featurize.augment import NO_COPIES, AugmentConfig, require_augmentable
 from vla.featurize.backbones.base import BackboneSpec
 from vla.featurize.sources.base import SourceIndex
 from vla.stores.dtypes import INTEGERS, STORED, DtypeName, FloatName
-from vla.stores.errors import MachineError, UsageError
+from vla.stores.errors import UsageError
 from vla.stores.formats.registry import unit_files
 from vla.stores.manifest import SCHEMA_VERSION, Compression, FeatureInfo, FormatName, Manifest, StepInfo, copy_name
 from vla.stores.settings import Settings
@@ -150,18 +148,6 @@ def make_plan(
     )
     files = manifest.units * (len(unit_files(manifest, 0)) + 1) + 20
     return Plan(manifest, episodes, dict(index.skipped), size * episodes.rows, files)
-
-
-def check_space(plan: Plan, out: Path) -> None:
-    """Raise `MachineError` where the file system of `out` cannot hold the plan."""
-    existing = next(path for path in (out, *out.resolve().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if plan.bytes > free:
-        raise MachineError(
-            f"{existing} has {free / 2**30:.1f} GiB free",
-            expected=f"{plan.bytes / 2**30:.1f} GiB for {plan.manifest.rows} frames",
-            fix="another --out, fewer cameras, or a smaller feature (see `vla backbones`)",
-        )
 
 
 def _dtype(name: str, wanted: FloatName | None) -> DtypeName:

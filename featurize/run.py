@@ -8,7 +8,7 @@ same batches as an uninterrupted one, and its files are equal byte for byte.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -71,22 +71,25 @@ def featurize(
     skip_bad: bool = False,
     pin: bool = False,
     augment: AugmentConfig = NO_COPIES,
+    units: Sequence[int] | None = None,
     progress: Progress = lambda done, total: None,
 ) -> RunReport:
-    """Compute and commit every pending unit of a store.
+    """Compute and commit every pending unit of a store, or those of `units` that are pending.
 
+    Of a `SharedWriter` those that it can claim when their turn comes: the others are somebody else's.
     `batch_size` counts time steps; `augment` is what the store was planned with, and each of its copies of a frame is a
     time step more; `pin` keeps batches in page-locked memory, for an accelerator. With `skip_bad`, an episode whose
     frames or steps cannot be read is left out and named in the commit; without it the run ends with the `SourceError`.
     Units committed so far stay committed whatever happens. `progress` is called with frames done and frames in all.
     """
     report, clock = RunReport(), StageClock()
-    pending = writer.pending()
+    pending = writer.pending() if units is None else list(units)
     total = sum(len(writer.manifest.unit_range(unit)) for unit in pending)
     how: Any = {"batch_size": batch_size, "skip_bad": skip_bad, "augment": augment, "clock": clock, "pin": pin}
-    decoder = Decoder(source, backbone, writer, episodes, **how)
+    decoder = Decoder(source, backbone, writer.begin, episodes, **how)
+    mine = (unit for unit in pending if writer.claim(unit))
     began = time.perf_counter()
-    ahead = closing(iterate_ahead(decoder.batches(pending), AHEAD))
+    ahead = closing(iterate_ahead(decoder.batches(mine), AHEAD))
 
     def take(batch: Batch, features: Features) -> None:
         with clock.busy("encode"):  # where the device works, this is where its work is waited for

@@ -24,9 +24,9 @@ class TensorBatches:
     target: str
     io: HeadIO
 
-    def shuffled(self, seed: int, start: int = 0) -> Iterator[Batch]:
-        """Yield batches start, start + 1, … for ever; batch k is a function of (seed, k)."""
-        return map(self._to_torch, self.batches.shuffled(seed, start))
+    def shuffled(self, seed: int, start: int = 0, stride: int = 1) -> Iterator[Batch]:
+        """Yield batches start, start + stride, … for ever; batch k is a function of (seed, k)."""
+        return map(self._to_torch, self.batches.shuffled(seed, start, stride=stride))
 
     def in_order(self) -> Iterator[Batch]:
         """Yield every window once."""

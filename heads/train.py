@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,8 +58,7 @@ def train_head(
     )
 
     def stream(first: int, stride: int) -> Iterator[Batch]:
-        shuffled = batches.shuffled(config.train.seed, first)
-        return shuffled if stride == 1 else itertools.islice(shuffled, 0, None, stride)
+        return batches.shuffled(config.train.seed, first, stride)
 
     def validate(averaged: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(averaged, HeadModel)

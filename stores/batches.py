@@ -102,10 +102,16 @@ class WindowBatches:
             row_bytes = sum(stores.feature_info(name).row_bytes for name in features)
             self._blocks = Blocks(index.row, stores.first.manifest.unit_rows, row_bytes)
 
-    def shuffled(self, seed: int, start: int = 0, depth: int = 3, stop: int | None = None) -> Iterator[WindowBatch]:
-        """Yield batches start, start+1, ... (to `stop`, or for ever), shuffled, `depth` of them in flight."""
-        chosen = self._choose_blocks(seed, start) if self._blocks is not None else self._choose(seed, start)
-        return self._prefetched(itertools.islice(chosen, None if stop is None else stop - start), depth)
+    def shuffled(
+        self, seed: int, start: int = 0, depth: int = 3, stop: int | None = None, stride: int = 1
+    ) -> Iterator[WindowBatch]:
+        """Yield batches start, start+stride, ... (before `stop`, or for ever), shuffled, `depth` of them in flight.
+
+        Of batches that are passed over nothing is read: they are those of other processes.
+        """
+        numbers = itertools.count(start, stride) if stop is None else iter(range(start, stop, stride))
+        chosen = self._choose_blocks(seed, numbers) if self._blocks is not None else self._choose(seed, numbers)
+        return self._prefetched(chosen, depth)
 
     def in_order(self, depth: int = 3) -> Iterator[WindowBatch]:
         """Yield every window once, in order; the last batch may be smaller."""
@@ -153,20 +159,24 @@ class WindowBatches:
         drawn = np.random.default_rng([seed, epoch, 1]).integers(0, self._copies + 1, draws, np.uint8)
         return drawn if self._blocks is None else drawn[self._blocks.of_window]
 
-    def _choose(self, seed: int, start: int) -> Iterator[_Choice]:
-        """Yield batches from `start` on, each with the places of the next one."""
-        draw = self.draw_of_batch(seed, start)
+    def _choose(self, seed: int, numbers: Iterator[int]) -> Iterator[_Choice]:
+        """Yield batches by their numbers, each with the places of the next one."""
+        first = next(numbers, None)
+        if first is None:
+            return
+        draw = self.draw_of_batch(seed, first)
         soon = self._places(draw)
-        for number in itertools.count(start + 1):
+        for number in numbers:
             following = self.draw_of_batch(seed, number)
             yield draw, np.concatenate([soon, self._places(following)])
             draw, soon = following, np.empty(0, np.int64)
+        yield draw, soon
 
-    def _choose_blocks(self, seed: int, start: int) -> Iterator[_Choice]:
-        """Yield batches from `start` on, each with the places of the blocks that fall due."""
+    def _choose_blocks(self, seed: int, numbers: Iterator[int]) -> Iterator[_Choice]:
+        """Yield batches by their numbers, each with the places of the blocks that fall due."""
         assert self._blocks is not None
         reached, done = -1, None
-        for number in itertools.count(start):
+        for number in numbers:
             draw = self.draw_of_batch(seed, number)
             epoch, at = divmod(number * self.batch_size, len(self.index))
             order, drawn = self._epoch(seed, epoch)

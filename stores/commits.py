@@ -17,7 +17,7 @@ from vla.stores.errors import CorruptionError
 from vla.stores.filesystem import explaining, fsync_dir
 from vla.stores.fingerprint import canonical, digest
 from vla.stores.formats.registry import format_of, unit_files
-from vla.stores.layout import COMMITS
+from vla.stores.layout import COMMITS, commit_file
 from vla.stores.manifest import Manifest
 
 _RECORD_NAME = re.compile(r"unit-(\d{6,})\.json")
@@ -76,6 +76,15 @@ def read_commits(root: Path, manifest: Manifest, lying: dict[Path, CorruptionErr
                     raise
                 lying[path] = error
     return commits
+
+
+def read_commit(root: Path, manifest: Manifest, unit: int, expected: str) -> Commit | None:
+    """Return the commit of one unit, None where it is absent; `expected` is the manifest's digest.
+
+    Raises `CorruptionError` on a record that lies.
+    """
+    path = root / commit_file(unit)
+    return _read(path, unit, manifest, expected) if path.exists() else None
 
 
 def remove_commits(root: Path, units: set[int]) -> None:

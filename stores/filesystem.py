@@ -103,8 +103,10 @@ def sweep_partial(root: Path) -> list[Path]:
 
 
 @contextmanager
-def writer_lock(root: Path) -> Iterator[None]:
-    """Hold the store's only writer place. Raises `StoreError` where another process holds it.
+def writer_lock(root: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold the store's only writer place, or one of the places of writers that share it (shared_writer.py).
+
+    Raises `StoreError` where another process holds it, or sharers do and this one does not share.
 
     The lock is the kernel's: it is gone with its process, however that one ended, and it follows the folder through a
     rename. On a file opened for writing, because NFS grants no exclusive lock on anything else (flock(2)).
@@ -115,7 +117,7 @@ def writer_lock(root: Path) -> Iterator[None]:
     try:
         with explaining(file):
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 # Between opening and locking, the store may have been renamed away by the writer before.
                 held = os.path.samestat(os.fstat(descriptor), file.stat())
             except (BlockingIOError, FileNotFoundError):

@@ -20,6 +20,7 @@ from vla.stores.manifest import Manifest
 
 COMMITS = "commits"
 LOCK = f"{COMMITS}/writer.lock"
+CLAIMS = f"{COMMITS}/claims.lock"
 
 
 def commit_file(unit: int) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from vla.stores.dtypes import INTEGERS, LIMIT, channel_scales, decode, encode_bfloat16, quantise
 from vla.stores.errors import DataError
-from vla.stores.manifest import FeatureInfo
+from vla.stores.manifest import FeatureInfo, Manifest
 from vla.stores.shard import ShardBuffer
 from vla.stores.statistics import ChannelStatistics, of_rows
 
@@ -108,6 +108,23 @@ class UnitBuffer:
                 expected=f"{sorted(self.features)} in rows {self.rows.start}..{self.rows.stop - 1}",
             )
         return at, count
+
+
+def unit_buffer(manifest: Manifest, unit: int) -> UnitBuffer:
+    """Allocate the buffers of a unit."""
+    rows, slots = manifest.unit_range(unit), manifest.unit_rows
+    features = {name: FeatureBuffer(name, info, len(rows), slots) for name, info in manifest.features.items()}
+    steps = {name: _blank(slots, info.shape, info.dtype) for name, info in manifest.steps.items()}
+    return UnitBuffer(unit, rows, features, steps, np.zeros(len(rows), bool))
+
+
+def empty_value(dtype: np.dtype[Any]) -> float:
+    """What stands in rows that hold nothing."""
+    return np.nan if np.issubdtype(dtype, np.floating) else 0
+
+
+def _blank(rows: int, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+    return np.full((rows, *shape), empty_value(np.dtype(dtype)), np.dtype(dtype).newbyteorder("<"))
 
 
 def _require_representable(name: str, values: NDArray[Any], info: FeatureInfo, start: int) -> None:

@@ -35,7 +35,7 @@ from vla.stores.manifest import Manifest
 from vla.stores.metadata import check_arrays, read_manifest, read_tables, table_digests
 from vla.stores.remote.options import require_folder
 from vla.stores.tables import EpisodeTable
-from vla.stores.unit_buffer import FeatureBuffer, UnitBuffer
+from vla.stores.unit_buffer import UnitBuffer, empty_value, unit_buffer
 
 
 class StoreWriter:
@@ -49,14 +49,14 @@ class StoreWriter:
         """Units of the plan that are not committed."""
         return [unit for unit in range(self.manifest.units) if unit not in self.commits]
 
+    def claim(self, unit: int) -> bool:
+        """Return whether a unit is this writer's to compute: any that is not committed, as it is the only writer."""
+        return unit not in self.commits
+
     def begin(self, unit: int) -> UnitBuffer:
         """Allocate the buffers of a unit. Raises `StoreError` where it is committed already."""
         self._require_pending(unit)
-        rows = self.manifest.unit_range(unit)
-        slots = self.manifest.unit_rows
-        features = {name: FeatureBuffer(name, info, len(rows), slots) for name, info in self.manifest.features.items()}
-        steps = {name: _blank(slots, info.shape, info.dtype) for name, info in self.manifest.steps.items()}
-        return UnitBuffer(unit, rows, features, steps, np.zeros(len(rows), bool))
+        return unit_buffer(self.manifest, unit)
 
     def commit(self, buffer: UnitBuffer) -> Commit:
         """Make a filled unit durable and committed. Raises `MachineError` on a full disk and the like."""
@@ -92,7 +92,7 @@ class StoreWriter:
             part = slice(rows.start - buffer.rows.start, rows.stop - buffer.rows.start)
             wanted[part] = buffer.present[part] = False
             for values in buffer.steps.values():
-                values[part] = _fill(values.dtype)
+                values[part] = empty_value(values.dtype)
         missing = np.flatnonzero(wanted & ~buffer.present) + buffer.rows.start
         if len(missing):
             rows_missing = f"{missing[0]}..{missing[-1]}"
@@ -115,20 +115,31 @@ def open_writer(
     with explaining(require_folder(root)):
         root = root.resolve()  # behind a link, the store is made and replaced where it lies
         manifest = manifest.model_copy(update={"tables": table_digests(episodes.to_arrays())})
-        _begin(root, manifest, episodes, resume=resume, overwrite=overwrite)
+        begin_store(root, manifest, episodes, resume=resume, overwrite=overwrite)
     with writer_lock(root):
         with explaining(root):
-            found = read_manifest(root)
-            _require_same(root, found, manifest)
-            check_arrays(root, found)
-            read_tables(root, found)
+            found = require_store(root, manifest)
             sweep_partial(root)
             writer = StoreWriter(root, found)
         yield writer
 
 
-def _begin(root: Path, manifest: Manifest, episodes: EpisodeTable, *, resume: bool, overwrite: bool) -> None:
-    """See to it that there is a store at `root`: the one to resume, or a new one without units."""
+def require_store(root: Path, wanted: Manifest) -> Manifest:
+    """Return the manifest of the store at `root`. Raises `FingerprintError` naming what differs from the one wanted."""
+    found = read_manifest(root)
+    _require_same(root, found, wanted)
+    check_arrays(root, found)
+    read_tables(root, found)
+    return found
+
+
+def begin_store(
+    root: Path, manifest: Manifest, episodes: EpisodeTable, *, resume: bool = False, overwrite: bool = False
+) -> None:
+    """See to it that there is a store at `root`: the one to resume, or a new one without units.
+
+    Raises as `open_writer` does.
+    """
     if root.name.endswith(PARTIAL):
         raise UsageError(f"{root} ends in {PARTIAL!r}", expected="another name; it marks unfinished files")
     manifest.require_sound(root)
@@ -178,11 +189,3 @@ def _require_same(root: Path, found: Manifest, wanted: Manifest) -> None:
     forms = ({"format": of.format, "compression": of.compression} for of in (found, wanted))
     old, new = (of.model_dump(mode="json", include=plan) | next(forms) for of in (found, wanted))
     require_equal(old, new, what=f"the plan of {root}", fix=fix)
-
-
-def _blank(rows: int, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-    return np.full((rows, *shape), _fill(np.dtype(dtype)), np.dtype(dtype).newbyteorder("<"))
-
-
-def _fill(dtype: np.dtype[Any]) -> float:
-    return np.nan if np.issubdtype(dtype, np.floating) else 0

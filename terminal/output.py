@@ -47,6 +47,18 @@ def show_plan(plan: dict[str, Any], as_json: bool) -> None:
         f"{plan['units']} units of {plan['unit_rows']} frames, {plan['bytes'] / 2**20:.1f} MiB in {plan['files']} files"
         f"; weights: {plan['weights_licence']}"
     )
+    if plan.get("frames_per_s"):
+        open_log().print(
+            f"{plan['pending_units']} units to make, about {_duration(plan['hours'] * 3600)} at "
+            f"{plan['frames_per_s']:.1f} frames/s (three batches tried)"
+        )
+
+
+def _duration(seconds: float) -> str:
+    """Write a time in the unit that suits it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def show_facts(facts: dict[str, Any]) -> None:

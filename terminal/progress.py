@@ -11,6 +11,7 @@ from vla.terminal.output import figures, open_log
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress as RichProgress
 
 LOG_SECONDS = 30.0
 """Off a terminal, progress is one line in this many seconds."""
@@ -26,21 +27,35 @@ def show_progress(title: str, unit: str, *, extra: bool = False) -> Iterator[Pro
     if not console.is_terminal:
         yield _line_by_line(title, unit, console)
         return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    with _bars(unit, text=extra) as bars:
+        task = bars.add_task(title, total=None, text="")
+        yield lambda done, total, text="": bars.update(task, completed=done, total=total, text=text)
 
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit)]
-    columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
-    columns += [TextColumn("{task.fields[text]}")] if extra else []
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(title, total=None, text="")
-        yield lambda done, total, text="": bar.update(task, completed=done, total=total, text=text)
+
+@contextmanager
+def show_workers(title: str, unit: str) -> Iterator[Callable[[Mapping[str, int], int], None]]:
+    """Like `show_progress`, from what each worker has done: a row a worker on a terminal, where there are several."""
+    console = open_log()
+    if not console.is_terminal:
+        line = _line_by_line(title, unit, console)
+
+        def say(done: Mapping[str, int], total: int) -> None:
+            each = ", ".join(f"worker {name}: {count}" for name, count in done.items())
+            line(sum(done.values()), total, each if len(done) > 1 else "")
+
+        yield say
+        return
+    with _bars(unit) as bars:
+        rows = {"": bars.add_task(title, total=None)}
+
+        def show(done: Mapping[str, int], total: int) -> None:
+            bars.update(rows[""], completed=sum(done.values()), total=total)
+            for name in done if len(done) > 1 else ():
+                if name not in rows:
+                    rows[name] = bars.add_task(f"worker {name}", total=None)
+                bars.update(rows[name], completed=done[name], total=total)
+
+        yield show
 
 
 @contextmanager
@@ -54,16 +69,32 @@ def show_training() -> Iterator[Callable[[int, int, Mapping[str, float]], None]]
 
 
 def _line_by_line(title: str, unit: str, console: Console) -> Progress:
-    began = last = time.monotonic()
+    last = time.monotonic()
+    began, before, said = 0.0, 0, False
 
     def show(done: int, total: int, text: str = "") -> None:
-        nonlocal last
+        nonlocal began, before, last, said
         now = time.monotonic()
-        if now - last < LOG_SECONDS and done < total:
+        if not began:  # what went before the first frames (processes, weights) says nothing of the pace
+            began, before = now, done
+        if said or (now - last < LOG_SECONDS and done < total):
             return
-        last = now
-        rate = done / max(now - began, 1e-9)
-        left = f"{(total - done) / max(rate, 1e-9):.0f} s left"
+        last, said = now, done >= total
+        if done == before:
+            console.print(f"{title}: {done}/{total} {unit} {text}".rstrip())
+            return
+        rate = (done - before) / max(now - began, 1e-9)
+        left = f"{(total - done) / rate:.0f} s left"
         console.print(f"{title}: {done}/{total} {unit}, {rate:.1f}/s, {left} {text}".rstrip())
 
     return show
+
+
+def _bars(unit: str, *, text: bool = False) -> RichProgress:
+    """Return bars with what is done, how long it took, and how long it will."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit)]
+    columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
+    return Bars(*columns, *([TextColumn("{task.fields[text]}")] if text else []), console=open_log())

@@ -21,7 +21,8 @@ from vla.featurize.caches.base import Cache, CacheIndex
 from vla.featurize.caches.registry import open_cache
 from vla.featurize.decode import Segment, segments
 from vla.featurize.job import refuse_shadowing
-from vla.featurize.plan import Plan, StoreOptions, check_space, make_plan
+from vla.featurize.plan import Plan, StoreOptions, make_plan
+from vla.featurize.room import require_room
 from vla.featurize.run import Progress
 from vla.featurize.sources.base import Episode, Source, SourceIndex
 from vla.featurize.sources.registry import open_source
@@ -122,7 +123,7 @@ def run(
 ) -> ImportReport:
     """Make the store at `root`. Raises `SourceError` on a damaged cache; what is committed stays committed."""
     refuse_shadowing(root)
-    check_space(job.plan, root)
+    require_room(job.plan, root)
     report, began = ImportReport(), time.perf_counter()
     with open_writer(root, job.plan.manifest, job.plan.episodes, resume=resume, overwrite=overwrite) as writer:
         pending = writer.pending()

@@ -124,9 +124,12 @@ class DistillSource:
         return self.teacher.report
 
     def shuffled(
-        self, index: PairedSteps, batch_size: int, seed: int, start: int = 0
+        self, index: PairedSteps, batch_size: int, seed: int, start: int = 0, stride: int = 1
     ) -> Generator[StepBatch, None, None]:
-        """Yield batches start, start + 1, … for ever; batch k is a function of (seed, k), valid until the next one."""
+        """Yield batches start, start + stride, … for ever; batch k is a function of (seed, k).
+
+        Each is valid until the next one.
+        """
         batches = WindowBatches(
             self.stores,
             index,
@@ -136,7 +139,9 @@ class DistillSource:
             shuffle="blocks" if self.config.shuffle == "blocks" else "global",
         )
         order = copy.copy(batches)  # another thread uses `batches`, which remembers its epoch
-        for number, batch in zip(itertools.count(start), batches.shuffled(seed, start), strict=False):
+        for number, batch in zip(
+            itertools.count(start, stride), batches.shuffled(seed, start, stride=stride), strict=False
+        ):
             yield self._step_batch(batch, index.row[order.windows_of_batch(seed, number)])
 
     def _step_batch(self, batch: WindowBatch, rows: NDArray[np.int64]) -> StepBatch:

@@ -138,8 +138,7 @@ def distill(
     held_out = source.validation
 
     def stream(first: int, stride: int) -> Iterator[StepBatch]:
-        shuffled = source.shuffled(source.training, config.train.batch_size, config.train.seed, first)
-        return shuffled if stride == 1 else itertools.islice(shuffled, 0, None, stride)
+        return source.shuffled(source.training, config.train.batch_size, config.train.seed, first, stride)
 
     def validate(model: nn.Module, step: int) -> dict[str, float]:
         assert isinstance(model, DistilledStudent)

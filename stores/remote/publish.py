@@ -17,7 +17,7 @@ from pathlib import Path
 from vla.stores.commits import Commit
 from vla.stores.errors import StoreError, UsageError
 from vla.stores.filesystem import explaining, writer_lock
-from vla.stores.layout import COMMITS, LOCK, commit_file
+from vla.stores.layout import CLAIMS, COMMITS, LOCK, commit_file
 from vla.stores.manifest import Manifest
 from vla.stores.metadata import read_manifest
 from vla.stores.remote.bucket import Bucket, ObjectInfo, TakenError
@@ -94,7 +94,7 @@ def open_remote_writer(
             with open_writer(root, manifest, episodes, resume=not new) as local:
                 if new:
                     files = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
-                    upload(bucket, root, [path for path in files if path not in (ROOT, LOCK)])
+                    upload(bucket, root, [path for path in files if path not in (ROOT, LOCK, CLAIMS)])
                     lease.require()
                     bucket.create(ROOT, (root / ROOT).read_bytes())
                 yield RemoteWriter(local.root, local.manifest, bucket, lease)

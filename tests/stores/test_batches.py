@@ -103,6 +103,25 @@ def test_resuming_at_any_batch_repeats_the_rest(made: Any) -> None:
         resumed.close()
 
 
+@pytest.mark.parametrize("shuffle", ["global", "blocks"])
+def test_a_stride_gives_every_so_many_th_batch_and_reads_no_other(
+    made: Any, shuffle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = batches_of(made, batch_size=5, shuffle=shuffle).shuffled(seed=1)
+    whole = [copied(batch) for batch in itertools.islice(stream, 12)]
+    stream.close()
+    batches, filled, fill = batches_of(made, batch_size=5, shuffle=shuffle), [], WindowBatches._fill
+
+    def spy(self: WindowBatches, draw: Any, *rest: Any) -> WindowBatch:
+        filled.append(tuple(draw[0]))
+        return fill(self, draw, *rest)
+
+    monkeypatch.setattr(WindowBatches, "_fill", spy)
+    for number, batch in zip((1, 4, 7, 10), batches.shuffled(seed=1, start=1, stop=12, stride=3), strict=True):
+        require_same(copied(batch), whole[number])
+    assert filled == [tuple(batches.windows_of_batch(1, number)) for number in (1, 4, 7, 10)]
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 23, 64])
 def test_in_order_covers_every_window_once(made: Any, batch_size: int) -> None:
     batches = batches_of(made, batch_size)

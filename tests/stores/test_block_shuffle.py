@@ -148,7 +148,7 @@ class Rows:
 def test_blocks_are_announced_before_they_are_needed_and_once_an_epoch(made: Any, start: int) -> None:
     batches = batches_of(made, 6)
     ahead, announced = [], set()
-    chosen = itertools.islice(batches._choose_blocks(0, start), 13 - start)
+    chosen = itertools.islice(batches._choose_blocks(0, itertools.count(start)), 13 - start)
     for number, ((windows, _), soon) in enumerate(chosen, start):
         np.testing.assert_array_equal(windows, batches.windows_of_batch(0, number))
         announced |= set(soon.tolist())
@@ -165,7 +165,7 @@ def test_rows_are_announced_one_batch_ahead_and_only_once_where_memory_suffices(
     reader = Rows(tmp_path / "file")
     readahead = Readahead([reader], made.manifest.rows, again=False)
     known: set[int] = set()
-    for number, ((windows, _), soon) in enumerate(itertools.islice(batches._choose(0, 0), 30)):
+    for number, ((windows, _), soon) in enumerate(itertools.islice(batches._choose(0, itertools.count()), 30)):
         readahead.announce(soon)
         known = set(reader.rows)
         np.testing.assert_array_equal(windows, batches.windows_of_batch(0, number))

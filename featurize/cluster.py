@@ -1,0 +1,64 @@
+"""Worker processes to featurize on: some of this machine, or those of a dask.distributed cluster that is running."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from vla.stores.errors import MachineError
+
+DEATHS = 3
+"""Workers that may die over one task before it counts as the cause."""
+
+_DASK = {
+    "distributed.scheduler.allowed-failures": DEATHS,
+    # What a worker holds is batches and units, not dask's results: dask's limits would stop it for nothing.
+    "distributed.worker.memory.terminate": False,
+    "distributed.worker.memory.pause": False,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.target": False,
+}
+
+
+@contextmanager
+def open_cluster(workers: int | None, scheduler: str | None) -> Iterator[Any]:
+    """Start `workers` worker processes here, or join the cluster at `scheduler`; yield its dask client.
+
+    One worker a GPU where there are GPUs (dask-cuda), else one a group of cores. Raises `MachineError` where a package
+    or the scheduler is missing.
+    """
+    try:
+        import dask
+        from distributed import Client
+    except ImportError:
+        raise MachineError("dask.distributed is not installed", fix="pip install 'vla-feature-cache[dist]'") from None
+    with ExitStack() as held:
+        held.enter_context(dask.config.set(_DASK))
+        address = scheduler or held.enter_context(_local_cluster(workers or 1))
+        try:
+            client: Any = Client(address, timeout="30s", set_as_default=False)  # type: ignore[no-untyped-call]
+        except (OSError, ValueError) as error:
+            raise MachineError(f"no scheduler at {scheduler}: {error}", expected="tcp://HOST:PORT") from None
+        yield held.enter_context(client)
+
+
+def _local_cluster(workers: int) -> Any:
+    # One thread a worker: its task overlaps decoding, network and writing by threads of its own.
+    options: dict[str, Any] = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
+    options |= {"host": "127.0.0.1", "silence_logs": 50}
+    if torch.cuda.is_available():
+        try:
+            from dask_cuda import LocalCUDACluster
+        except ImportError:
+            found = f"{torch.cuda.device_count()} GPUs, and dask-cuda is not installed"
+            raise MachineError(found, fix="pip install dask-cuda, or --set device=cpu on a machine without") from None
+        return LocalCUDACluster(**options)
+    from distributed import LocalCluster
+
+    threads = str(max((os.cpu_count() or 1) // workers, 1))
+    environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
+    return LocalCluster(processes=True, memory_limit=0, env=environment, **options)  # type: ignore[no-untyped-call]

@@ -1,0 +1,41 @@
+"""Whether there is room for a store: bytes, inodes, and no more files than a file system handles well."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from vla.featurize.plan import Plan
+from vla.stores.errors import MachineError, UsageError
+from vla.stores.layout import COMMITS
+
+MANY_FILES = 1_000_000
+"""More files than this are slow to list, copy and delete anywhere, and above what many quotas allow."""
+
+
+def require_room(plan: Plan, out: Path, *, accept: bool = False) -> None:
+    """Compare what is still to be written with the disk. `accept` (--yes): the user knows better.
+
+    Raises `MachineError` where there is too little space or there are too few inodes, `UsageError` for too many files.
+    """
+    if accept:
+        return
+    records = out / COMMITS
+    committed = len(list(records.glob("unit-*.json"))) if records.is_dir() else 0
+    share = max(1 - committed / plan.manifest.units, 0.0)
+    needed, files = plan.bytes * share, int(plan.files * share)
+    existing = next(path for path in (out, *out.resolve().parents) if path.exists())
+    free, inodes = shutil.disk_usage(existing).free, os.statvfs(existing).f_favail
+    if needed > free:
+        raise MachineError(
+            f"{existing} has {free / 2**30:.1f} GiB free",
+            expected=f"{needed / 2**30:.1f} GiB for {plan.manifest.rows} frames",
+            fix="another --out, fewer cameras, a smaller feature (see `vla backbones`), or --yes",
+        )
+    if 0 < inodes < files:  # 0: a file system that does not count them
+        fix = "--set store.unit_mb=256, or --yes"
+        raise MachineError(f"{existing} has room for {inodes} more files", expected=f"{files}", fix=fix)
+    if files > MANY_FILES:
+        fix = "--set store.unit_mb=256, --format h5, or --yes"
+        raise UsageError(f"{files} files", expected=f"at most {MANY_FILES}", fix=fix)

@@ -1,0 +1,42 @@
+"""A head trained by two launched processes is what one process trains with batches twice as large."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vla.featurize.job import FeaturizeConfig, prepare, run
+from vla.heads.train import HeadTrainConfig, train_head
+
+STEPS = 6
+MODEL = ["model.horizon=1", "model.n_action=1", "model.hidden=16", "model.encoder.dim=16", "model.encoder.queries=2"]
+TRAIN = [f"train.steps={STEPS}", "train.log_every=1", "train.device=cpu", "train.schedule=constant", "train.lr=0.01"]
+
+
+def _losses(run_dir: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_launched_processes_give_the_losses_of_one_with_twice_the_batch(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    run(prepare(FeaturizeConfig(source="synthetic:episodes=6", backbone="toy")), store)
+    settings = [f"data.stores={json.dumps([str(store)])}", *MODEL, *TRAIN]
+    train_head(HeadTrainConfig.from_sources(None, [*settings, "train.batch_size=8"], head="mlp"), tmp_path / "one")
+    # `accelerate launch` starts several processes on GPUs; on a CPU it asks for MPI, where torchrun does without.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(Path(sys.executable).with_name("vla")), "train-head", "mlp", "--out", str(tmp_path / "two")]
+    command += [part for setting in [*settings, "train.batch_size=4"] for part in ("--set", setting)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = _losses(tmp_path / "one"), _losses(tmp_path / "two")
+    assert len(two) == STEPS
+    assert two == pytest.approx(one, rel=1e-4)
