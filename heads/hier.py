@@ -24,16 +24,21 @@ from vla.heads.batch import Batch, HeadIO
 from vla.heads.encoded import fit_encoders
 from vla.heads.fast import FastTokenizer, read_mapping
 from vla.heads.fast_speech import FastSpeaker
+<<<<<<< HEAD
 from vla.heads.flow import draw_time, integrate
+=======
+from vla.heads.flow import flow_errors, flow_sample
+>>>>>>> w-hier
 from vla.heads.frozen import Frozen
 from vla.heads.hier_config import HierConfig
 from vla.heads.hier_full import TOKENS, FullActor, FullLanguage, fast_ids, load_full
 from vla.heads.hier_light import LightActor, LightLanguage
 from vla.heads.hier_parts import Actor, Language, Record
-from vla.heads.model import SMALL_NET, HeadConfig, HeadModel, masked_mean, noise_like, real_dims
+from vla.heads.model import SMALL_NET, HeadConfig, HeadModel, masked_mean, real_dims
 from vla.heads.needs import Need
 from vla.heads.nets.speech import Observed, Prompt, TokenErrors, append, say, teach
 from vla.heads.normalize import Normalizer
+from vla.heads.pi0_weights import check_backbones
 from vla.heads.prompts import (
     BINS,
     PromptTokenizer,
@@ -77,6 +82,7 @@ class HierHead(HeadModel):
     velocity [B, H, A], None where no flow is trained."""
 
     Config: ClassVar[type[HeadConfig]] = HierConfig
+    adjustable: ClassVar[frozenset[str]] = frozenset({"n_action", "sample_steps", "subtask_interval"})
     config: HierConfig
 
     def __init__(self, config: HierConfig, io: HeadIO) -> None:
@@ -204,6 +210,8 @@ class HierHead(HeadModel):
         """Fit normalisers and feature scales; take published weights."""
         super().prepare(data)
         fit_encoders(self, data)
+        if self.config.variant == "full":
+            check_backbones(data, self.config.weights, None)
         load_full(self.language, self.actor)
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -238,11 +246,7 @@ class HierHead(HeadModel):
     def errors(self, batch: Batch, action: Tensor) -> Tensor:
         """Squared error of the velocity, told the subtask that was demonstrated."""
         context = self._context(batch, self._told(batch, "subtask"))
-        noise = real_dims(batch, torch.randn_like(action))
-        t = draw_time(self.config.time, len(batch), action)
-        x_t = t[:, None, None] * noise + (1 - t[:, None, None]) * action
-        v: Tensor = self.net(x_t, t, *context)
-        return (v - (noise - action)) ** 2
+        return flow_errors(lambda x, t: self.net(x, t, *context), batch, action, self.config.time)
 
     def sample(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
         """Say the subtask (unless `Batch.plan` holds one), then integrate from noise, or say FAST ids."""
@@ -252,13 +256,11 @@ class HierHead(HeadModel):
         if self.fast is not None:
             return self._say_fast(batch, subtasks)
         context = self._context(batch, subtasks)
-        shape = (len(batch), self.config.horizon, self.io.action_dim)
-        x = real_dims(batch, noise_like(shape, batch.task.new_empty(0), generator))
-
-        def velocity(x: Tensor, t: float) -> Tensor:
-            return real_dims(batch, self.net(x, torch.full((len(x),), t, device=x.device), *context))
-
-        return integrate(velocity, x, self.config.sample_steps, "euler")
+        shape, like = (len(batch), self.config.horizon, self.io.action_dim), self.action.centre
+        steps = self.config.sample_steps
+        return flow_sample(
+            lambda x, t: self.net(x, t, *context), batch, shape, like, generator, steps=steps, sampler="euler"
+        )
 
     @torch.inference_mode()
     def plan(self, batch: Batch) -> Tensor | None:

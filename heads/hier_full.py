@@ -12,12 +12,12 @@ from torch import nn
 from vla.heads.batch import Batch, HeadIO
 from vla.heads.hier_config import HierConfig
 from vla.heads.hier_parts import Actor, Language
-from vla.heads.nets.pi05_velocity import Pi05Velocity
+from vla.heads.nets.pi0_expert import Pi05Net
 from vla.heads.nets.prefix import PrefixCache, PrefixModel
 from vla.heads.nets.speech import Observed, Prompt, prefix_cache
-from vla.heads.pi0_weights import load_language, network_sizes, weights_folder
-from vla.pretrained.pi0 import VARIANTS, gemma_config, read_part
-from vla.pretrained.weights import RANDOM, load_strictly
+from vla.heads.pi0_weights import load_expert, load_language, network_sizes
+from vla.pretrained.pi0 import VARIANTS, gemma_config
+from vla.pretrained.weights import RANDOM
 from vla.stores.errors import UsageError
 
 TOKENS = "siglip"
@@ -63,7 +63,7 @@ class FullLanguage(Language):
 class FullActor(Actor):
     """The expert and the projections of `config.weights` where it is a checkpoint of pi0.5, else new ones."""
 
-    net: Pi05Velocity
+    net: Pi05Net
 
     def __init__(self, config: HierConfig, io: HeadIO) -> None:
         super().__init__()
@@ -77,15 +77,11 @@ class FullActor(Actor):
             )
         if io.action_dim > sizes.max_action:
             raise UsageError(f"{io.action_dim} actions", expected=f"at most {sizes.max_action}, as pi0.5 has them")
-        self.trained = config.weights != RANDOM and sizes.expert is not None
-        self.net = Pi05Velocity(sizes.expert or gemma_config(*VARIANTS["gemma_300m"]), sizes.max_action)
+        self.net = Pi05Net(sizes.expert or gemma_config(*VARIANTS["gemma_300m"]), io.action_dim, sizes.max_action)
 
     def load(self) -> None:
         """Take the checkpoint's expert and projections, where it has them. Raises what reading them raises."""
-        if self.trained:
-            folder = weights_folder(self.weights)
-            expert = {f"expert.{name}": values for name, values in read_part(folder, "expert").items()}
-            load_strictly(self.net, expert | read_part(folder, "projections"), folder)
+        load_expert(self.net, self.weights)
 
     def context(self, language: Language | None, batch: Batch, prompt: Prompt) -> tuple[PrefixCache]:
         """Return the prefix's keys and values, cut off from the language model."""

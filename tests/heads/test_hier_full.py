@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vla.heads import hier_full
 from vla.heads.batch import Batch, FeatureIO, HeadIO
 from vla.heads.checkpoint import build_head
 from vla.heads.fast import FastTokenizer
 from vla.heads.hier_full import FullLanguage, fast_ids
 from vla.heads.model import HeadModel
-from vla.heads.nets.pi05_velocity import Pi05Velocity, time_embedding
+from vla.heads.nets.pi0_expert import Pi05Net
 from vla.heads.nets.prefix import PrefixModel
+from vla.heads.pi0_weights import network_sizes
 from vla.pretrained.pi0 import gemma_config
 from vla.stores.errors import UsageError
 
@@ -122,7 +123,8 @@ def test_high_level_mode_of_the_full_variant_has_no_expert(full: Any, toy_batch:
 
 def test_gap_10_actions_are_padded_to_the_width_of_the_projections(toy_batch: MakeBatch) -> None:
     """What the padded outputs say counts for nothing: their weights get no gradient."""
-    net = Pi05Velocity(gemma_config(32, 64, 2, 4, 1, 16), padded=32)
+    net = Pi05Net(gemma_config(32, 64, 2, 4, 1, 16), 2, 32)
+    torch.nn.init.normal_(net.expert.norm.dense.weight, std=0.3)
     assert net.action_in_proj.in_features == net.action_out_proj.out_features == 32
     prefix = PrefixModel(gemma_config(64, 128, 2, 4, 1, 16, vocab_size=9))
     cache = prefix(torch.randn(3, 5, 64), torch.ones(3, 5, dtype=torch.bool)).detach()
@@ -140,15 +142,6 @@ def test_more_actions_than_the_projections_hold_are_refused() -> None:
     io = IO.model_copy(update={"action_dim": 33})
     with pytest.raises(UsageError, match="33 actions; expected at most 32"):
         build_head("hier", {"variant": "full", "weights": "random"}, io)
-
-
-def test_time_is_embedded_in_periods_from_4_thousandths_to_4() -> None:
-    t = torch.tensor([0.3, 0.7], dtype=torch.float64)
-    found = time_embedding(t, 8)
-    for place in range(4):
-        period = 4e-3 * 1000 ** (place / 3)
-        torch.testing.assert_close(found[:, place], torch.sin(2 * math.pi * t / period))
-        torch.testing.assert_close(found[:, 4 + place], torch.cos(2 * math.pi * t / period))
 
 
 def test_the_full_variant_learns_to_say_the_subtask(full: Any, toy_batch: MakeBatch) -> None:
@@ -248,3 +241,22 @@ def test_the_full_variant_names_the_backbone_that_it_needs() -> None:
     io = IO.model_copy(update={"features": {}})
     with pytest.raises(UsageError, match="vla featurize --backbone siglip-prefix"):
         build_head("hier", {"variant": "full", "weights": "random"}, io)
+
+
+def test_a_checkpoint_of_pi0_is_refused_for_its_norms(full: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = dataclasses.replace(network_sizes("random"), adaptive=False)
+    monkeypatch.setattr(hier_full, "network_sizes", lambda weights: sizes)
+    with pytest.raises(UsageError, match=r"no adaptive norms.*pi05_base"):
+        full()
+
+
+@pytest.mark.parametrize(("mode", "loaded"), [("joint", ["language", "expert"]), ("high-level", ["language"])])
+def test_published_weights_are_loaded_for_what_the_mode_trains(
+    mode: str, loaded: list[str], full: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    model = full(mode=mode)
+    monkeypatch.setattr(FullLanguage, "load", lambda self: asked.append("language"))
+    monkeypatch.setattr(hier_full, "load_expert", lambda net, weights: asked.append("expert"))
+    hier_full.load_full(model.language, model.actor)
+    assert asked == loaded

@@ -84,7 +84,9 @@ def observations(count: int) -> list[Observation]:
 
 
 @pytest.mark.parametrize(("backbone", "settings"), [("toy", LIGHT), ("siglip-prefix", FULL)])
-def test_hier_trains_evaluates_loads_and_acts(backbone: str, settings: dict[str, Any], trained: Train) -> None:
+def test_hier_trains_evaluates_loads_and_acts(
+    backbone: str, settings: dict[str, Any], trained: Train, stores: dict[str, Path]
+) -> None:
     run_dir = trained(backbone, **settings)
     head = load_head(run_dir)
     error = evaluate_head(head)
@@ -95,6 +97,9 @@ def test_hier_trains_evaluates_loads_and_acts(backbone: str, settings: dict[str,
         "action_mae",
     } <= error.metrics().keys()
     assert np.isfinite(list(error.metrics().values())).all()
+    other = evaluate_head(head, (str(stores[backbone]),))  # every episode, its labels by what they say
+    assert other.windows == 48
+    assert "subtask_exact_match" in other.metrics()
     policy = Policy(load_head(run_dir), device="cpu")
     policy.reset(seed=0, task="clear table")  # the high-level task
     actions = [policy.act(observation) for observation in observations(4)]
