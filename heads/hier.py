@@ -24,11 +24,7 @@ from vla.heads.batch import Batch, HeadIO
 from vla.heads.encoded import fit_encoders
 from vla.heads.fast import FastTokenizer, read_mapping
 from vla.heads.fast_speech import FastSpeaker
-<<<<<<< HEAD
-from vla.heads.flow import draw_time, integrate
-=======
 from vla.heads.flow import flow_errors, flow_sample
->>>>>>> w-hier
 from vla.heads.frozen import Frozen
 from vla.heads.hier_config import HierConfig
 from vla.heads.hier_full import TOKENS, FullActor, FullLanguage, fast_ids, load_full

@@ -198,15 +198,10 @@ def toy_head(toy_batch: Callable[..., Batch]) -> Callable[..., HeadModel]:
         assert sample.state is not None
         actions, states = sample.action.flatten(0, 1).numpy(), sample.state.flatten(0, 1).numpy()
         model.fit_normalisers(np.resize(actions, (len(actions), io.action_dim)), states[:, : io.state_dim])
-<<<<<<< HEAD
         if io.text is not None:
             model.fit_texts(text_rows(io))  # type: ignore[operator]
         for scaler in (module for module in model.modules() if isinstance(module, ChannelScaler)):
             scaler.fit(np.full(len(scaler.mean), 0.1), np.full(len(scaler.mean), 0.6))
-=======
-        for scaler in (module for module in model.modules() if isinstance(module, ChannelScaler)):
-            scaler.fit(np.full(3, 0.1), np.full(3, 0.6))
->>>>>>> w-hier
         for seen in (module for module in model.modules() if isinstance(module, ObservationEncoder)):
             for reader in projections(seen).values():
                 reader.projection.fit([reader.scaler(sample.features["grid"][:, 0]).flatten(1, -2)])

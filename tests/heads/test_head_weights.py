@@ -68,11 +68,7 @@ def test_a_head_with_one_statistic_missing_neither_trains_nor_acts(
             model.act(dataclasses.replace(batch, action=None))
         with pytest.raises(CheckpointError, match="missing"):
             model.loss(batch)
-<<<<<<< HEAD
         model.get_submodule(part).load_state_dict(whole)
-=======
-        model.get_submodule(part).load_state_dict(fitted)
->>>>>>> w-hier
 
 
 @pytest.mark.parametrize("name", list(HEADS))
@@ -83,11 +79,7 @@ def test_every_head_is_found_by_its_name_and_has_a_summary(name: str) -> None:
 
 @pytest.mark.parametrize(("wrong", "nearest"), [("mpl", "mlp"), ("dpp", "dp"), ("fmm", "fm")])
 def test_an_unknown_head_is_refused_with_the_nearest(wrong: str, nearest: str) -> None:
-<<<<<<< HEAD
-    with pytest.raises(UsageError, match=f"no head '{wrong}', did you mean '{nearest}'.* one of dp, fm, mlp, "):
-=======
     with pytest.raises(UsageError, match=f"no head '{wrong}', did you mean '{nearest}'.* one of dp, fm"):
->>>>>>> w-hier
         head_class(wrong)
 
 

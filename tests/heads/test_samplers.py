@@ -12,11 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
-from vla.heads import dp, flow, hier
-=======
 from vla.heads import dp, flow
->>>>>>> w-hier
 from vla.heads.batch import Batch, HeadIO
 from vla.heads.checkpoint import build_head
 from vla.heads.dp import noise_schedule, sampling_steps
@@ -255,11 +251,7 @@ def test_an_action_does_not_depend_on_batch_mates(
     batch = toy_batch(model)
     noise = torch.randn(len(batch), model.config.horizon, 2)
     window = slice(0, len(batch))
-<<<<<<< HEAD
-    for module in (dp, flow, hier):
-=======
     for module in (dp, flow):
->>>>>>> w-hier
         monkeypatch.setattr(module, "noise_like", lambda shape, reference, generator: noise[window])
     together = model.act(batch)
     for row in range(3):
