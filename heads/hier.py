@@ -78,6 +78,7 @@ class HierHead(HeadModel):
     velocity [B, H, A], None where no flow is trained."""
 
     Config: ClassVar[type[HeadConfig]] = HierConfig
+    not_exported: ClassVar[str] = "what it is told is made into text and tokens for each observation"
     adjustable: ClassVar[frozenset[str]] = frozenset({"n_action", "sample_steps", "subtask_interval"})
     config: HierConfig
 

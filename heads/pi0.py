@@ -50,6 +50,7 @@ class Pi0Head(HeadModel):
         "weight_decay": 0.01,
         "warmup_steps": 1000,
     }
+    not_exported: ClassVar[str] = "its prompt is made into text and tokens for each observation"
     adjustable: ClassVar[frozenset[str]] = HeadModel.adjustable | {"use_geom_prefix"}
     kind: ClassVar[Literal["pi0", "pi05"]] = "pi0"
     config: Pi0Config
