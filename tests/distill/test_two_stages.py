@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,8 +121,11 @@ def test_a_run_starts_from_the_weights_alone(stages: tuple[Path, Path], means: P
 
 
 def test_a_resumed_run_does_not_start_again(stages: tuple[Path, Path], means: Path, tmp_path: Path) -> None:
-    config = starting(config_of(means, train={"schedule": "constant", "steps": 2}), stages[0])
+    """Not even the run that it started from has to be there any more."""
+    shutil.copytree(stages[0], tmp_path / "begun")
+    config = starting(config_of(means, train={"schedule": "constant", "steps": 2}), tmp_path / "begun")
     train_head(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "begun")
     longer = config.model_copy(update={"train": config.train.model_copy(update={"steps": 4})})
     train_head(longer, tmp_path / "run", resume=True)
     whole = starting(config_of(means, train={"schedule": "constant", "steps": 4}), stages[0])
