@@ -365,14 +365,14 @@ def export(
     set_: Set = None,
     as_json: Json = False,
 ) -> None:
-    """Write a head as one file for torch.export: sampler and normalisation inside. --set sampler=…, sample_steps=…."""
+    """Write a head as one file for torch.export: sampler and normalisation inside. --set model.sampler=…."""
     from vla.heads.checkpoint import load_head
     from vla.heads.export import export_head
     from vla.stores.settings import set_dotted
 
     changes: dict[str, Any] = {}
     for text in set_ or ():
-        set_dotted(changes, text)
+        set_dotted(changes, text.removeprefix("model."))
     made = export_head(load_head(run), out, changes=changes, batch=batch)
     said = f"inputs {', '.join(made['inputs'])}; largest difference to the live head {made['largest_difference']:.1g}"
     reports.show_made(out, made, said, as_json)
