@@ -345,5 +345,5 @@ def require_own_draws(generator: torch.Generator | None, what: str) -> None:
     """Raise `UsageError` where the noise of a sampler that draws by itself is given: see export.py."""
     if isinstance(generator, GivenNoise):
         raise UsageError(
-            f"the sampler is {what}", expected="one that begins with its only noise", fix="--set sampler=ddim"
+            f"the sampler is {what}", expected="one that begins with its only noise", fix="--set model.sampler=ddim"
         )

@@ -141,3 +141,30 @@ def test_memory_slope_reads_and_trains_at_toy_size(load: Any, kept: Any, tmp_pat
     figures = module.train(store, tmp_path / "run", steps=12)
     assert figures["log_lines_with_data_wait_share"] == 1.0
     assert figures["memory_mb"] > 1
+
+
+def test_a_head_is_measured_on_features_made_from_its_needs(
+    load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from vla.heads.needs import Need
+
+    module = load("heads")
+    needs = (Need("grid", "toy", ("y", "x")),)
+    monkeypatch.setattr(module, "requirements", lambda head: needs)
+    monkeypatch.setattr(module, "BATCH", 4)
+    monkeypatch.setattr(module, "SAMPLING_STEPS", (1, 2))
+    figures = module.measure_head("fm", {"width": 8, "layers": 1, "encoder": {"dim": 8, "queries": 2}}, True)
+    assert figures["features"] == ["grid"]
+    assert figures["train_steps_per_s"] > 0
+    assert figures["latency_cpu_ms"].keys() == {"1", "2"}
+    assert figures["latency_cpu_ms"]["1"]["p50"] <= figures["latency_cpu_ms"]["1"]["p95"]
+
+
+def test_a_head_whose_features_cannot_be_made_here_is_told_in_its_place(
+    load: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vla.heads.needs import Need
+
+    module = load("heads")
+    monkeypatch.setattr(module, "requirements", lambda head: (Need("grid", "croco", ("y", "x")),))
+    assert "checkout" in module.measure_head("mlp", {}, True)["left_out"]
