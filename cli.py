@@ -301,32 +301,18 @@ def train_head(
     run_dir = out or Path("runs") / "-".join([head, *(Path(path).name for path in settings.data.stores)])
     keep_freed_memory()
     if group_by is not None:
-        _train_groups(settings, run_dir, group_by, online, resume, overwrite, as_json)
+        from vla.heads.groups import train_groups_by
+
+        with show_training() as progress:
+            how = {"resume": resume, "overwrite": overwrite, "progress": lambda group: progress}
+            trained = train_groups_by(group_by, settings, run_dir, online=online, **how)
+        reports.show_groups(run_dir, {name: (r.run_dir, r.step, r.metrics) for name, r in trained.items()}, as_json)
         return
     counts: dict[str, tuple[int, int]] = {}
     begun = reports.counting(counts)
     with show_training() as progress:
         report = run(settings, run_dir, resume=resume, overwrite=overwrite, begun=begun, progress=progress)
     reports.show_trained(run_dir, report.step, report.metrics, {"parameters": counts}, as_json)
-
-
-def _train_groups(
-    settings: Any, out: Path, by: str, online: bool, resume: bool, overwrite: bool, as_json: bool
-) -> None:
-    from vla.heads.groups import train_groups
-    from vla.stores.errors import UsageError
-
-    if by != "action-dim" or online:
-        found = "--group-by with --online" if online else f"--group-by {by!r}"
-        raise UsageError(found, expected="action-dim, from stores")
-    with show_training() as progress:
-        trained = train_groups(settings, out, resume=resume, overwrite=overwrite, progress=lambda group: progress)
-    if as_json:
-        groups = {name: {"run": str(r.run_dir), "step": r.step, **r.metrics} for name, r in trained.items()}
-        emit({"run": str(out), "groups": groups})
-        return
-    for report in trained.values():
-        open_log().print(f"{report.run_dir}: step {report.step}, {figures(report.metrics)}")
 
 
 @app.command()
@@ -393,8 +379,9 @@ def evaluate(
     """Compare sampled actions with demonstrated ones, per dimension, in the data's units."""
     from vla.heads.checkpoint import load_head
     from vla.heads.evaluate import evaluate_head
+    from vla.stores.settings import read_model_settings
 
-    head = load_head(run, settings=_model_settings(set_))
+    head = load_head(run, settings=read_model_settings(set_))
     error = evaluate_head(head, tuple(store) if store else None, seed=seed)
     facts = {"checkpoint": str(head.folder), "step": head.step, **error.to_json()}
     emit(facts) if as_json else reports.show_errors(facts)
@@ -411,8 +398,9 @@ def export(
     """Write a head as one file for torch.export: sampler and normalisation inside. --set model.sampler=…."""
     from vla.heads.checkpoint import load_head
     from vla.heads.export import export_head
+    from vla.stores.settings import read_model_settings
 
-    made = export_head(load_head(run, settings=_model_settings(set_)), out, batch=batch)
+    made = export_head(load_head(run, settings=read_model_settings(set_)), out, batch=batch)
     said = f"inputs {', '.join(made['inputs'])}; largest difference to the live head {made['largest_difference']:.1g}"
     reports.show_made(out, made, said, as_json)
 
@@ -433,9 +421,10 @@ def rollout(
     from vla.rollout.evaluate import roll_out
     from vla.rollout.policy import Policy
     from vla.stores.memory import keep_freed_memory
+    from vla.stores.settings import read_model_settings
 
     keep_freed_memory()
-    policy = Policy.from_run(run, n_action=n_action, settings=_model_settings(set_))
+    policy = Policy.from_run(run, n_action=n_action, settings=read_model_settings(set_))
     world = make_env(env, **policy.env_options())
     try:
         with show_progress("rollout", "episodes") as progress:
@@ -493,20 +482,6 @@ def heads(
         return
     fields = [field.to_json() for field in head_fields(head)]
     emit(fields) if as_json else reports.show_fields(head, fields)
-
-
-def _model_settings(texts: list[str] | None) -> dict[str, Any]:
-    """Read --set model.KEY=VALUE for a head that is trained already."""
-    from vla.stores.errors import UsageError
-    from vla.stores.settings import set_dotted
-
-    values: dict[str, Any] = {"model": {}}
-    for text in texts or ():
-        set_dotted(values, text)
-    others = values.keys() - {"model"}
-    if others:
-        raise UsageError(f"--set {min(others)} of a trained head", expected="model.KEY=VALUE")
-    return dict(values["model"])
 
 
 def main() -> NoReturn:

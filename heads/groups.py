@@ -10,12 +10,14 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vla.heads.columns import episode_dims
 from vla.heads.data import open_data
 from vla.heads.train import HeadTrainConfig, train_head
+from vla.stores.errors import UsageError
 from vla.training.loop import FitReport, Progress
 
 
@@ -72,3 +74,11 @@ def train_groups(
             own, out / group.name, resume=resume, overwrite=overwrite, progress=progress(group)
         )
     return reports
+
+
+def train_groups_by(by: str, config: HeadTrainConfig, out: Path, *, online: bool, **how: Any) -> dict[str, FitReport]:
+    """Train one model a group, as `--group-by` names the groups. Raises `UsageError` for what groups cannot be."""
+    if by != "action-dim" or online:
+        found = "--group-by with --online" if online else f"--group-by {by!r}"
+        raise UsageError(found, expected="action-dim, from stores")
+    return train_groups(config, out, **how)

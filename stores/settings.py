@@ -69,6 +69,17 @@ def read_pairs(texts: Iterable[str] | None) -> dict[str, str] | None:
     return pairs or None
 
 
+def read_model_settings(texts: Iterable[str] | None) -> dict[str, Any]:
+    """Return what `--set model.KEY=VALUE` gives a head that is trained already. Raises `UsageError` for other keys."""
+    values: dict[str, Any] = {"model": {}}
+    for text in texts or ():
+        set_dotted(values, text)
+    others = values.keys() - {"model"}
+    if others:
+        raise UsageError(f"--set {min(others)} of a trained head", expected="model.KEY=VALUE")
+    return dict(values["model"])
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return ", did you mean 'x'?" for the closest known word, or an empty string."""
     match = difflib.get_close_matches(word, list(known), n=1)

@@ -59,6 +59,16 @@ def show_trained(run: Path, step: int, metrics: Mapping[str, float], facts: Mapp
     show_made(run, {"run": str(run), "step": step, **metrics, **facts}, f"step {step}, {figures(metrics)}", as_json)
 
 
+def show_groups(out: Path, groups: Mapping[str, tuple[Path, int, Mapping[str, float]]], as_json: bool) -> None:
+    """Print what became of each group of a training: its run, its last step, its figures."""
+    if as_json:
+        rows = {name: {"run": str(run), "step": step, **metrics} for name, (run, step, metrics) in groups.items()}
+        emit({"run": str(out), "groups": rows})
+        return
+    for run, step, metrics in groups.values():
+        open_log().print(f"{run}: step {step}, {figures(metrics)}")
+
+
 def show_findings(findings: Iterable[str]) -> None:
     """Log findings, one a line, as they are."""
     for finding in findings:
