@@ -38,6 +38,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "efficientnet, mlp": {"head": "mlp", "backbone": "efficientnet"},
     "efficientnet, fm": {"head": "fm", "backbone": "efficientnet"},
     "efficientnet, dp": {"head": "dp", "backbone": "efficientnet", "model": {"net": "mlp"}},
+    "efficientnet, hier": {
+        "head": "hier",
+        "backbone": "efficientnet",
+        "model": {"mode": "expert"},
+        "train": {"lr": 1e-3},
+    },
 }
 DTYPES = {
     f"efficientnet as {dtype}, fm": {"head": "fm", "backbone": "efficientnet", "dtype": dtype}
@@ -52,7 +58,8 @@ def success(name: str, steps: int, episodes: int) -> dict[str, Any]:
     row = (ROWS | DTYPES)[name]
     data = {"stores": [str(_store(row))], "validation": 0.0}
     data |= {"state": row["state"]} if "state" in row else {}
-    train = {**SMALL_NET, "steps": steps, "warmup_steps": min(100, steps // 10), "checkpoint_every": steps}
+    train = {**SMALL_NET, **row.get("train", {}), "steps": steps, "warmup_steps": min(100, steps // 10)}
+    train |= {"checkpoint_every": steps}
     values = {"head": row["head"], "data": data, "model": {**MODEL, **row.get("model", {})}, "train": train}
     run_dir = KEPT / "runs" / name.translate({ord(" "): "_", ord(","): None, ord("("): None, ord(")"): None})
     shutil.rmtree(run_dir, ignore_errors=True)

@@ -71,7 +71,7 @@ class ActionError:
         table = {
             key: dict(zip(self.names, map(float, values), strict=True)) for key, values in columns.items() if self.acted
         }
-        tasks = {"per_task": self.per_task} if self.per_task else {}
+        tasks = {"per_task": self.per_task} if self.per_task and self.acted else {}
         return {**self.metrics(), "windows": self.windows, "steps": self.steps, "per_dimension": table, **tasks}
 
 

@@ -166,5 +166,5 @@ def test_an_episode_without_instruction_is_named(monkeypatch: pytest.MonkeyPatch
 def test_a_head_does_not_take_texts_for_demonstrations(tmp_path: Path) -> None:
     values = {"source": "synthetic", "backbone": "text", "weights": "random", "options": {"embedding": "none"}}
     run(prepare(FeaturizeConfig.build(values)), tmp_path / "text")
-    with pytest.raises(UsageError, match="has no actions: it is a store of text"):
+    with pytest.raises(UsageError, match="0 stores of demonstrations and 1 of instructions"):
         open_data(DataConfig(stores=(str(tmp_path / "text"),)))
