@@ -270,7 +270,8 @@ def check_lengths(config: HeadConfig) -> None:
     """Raise `UsageError` where more actions would be executed than are predicted."""
     if config.n_action > config.n_action_max:
         found = f"n_action {config.n_action} of horizon {config.horizon}"
-        raise UsageError(found, expected=f"at most {config.n_action_max}")
+        fix = f"--set model.n_action={config.n_action_max}"
+        raise UsageError(found, expected=f"at most {config.n_action_max}", fix=fix)
 
 
 def masked_mean(errors: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
