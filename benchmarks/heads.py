@@ -42,7 +42,10 @@ from vla.training.loop import seed_everything
 BATCH = 64
 SOURCE = "synthetic:episodes=4,length=[24,32],cameras=1"
 MODELS: dict[str, dict[str, Any]] = {
-    "dp": {"dp, net=mlp": {"net": "mlp"}, "dp, down_dims=[64,128,256]": {"down_dims": [64, 128, 256]}, "dp": {}}
+    "dp": {"dp, net=mlp": {"net": "mlp"}, "dp, down_dims=[64,128,256]": {"down_dims": [64, 128, 256]}, "dp": {}},
+    "hier": {"hier, mode=expert": {"mode": "expert"}},
+    "pi0": {"pi0, tiny random networks": {"weights": "random"}},
+    "pi05": {"pi05, tiny random networks": {"weights": "random"}},
 }
 """Settings in which a head is measured, where there is more than its defaults; `--quick` takes the first."""
 

@@ -21,6 +21,10 @@ _DASK = {
     "distributed.worker.memory.pause": False,
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.target": False,
+    # What `keep_freed_memory` does for a process, for the threads that dask computes in: one arena, nothing given back.
+    "distributed.nanny.pre-spawn-environ.MALLOC_ARENA_MAX": "1",
+    "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_MAX_": "0",
+    "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
 }
 
 
