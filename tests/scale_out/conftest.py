@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -71,7 +72,12 @@ def workers() -> Callable[[int], list[psutil.Process]]:
     """`workers(pid)` are the worker processes that a run has started."""
 
     def children(pid: int) -> list[psutil.Process]:
-        found = psutil.Process(pid).children(recursive=True)
-        return [process for process in found if "spawn_main" in " ".join(process.cmdline())]
+        alive = []
+        with suppress(psutil.NoSuchProcess):  # the run itself may end while it is looked at
+            for process in psutil.Process(pid).children(recursive=True):
+                with suppress(psutil.NoSuchProcess):  # a zombie counts as none
+                    if "spawn_main" in " ".join(process.cmdline()):
+                        alive.append(process)
+        return alive
 
     return children
