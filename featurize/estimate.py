@@ -5,11 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-import torch
-
 from vla.featurize.batch_size import ON_CPU
 from vla.featurize.decode import Decoder, StageClock
-from vla.featurize.job import Job, choose_device
+from vla.featurize.job import Job, take_device
 from vla.stores.unit_buffer import unit_buffer
 
 PATIENCE = 10.0
@@ -38,10 +36,8 @@ def probe(job: Job, unit: int) -> Estimate:
     The first warms up and is not counted. Where one frame alone takes seconds, the batches are of one frame. Raises
     what reading them raises; a bad episode that --skip-bad would leave out is left out.
     """
-    config, device = job.config, choose_device(job.config.device)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    job.backbone.to(device)
+    config = job.config
+    take_device(job)
     clock, encode_seconds, frames = StageClock(), 0.0, 0
     size = ON_CPU if config.batch_size == "auto" else config.batch_size
     decoder = Decoder(

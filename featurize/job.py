@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,10 +102,7 @@ def run(
         root = Path(root)
         refuse_shadowing(root)
         require_room(job.plan, root, accept=accept)
-    if job.config.threads:
-        torch.set_num_threads(job.config.threads)
-    device = choose_device(job.config.device)
-    job.backbone.to(device)
+    device = take_device(job)
     plan = (job.plan.manifest, job.plan.episodes)
     opened: AbstractContextManager[StoreWriter]
     if isinstance(root, str):
@@ -113,20 +110,46 @@ def run(
     else:
         opened = open_writer(root, *plan, resume=resume, overwrite=overwrite)
     with opened as writer:
-        size = job.config.batch_size
-        if size == "auto":
-            size = find_batch_size(job.backbone, job.source, job.source.index(), device)
-        return featurize(
-            job.source,
-            job.backbone,
-            writer,
-            job.plan.episodes,
-            batch_size=size,
-            skip_bad=job.config.skip_bad,
-            pin=device.type == "cuda",
-            augment=job.config.augment,
-            progress=progress,
-        )
+        return make_units(job, writer, device, batch_size_on(job, device), progress=progress)
+
+
+def take_device(job: Job) -> torch.device:
+    """Put the backbone where the run is to compute, with the threads that it is to have; return the device."""
+    if job.config.threads:
+        torch.set_num_threads(job.config.threads)
+    device = choose_device(job.config.device)
+    job.backbone.to(device)
+    return device
+
+
+def batch_size_on(job: Job, device: torch.device) -> int:
+    """Return how many time steps are encoded at once; "auto" is tried."""
+    size = job.config.batch_size
+    return find_batch_size(job.backbone, job.source, job.source.index(), device) if size == "auto" else size
+
+
+def make_units(
+    job: Job,
+    writer: StoreWriter,
+    device: torch.device,
+    batch_size: int,
+    *,
+    units: Sequence[int] | None = None,
+    progress: Progress = lambda done, total: None,
+) -> RunReport:
+    """Compute and commit units of a planned store, on the device that has the backbone. See `featurize`."""
+    return featurize(
+        job.source,
+        job.backbone,
+        writer,
+        job.plan.episodes,
+        batch_size=batch_size,
+        skip_bad=job.config.skip_bad,
+        pin=device.type == "cuda",
+        augment=job.config.augment,
+        units=units,
+        progress=progress,
+    )
 
 
 def rebuild_backbone(recipe: Mapping[str, Any], identity: Mapping[str, Any]) -> Backbone:

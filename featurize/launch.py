@@ -12,8 +12,8 @@ from vla.featurize.job import Job, run
 from vla.featurize.run import RunReport
 from vla.featurize.spread import run_on_cluster, run_share
 from vla.featurize.units import share_of
+from vla.stores.commits import committed_units
 from vla.stores.errors import UsageError
-from vla.stores.layout import commit_file
 from vla.stores.remote.options import is_url
 
 Progress = Callable[[Mapping[str, int], int], None]
@@ -74,9 +74,8 @@ def outlook(job: Job, root: Path | str, where: Where) -> dict[str, Any]:
     a cluster's workers and other jobs of an array are not counted. Nothing is pending: no probe, hours 0.
     """
     manifest = job.plan.manifest
-    units = list(range(manifest.units))
-    if not is_url(root):
-        units = [unit for unit in units if not (Path(root) / commit_file(unit)).exists()]
+    committed = set() if is_url(root) else committed_units(Path(root))
+    units = [unit for unit in range(manifest.units) if unit not in committed]
     frames = sum(len(manifest.unit_range(unit)) for unit in units)
     facts: dict[str, Any] = {"pending_units": len(units), "pending_frames": frames, "frames_per_s": None, "hours": 0.0}
     if units:

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 from vla.featurize.plan import Plan
+from vla.stores.commits import committed_units
 from vla.stores.errors import MachineError, UsageError
-from vla.stores.layout import COMMITS
 
 MANY_FILES = 1_000_000
 """More files than this are slow to list, copy and delete anywhere, and above what many quotas allow."""
@@ -21,9 +21,7 @@ def require_room(plan: Plan, out: Path, *, accept: bool = False) -> None:
     """
     if accept:
         return
-    records = out / COMMITS
-    committed = len(list(records.glob("unit-*.json"))) if records.is_dir() else 0
-    share = max(1 - committed / plan.manifest.units, 0.0)
+    share = max(1 - len(committed_units(out)) / plan.manifest.units, 0.0)
     needed, files = plan.bytes * share, int(plan.files * share)
     existing = next(path for path in (out, *out.resolve().parents) if path.exists())
     free, inodes = shutil.disk_usage(existing).free, os.statvfs(existing).f_favail

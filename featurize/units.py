@@ -14,11 +14,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from vla.featurize.batch_size import find_batch_size
-from vla.featurize.job import Job, choose_device, refuse_shadowing
-from vla.featurize.run import Progress, RunReport, featurize
+from vla.featurize.job import Job, batch_size_on, make_units, refuse_shadowing, take_device
+from vla.featurize.run import Progress, RunReport
 from vla.stores.errors import UsageError, VlaError
 from vla.stores.remote.options import is_url
 from vla.stores.shared_writer import SharedWriter, open_shared_writer
@@ -41,11 +38,8 @@ class UnitMaker:
 
     def __init__(self, job: Job, writer: SharedWriter) -> None:
         self._job, self.writer = job, writer
-        self._device = choose_device(job.config.device)
-        job.backbone.to(self._device)
-        size = job.config.batch_size
-        found = find_batch_size(job.backbone, job.source, job.source.index(), self._device) if size == "auto" else size
-        self._batch_size = found
+        self._device = take_device(job)
+        self._batch_size = batch_size_on(job, self._device)
 
     def make(self, units: Sequence[int], progress: Progress = lambda done, total: None) -> UnitsReport:
         """Make those of `units` that nobody has made or is making. Raises nothing that one unit can be blamed for."""
@@ -80,20 +74,8 @@ class UnitMaker:
                 return
 
     def _run(self, units: Sequence[int], busy: Counter[str], progress: Progress) -> None:
-        config = self._job.config
         try:
-            report = featurize(
-                self._job.source,
-                self._job.backbone,
-                self.writer,
-                self._job.plan.episodes,
-                batch_size=self._batch_size,
-                skip_bad=config.skip_bad,
-                pin=self._device.type == "cuda",
-                augment=config.augment,
-                units=units,
-                progress=progress,
-            )
+            report = make_units(self._job, self.writer, self._device, self._batch_size, units=units, progress=progress)
         finally:
             self.writer.release()
         busy.update({stage: share * report.seconds for stage, share in report.busy.items()})
@@ -107,8 +89,6 @@ def _shift(progress: Progress, before: int, total: int, done: int, _: int) -> No
 def open_unit_maker(job: Job, root: Path) -> Iterator[UnitMaker]:
     """Join the writers of the store at `root`, making it where it is not there. Raises as `open_shared_writer` does."""
     refuse_shadowing(root)
-    if job.config.threads:
-        torch.set_num_threads(job.config.threads)
     with open_shared_writer(root, job.plan.manifest, job.plan.episodes) as writer:
         yield UnitMaker(job, writer)
 

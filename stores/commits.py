@@ -87,6 +87,11 @@ def read_commit(root: Path, manifest: Manifest, unit: int, expected: str) -> Com
     return _read(path, unit, manifest, expected) if path.exists() else None
 
 
+def committed_units(root: Path) -> set[int]:
+    """Return the units that have a record, which is not read; none where there is no store."""
+    return {unit for unit, _ in _records(root)} if (root / COMMITS).is_dir() else set()
+
+
 def remove_commits(root: Path, units: set[int]) -> None:
     """Un-commit units, durably: from here on they are absent. Records that lie are removed like any other."""
     with explaining(root / COMMITS):
