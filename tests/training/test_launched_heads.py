@@ -30,7 +30,7 @@ def test_two_launched_processes_give_the_losses_of_one_with_twice_the_batch(tmp_
     run(prepare(FeaturizeConfig(source="synthetic:episodes=6", backbone="toy")), store)
     settings = [f"data.stores={json.dumps([str(store)])}", *MODEL, *TRAIN]
     train_head(HeadTrainConfig.from_sources(None, [*settings, "train.batch_size=8"], head="mlp"), tmp_path / "one")
-    # --multi_gpu is accelerate's word for processes that torchrun starts; with --cpu it would start one, or ask for MPI.
+    # --multi_gpu is accelerate's word for what torchrun starts; with --cpu it would start one process, or ask for MPI.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += ["--main_process_port", "0"]
     command += [str(Path(sys.executable).with_name("vla")), "train-head", "mlp", "--out", str(tmp_path / "two")]
