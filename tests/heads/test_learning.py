@@ -72,7 +72,9 @@ def test_sampled_actions_beat_the_mean_action_five_times(
         ("dp-unet", 300, 6e-3, {"down_dims": [32, 32], "kernel_size": 3}),
         ("pi0-rgb", 300, 3e-3, {}),
         ("pi05-rays", 300, 4e-3, {"use_geom_prefix": False, "discrete_state": False}),
-        ("track-llm", 400, 3e-3, {"llm": "full"}),  # a frozen random one does not say which token was bright
+        ("track-llm", 200, 6e-3, {"llm": "frozen"}),
+        ("track-llm", 150, 4e-3, {"llm": "lora"}),
+        ("track-llm", 150, 4e-3, {"llm": "full"}),
         pytest.param(
             "spatial-net", 500, 2e-3, {"use_task": False, "width": 64}, marks=pytest.mark.timeout(400)
         ),  # 34 tokens of context: two minutes on a busy machine
