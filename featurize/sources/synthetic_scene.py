@@ -1,4 +1,4 @@
-"""The three-dimensional scene behind `synthetic:depth=true`: balls rolling over a floor, each below a camera of its own.
+"""The three-dimensional scene behind `synthetic:depth=true`: balls that roll over a floor, each before its own camera.
 
 The world has its floor at z = 0 and z upwards, in metres. Camera v hangs 1 m above the floor, 10 m from the next, looks
 forward and down, and turns about the vertical as the episode goes on; it sees the ball of its own view alone, whose
@@ -45,7 +45,7 @@ def camera_poses(frames: NDArray[np.int64], cameras: int) -> NDArray[np.float64]
 
 
 def ball_centres(places: NDArray[np.float64], poses: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return where the balls [T, V, 3] touch the floor from above, seen at places [T, V, 2] in [-1, 1] of a picture."""
+    """Return the centres [T, V, 3] of balls that lie on the floor, seen at places [T, V, 2] in [-1, 1] of a picture."""
     rays = np.concatenate([places / FOCAL, np.ones_like(places[..., :1])], axis=-1)
     world = np.einsum("tvij,tvj->tvi", poses[..., :3, :3], rays)
     along = (RADIUS - poses[..., 2, 3]) / world[..., 2]
