@@ -66,5 +66,5 @@ def depth(centre: NDArray[np.float64], pose: NDArray[np.float64], size: int) -> 
     square, product = (rays**2).sum(-1), rays @ to_ball
     under_root = product**2 - square * (to_ball @ to_ball - RADIUS**2)
     ball = (product - np.sqrt(np.maximum(under_root, 0))) / square
-    nearest = np.where(under_root >= 0, np.minimum(ball, floor), floor)
+    nearest = np.where(under_root >= 0, ball, floor)  # lying on the floor, it is before it on every ray that meets it
     return np.where(nearest <= RANGE, nearest, 0).astype(np.float32)
