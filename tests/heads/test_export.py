@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vla.heads.batch import Batch
-from vla.heads.checkpoint import Artefact, StoreRecord, TrainedHead, with_settings
+from vla.heads.checkpoint import Artefact, StoreRecord, TrainedHead
 from vla.heads.data import DataConfig
 from vla.heads.export import export_head, observation_inputs
 from vla.heads.model import GivenNoise, HeadModel
@@ -98,7 +98,8 @@ def test_ddpm_is_not_exported_because_it_draws_in_every_step(
     head = trained(awake_head("dp-mlp", sampler="ddpm", train_steps=10), "dp")
     with pytest.raises(UsageError, match=r"draws in every step.*sampler=ddim"):
         export_head(head, tmp_path / "head.pt2")
-    described = export_head(with_settings(head, {"sampler": "ddim", "sample_steps": 2}), tmp_path / "head.pt2")
+    head.model.adjust({"sampler": "ddim", "sample_steps": 2})
+    described = export_head(head, tmp_path / "head.pt2")
     assert described["config"]["sampler"] == "ddim"
 
 
@@ -120,11 +121,11 @@ def test_a_head_that_draws_noise_behind_the_back_of_the_export_is_refused(
 def test_a_trained_head_takes_another_sampler_and_nothing_else(awake_head: Callable[..., HeadModel]) -> None:
     model = awake_head("fm-mlp", sample_steps=2)
     head = trained(model, "fm")
-    other = with_settings(head, {"sampler": "heun", "sample_steps": 5})
-    assert (other.config.sampler, other.config.sample_steps) == ("heun", 5)  # type: ignore[attr-defined]
-    for name, values in other.model.state_dict().items():
-        assert torch.equal(values, model.state_dict()[name])
+    before = {name: values.clone() for name, values in model.state_dict().items()}
+    model.adjust({"sampler": "heun", "sample_steps": 5})
+    assert (head.config.sampler, head.config.sample_steps) == ("heun", 5)  # type: ignore[attr-defined]
+    assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
     with pytest.raises(UsageError, match=r"action_norm.*sample_steps"):
-        with_settings(head, {"action_norm": "zscore"})
+        model.adjust({"action_norm": "zscore"})
     with pytest.raises(UsageError, match=r"\.pt2"):
         export_head(head, Path("head.onnx"))
