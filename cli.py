@@ -54,7 +54,6 @@ def featurize(
     """Run a frozen backbone over demonstrations, once, into a store."""
     from vla.featurize.job import FeaturizeConfig, prepare
     from vla.featurize.launch import Where, launch, outlook
-    from vla.featurize.sources.registry import shipped
     from vla.stores.memory import keep_freed_memory
     from vla.stores.settings import read_pairs
 
@@ -64,7 +63,7 @@ def featurize(
         config,
         [*opt.as_set(short), *(set_ or ())],
         backbone=backbone,
-        source=source or (None if config else str(shipped())),
+        source=source,
         weights=weights,
         map=read_pairs(mapping),
         skip_bad=skip_bad or None,
@@ -226,12 +225,14 @@ def record(
     as_json: opt.Json = False,
 ) -> None:
     """Record a simulator's scripted expert, or draw recorded states, as a LeRobot v3.0 data set."""
+    from vla.stores.errors import UsageError
+
+    if simulator not in ("metaworld", "robosuite"):
+        raise UsageError(f"unknown simulator {simulator!r}", expected="metaworld or robosuite")
     shown: dict[str, Any] = {"cameras": camera, "image_size": image_size, "overwrite": overwrite}
     with show_progress("record", "frames" if simulator == "robosuite" else "episodes") as progress:
         if simulator == "robosuite":
             if seed is not None or noise is not None:
-                from vla.stores.errors import UsageError
-
                 found = "--seed or --noise with robosuite"
                 raise UsageError(found, expected="neither: human demonstrations are fixed")
             from vla.rollout.replay import record_replay
@@ -429,13 +430,12 @@ def action_dims(
 ) -> None:
     """Group the tasks of raw demonstrations by the size of action and state."""
     from vla.featurize.action_dims import DimsConfig, group, measure, to_json
-    from vla.featurize.sources.registry import shipped
     from vla.stores.settings import read_pairs
 
     settings = DimsConfig.from_sources(
         config,
         set_ or (),
-        source=source or (None if config else str(shipped())),
+        source=source,
         map=read_pairs(mapping),
         skip_bad=skip_bad or None,
     )

@@ -1,4 +1,4 @@
-"""What `--help` of the commands has beyond typer's. Nothing heavy is imported to tell about a command."""
+"""What the commands have beyond typer's. Nothing heavy is imported to tell about a command."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vla.terminal.options import SETTINGS
 
 
 class Command(TyperCommand):
-    """A command whose `--help` stands beside `--json` and `--set`, and not in a panel of its own above all others."""
+    """A command whose `--help` stands beside `--json` and `--set`, not in a panel of its own above all others."""
 
     def get_help_option(self, ctx: Any) -> Any:
         """Return typer's option, with a panel."""
@@ -18,6 +18,13 @@ class Command(TyperCommand):
         if option is not None:
             option.rich_help_panel = SETTINGS
         return option
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse flags of which one would throw away what the other is to keep."""
+        rest = super().parse_args(ctx, args)
+        if ctx.params.get("resume") and ctx.params.get("overwrite"):
+            ctx.fail("--resume and --overwrite; expected one of them")
+        return rest
 
 
 class HeadCommand(Command):
