@@ -36,11 +36,12 @@ class FeaturizeConfig(Settings):
 
     `source` is a folder or `synthetic:…`, left out the data set that ships; `map` {our name: their column};
     `backbone` a name of `vla backbones`; `weights` a folder, a hub id or "random" (None: the backbone's own);
-    `options` and `source_options` go to the backbone and the source. `pad_actions` takes tasks of different action dimensions into one store, of sources that
-    know the names of their components: padded with 0, and the column `action_dims` says what is real. `augment` caches
-    augmented copies beside the plain features. `batch_size` counts time steps, each augmented copy as one more; "auto"
-    tries what an accelerator holds (another batch may round the last bit of a feature differently there). `threads` 0
-    leaves torch's own choice. `remote`: how a store on an object store is reached.
+    `options` and `source_options` go to the backbone and the source. `pad_actions` takes tasks of different action
+    dimensions into one store, of sources that know the names of their components: padded with 0, and the column
+    `action_dims` says what is real. `augment` caches augmented copies beside the plain features. `batch_size` counts
+    time steps, each augmented copy as one more; "auto" tries what an accelerator holds (another batch may round the
+    last bit of a feature differently there). `threads` 0 leaves torch's own choice. `remote`: how a store on an object
+    store is reached.
     """
 
     source: str = Field(default_factory=lambda: str(shipped()))

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,6 @@ from vla.cli import app
 from vla.stores.errors import UsageError
 from vla.terminal.run_app import run_app
 
-SOURCE = "synthetic:episodes=2,length=[3,4],cameras=1"
 COMMANDS = sorted(command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands)
 
 
@@ -98,9 +95,9 @@ def test_a_mistake_is_said_to_be_in_the_file_only_where_it_is(tmp_path: Path) ->
     with pytest.raises(UsageError, match=r"a\.toml: unknown key 'train.stepps', did you mean 'steps'"):
         run_app(app, begin)
     file.write_text("[train]\nsteps = 3\n")
-    with pytest.raises(UsageError, match="^settings: unknown key 'train.lrr', did you mean 'lr'"):
+    with pytest.raises(UsageError, match=r"^settings: unknown key 'train\.lrr', did you mean 'lr'"):
         run_app(app, [*begin, "--set", "train.lrr=1"])
-    with pytest.raises(UsageError, match="^settings: train.steps = 0"):
+    with pytest.raises(UsageError, match=r"^settings: train\.steps = 0"):
         run_app(app, [*begin, "--steps", "0"])
 
 
@@ -113,21 +110,18 @@ def test_a_config_file_without_a_source_means_the_shipped_data_set(
     assert group["tasks"][0]["episodes"] == 100
 
 
-def test_ctrl_c_says_what_is_kept(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "vla.cli", "featurize", "--backbone", "toy", "--source", SOURCE]
-    command += ["--out", str(tmp_path), "--set", "options.delay_ms=20000"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():  # so the command has begun
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert said.splitlines()[-1] == "vla: interrupted; what was committed is kept, --resume goes on"
-    assert "Traceback" not in said
+def test_ctrl_c_says_what_is_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    stopped = typer.Typer()
+
+    @stopped.command()
+    def wait(for_what: str) -> None:
+        raise KeyboardInterrupt
+
+    assert run_app(stopped, ["Godot"]) == 130
+    assert capsys.readouterr().err == "vla: interrupted; what was committed is kept, --resume goes on\n"
 
 
-@pytest.mark.parametrize("words", [["heads", "fm"], ["--help"]])
+@pytest.mark.parametrize("words", [["backbones"], ["--help"]])
 def test_a_reader_that_has_had_enough_is_no_error(words: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)
