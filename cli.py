@@ -284,16 +284,16 @@ def train_head(
     settings = kind.from_sources(config, [*opt.as_set(short), *(set_ or ())], head=head, init_from=from_)
     run_dir = out or Path("runs") / "-".join([head, *(Path(path).name for path in settings.data.stores)])
     keep_freed_memory()
+    counts: dict[str, tuple[int, int]] = {}
+    begun = reports.counting(counts)
     if group_by is not None:
         from vla.heads.groups import train_groups_by
 
         with show_training() as progress:
-            how = {"resume": resume, "overwrite": overwrite, "progress": lambda group: progress}
+            how = {"resume": resume, "overwrite": overwrite, "begun": begun, "progress": lambda group: progress}
             trained = train_groups_by(group_by, settings, run_dir, online=online, **how)
         reports.show_groups(run_dir, {name: (r.run_dir, r.step, r.metrics) for name, r in trained.items()}, as_json)
         return
-    counts: dict[str, tuple[int, int]] = {}
-    begun = reports.counting(counts)
     with show_training() as progress:
         report = run(settings, run_dir, resume=resume, overwrite=overwrite, begun=begun, progress=progress)
     reports.show_trained(run_dir, report.step, report.metrics, {"parameters": counts}, as_json)

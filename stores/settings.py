@@ -124,7 +124,7 @@ def _explained(cls: type[BaseModel], error: ValidationError, where: str) -> Usag
         name = ".".join([*loc[:-1], name])
         return UsageError(f"{name} is not given", fix=flag or f"--set {name}=VALUE")
     if first["type"] != "extra_forbidden":
-        return UsageError(f"{where}: {key} = {first['input']!r}: {first['msg']}")
+        return UsageError(f"{where}: {key} = {first['input']!r}: {first['msg'].removeprefix('Value error, ')}")
     known = sorted(_model_at(cls, loc[:-1]).model_fields)
     hint = nearest(loc[-1], known) or f" (known: {', '.join(known)})"
     return UsageError(f"{where}: unknown key {key!r}{hint}")
