@@ -7,71 +7,53 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
+from vla.terminal import options as opt
 from vla.terminal import reports
-from vla.terminal.help import HeadHelp
-from vla.terminal.options import (
-    Config,
-    Copies,
-    DryRun,
-    Dtype,
-    Json,
-    Map,
-    Overwrite,
-    Resume,
-    Run,
-    Scheduler,
-    Set,
-    SkipBad,
-    Source,
-    Steps,
-    UnitIndex,
-    Workers,
-    Yes,
-    as_set,
-)
+from vla.terminal.help import Command, HeadCommand
 from vla.terminal.output import emit, figures, open_log, show_facts, show_plan
 from vla.terminal.progress import show_progress, show_training, show_workers
+from vla.terminal.run_app import run_app
 
 app = typer.Typer(
     help="Run a frozen backbone once over demonstrations; train heads from the cache; act.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+command = partial(app.command, cls=Command)
 
 
-@app.command()
+@command()
 def featurize(
-    backbone: Annotated[str | None, typer.Option(help="A name of `vla backbones`.")] = None,
-    out: Annotated[str, typer.Option(help="Folder or s3:// URL that gets the store OUT/NAME.")] = "stores",
-    source: Source = None,
-    weights: Annotated[str | None, typer.Option(help="Folder, hub id, or random.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the store. Left out: the backbone's.")] = None,
-    format_: Annotated[str | None, typer.Option("--format", help="zarr (the default), or h5: a file a unit.")] = None,
-    dtype: Dtype = None,
-    augment: Copies = None,
-    mapping: Map = None,
-    skip_bad: SkipBad = False,
-    workers: Workers = None,
-    scheduler: Scheduler = None,
-    unit_index: UnitIndex = None,
-    dry_run: DryRun = False,
-    yes: Yes = False,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    config: Config = None,
-    set_: Set = None,
-    as_json: Json = False,
+    backbone: Annotated[str | None, opt.goes_in("A name of `vla backbones`.")] = None,
+    out: Annotated[str, opt.comes_out("Folder or s3:// URL that gets the store OUT/NAME.")] = "stores",
+    source: opt.Source = None,
+    weights: Annotated[str | None, opt.goes_in("Folder, hub id, or random.")] = None,
+    name: Annotated[str | None, opt.comes_out("Name of the store. Left out: the backbone's.")] = None,
+    format_: Annotated[str | None, opt.comes_out("zarr (the default), or h5: a file a unit.", "--format")] = None,
+    dtype: opt.Dtype = None,
+    augment: opt.Copies = None,
+    mapping: opt.Map = None,
+    skip_bad: opt.SkipBad = False,
+    workers: opt.Workers = None,
+    scheduler: opt.Scheduler = None,
+    unit_index: opt.UnitIndex = None,
+    dry_run: opt.DryRun = False,
+    yes: opt.Yes = False,
+    resume: opt.Resume = False,
+    overwrite: opt.Overwrite = False,
+    config: opt.Config = None,
+    set_: opt.Set = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Run a frozen backbone over demonstrations, once, into a store."""
     from vla.featurize.job import FeaturizeConfig, prepare
     from vla.featurize.launch import Where, launch, outlook
-    from vla.featurize.sources.registry import shipped
     from vla.stores.memory import keep_freed_memory
     from vla.stores.settings import read_pairs
 
@@ -79,9 +61,9 @@ def featurize(
     short = {"store.format": format_, "store.dtype": dtype, "augment.copies": augment}
     settings = FeaturizeConfig.from_sources(
         config,
-        [*as_set(short), *(set_ or ())],
+        [*opt.as_set(short), *(set_ or ())],
         backbone=backbone,
-        source=source or (None if config else str(shipped())),
+        source=source,
         weights=weights,
         map=read_pairs(mapping),
         skip_bad=skip_bad or None,
@@ -102,19 +84,19 @@ def featurize(
     reports.show_featurized(root, report.to_json(), {**job.plan.skipped, **report.skipped}, as_json)
 
 
-@app.command("import")
+@command("import")
 def import_(
     kind: Annotated[str, typer.Argument(help="opentrackvla, rgb2pc-windows, replay-buffer, robomimic or arrays.")],
     path: Annotated[Path, typer.Argument(help="The cache.")],
-    out: Annotated[Path, typer.Option(help="Folder of the new store.")],
-    source: Annotated[str | None, typer.Option(help="Demonstrations that give the actions a cache lacks.")] = None,
-    skip_bad: SkipBad = False,
-    dry_run: DryRun = False,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    config: Config = None,
-    set_: Set = None,
-    as_json: Json = False,
+    out: Annotated[Path, opt.comes_out("Folder of the new store.")],
+    source: Annotated[str | None, opt.goes_in("Demonstrations that give the actions a cache lacks.")] = None,
+    skip_bad: opt.SkipBad = False,
+    dry_run: opt.DryRun = False,
+    resume: opt.Resume = False,
+    overwrite: opt.Overwrite = False,
+    config: opt.Config = None,
+    set_: opt.Set = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Turn a feature cache that others made into a store."""
     from vla.featurize.caches.job import ImportConfig, prepare, run
@@ -135,14 +117,14 @@ def import_(
     reports.show_made(out, {**report.__dict__, "skipped": left_out, "out": str(out)}, said, as_json, left_out)
 
 
-@app.command()
+@command()
 def inspect(
     store: Annotated[str | None, typer.Argument(help="A store: folder or URL.")] = None,
-    source: Annotated[str | None, typer.Option(help="Raw demonstrations to check instead: exit code 1 if bad.")] = None,
-    norm_stats: Annotated[Path | None, typer.Option(help="Also write openpi's norm_stats.json here.")] = None,
-    mapping: Map = None,
-    set_: Set = None,
-    as_json: Json = False,
+    source: Annotated[str | None, opt.goes_in("Raw demonstrations to check instead: exit code 1 if bad.")] = None,
+    norm_stats: Annotated[Path | None, opt.comes_out("Also write openpi's norm_stats.json here.")] = None,
+    mapping: opt.Map = None,
+    set_: opt.Set = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Say what a store holds and where it came from; or check raw demonstrations before any backbone runs."""
     from vla.stores.errors import UsageError
@@ -176,11 +158,11 @@ def _check_source(source: str, norm_stats: Path | None, mapping: list[str], set_
         write_norm_stats(norm_stats, report.stats)
 
 
-@app.command()
+@command()
 def verify(
     store: Annotated[str, typer.Argument(help="A store: folder or URL.")],
-    repair: Annotated[bool, typer.Option("--repair", help="Drop what is damaged, for --resume to compute.")] = False,
-    as_json: Json = False,
+    repair: Annotated[bool, opt.runs("Drop what is damaged, for --resume to compute.", "--repair")] = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Read a store back and compare every byte with what was committed."""
     from vla.stores.verify import verify_store
@@ -209,15 +191,15 @@ def _repair(store: str, as_json: bool) -> None:
     reports.show_repair(store, report.found.findings, report.removed, dropped, missing)
 
 
-@app.command()
+@command()
 def convert(
     store: Annotated[str, typer.Argument(help="A complete store: folder or URL.")],
     out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    format_: Annotated[str, typer.Option("--format", help="zarr, h5, or plain-zarr: arrays alone, without commits.")],
-    compression: Annotated[str, typer.Option(help="none or zstd.")] = "none",
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    format_: Annotated[str, opt.comes_out("zarr, h5, or plain-zarr: arrays alone, without commits.", "--format")],
+    compression: Annotated[str, opt.comes_out("none or zstd.")] = "none",
+    resume: opt.Resume = False,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Write a store in another form, bit for bit."""
     from vla.stores.convert import ConvertOptions, convert_store
@@ -229,26 +211,28 @@ def convert(
     reports.show_made(out, report.to_json(), said, as_json)
 
 
-@app.command()
+@command()
 def record(
     simulator: Annotated[str, typer.Argument(help="metaworld, or robosuite: its human demonstrations.")],
-    task: Annotated[str, typer.Option(help="Such as push-v3; of robosuite: lift, handover, or a demo.hdf5.")],
-    out: Annotated[Path, typer.Option(help="Folder of the new LeRobot v3.0 data set.")],
-    episodes: Annotated[int | None, typer.Option(help="To keep. Left out: 100 successes, or all recorded.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Equal seeds give equal files. Left out: 0.")] = None,
-    noise: Annotated[float | None, typer.Option(help="On the executed action, not the label. Left out: 0.1.")] = None,
-    camera: Annotated[list[str] | None, typer.Option(help="Repeat for several. Left out: the simulator's.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Pixels. Left out: 128.")] = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
+    task: Annotated[str, opt.goes_in("Such as push-v3; of robosuite: lift, handover, or a demo.hdf5.")],
+    out: Annotated[Path, opt.comes_out("Folder of the new LeRobot v3.0 data set.")],
+    episodes: Annotated[int | None, opt.runs("To keep. Left out: 100 successes, or all recorded.")] = None,
+    seed: Annotated[int | None, opt.runs("Equal seeds give equal files. Left out: 0.")] = None,
+    noise: Annotated[float | None, opt.runs("On the executed action, not the label. Left out: 0.1.")] = None,
+    camera: Annotated[list[str] | None, opt.goes_in("Repeat for several. Left out: the simulator's.")] = None,
+    image_size: Annotated[int | None, opt.comes_out("Pixels. Left out: 128.")] = None,
+    overwrite: opt.Overwrite = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Record a simulator's scripted expert, or draw recorded states, as a LeRobot v3.0 data set."""
+    from vla.stores.errors import UsageError
+
+    if simulator not in ("metaworld", "robosuite"):
+        raise UsageError(f"unknown simulator {simulator!r}", expected="metaworld or robosuite")
     shown: dict[str, Any] = {"cameras": camera, "image_size": image_size, "overwrite": overwrite}
     with show_progress("record", "frames" if simulator == "robosuite" else "episodes") as progress:
         if simulator == "robosuite":
             if seed is not None or noise is not None:
-                from vla.stores.errors import UsageError
-
                 found = "--seed or --noise with robosuite"
                 raise UsageError(found, expected="neither: human demonstrations are fixed")
             from vla.rollout.replay import record_replay
@@ -266,22 +250,22 @@ def record(
     reports.show_made(out, made.to_json(), said, as_json)
 
 
-@app.command(cls=HeadHelp)
+@app.command(cls=HeadCommand)
 def train_head(
     head: Annotated[str, typer.Argument(help="A name of `vla heads`.")],
-    store: Annotated[list[str] | None, typer.Option(help="A store; repeat to join several of one source.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder. Left out: runs/HEAD-STORE.")] = None,
-    steps: Steps = None,
-    features: Annotated[str | None, typer.Option(help="Comma-separated names. Left out: all of the store's.")] = None,
-    cache: Annotated[str | None, typer.Option(help="Folder that caches what comes from s3:// stores.")] = None,
-    from_: Annotated[str | None, typer.Option("--from", help="A run whose weights to start from.")] = None,
-    group_by: Annotated[str | None, typer.Option(help="action-dim: one model for each set, in OUT/dim-N.")] = None,
-    online: Annotated[bool, typer.Option("--online", help="Run the backbones in the loop: slow; see docs.")] = False,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    config: Config = None,
-    set_: Set = None,
-    as_json: Json = False,
+    store: opt.Stores = None,
+    out: Annotated[Path | None, opt.comes_out("Run folder. Left out: runs/HEAD-STORE.")] = None,
+    steps: opt.Steps = None,
+    features: Annotated[str | None, opt.goes_in("Comma-separated names. Left out: all of the store's.")] = None,
+    cache: Annotated[str | None, opt.goes_in("Folder that caches what comes from s3:// stores.")] = None,
+    from_: Annotated[str | None, opt.goes_in("A run whose weights to start from.", "--from")] = None,
+    group_by: Annotated[str | None, opt.comes_out("action-dim: one model for each set, in OUT/dim-N.")] = None,
+    online: Annotated[bool, opt.runs("Run the backbones in the loop: slow; see docs.", "--online")] = False,
+    resume: opt.Resume = False,
+    overwrite: opt.Overwrite = False,
+    config: opt.Config = None,
+    set_: opt.TrainSet = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Train a head from stores. Its settings: --set model.KEY=…, --set train.KEY=…, --set data.KEY=…."""
     from vla.heads import train
@@ -297,56 +281,56 @@ def train_head(
         from vla.rollout import online as loop
 
         kind, run = loop.OnlineTrainConfig, loop.train_online
-    settings = kind.from_sources(config, [*as_set(short), *(set_ or ())], head=head, init_from=from_)
+    settings = kind.from_sources(config, [*opt.as_set(short), *(set_ or ())], head=head, init_from=from_)
     run_dir = out or Path("runs") / "-".join([head, *(Path(path).name for path in settings.data.stores)])
     keep_freed_memory()
+    counts: dict[str, tuple[int, int]] = {}
+    begun = reports.counting(counts)
     if group_by is not None:
         from vla.heads.groups import train_groups_by
 
         with show_training() as progress:
-            how = {"resume": resume, "overwrite": overwrite, "progress": lambda group: progress}
+            how = {"resume": resume, "overwrite": overwrite, "begun": begun, "progress": lambda group: progress}
             trained = train_groups_by(group_by, settings, run_dir, online=online, **how)
         reports.show_groups(run_dir, {name: (r.run_dir, r.step, r.metrics) for name, r in trained.items()}, as_json)
         return
-    counts: dict[str, tuple[int, int]] = {}
-    begun = reports.counting(counts)
     with show_training() as progress:
         report = run(settings, run_dir, resume=resume, overwrite=overwrite, begun=begun, progress=progress)
     reports.show_trained(run_dir, report.step, report.metrics, {"parameters": counts}, as_json)
 
 
-@app.command()
+@command()
 def fit_fast(
-    store: Annotated[list[str], typer.Option(help="A store; repeat to join several of one source.")],
-    out: Annotated[Path, typer.Option(help="Folder of tokenizer.json and its settings.")],
-    overwrite: Overwrite = False,
-    config: Config = None,
-    set_: Set = None,
-    as_json: Json = False,
+    store: Annotated[list[str], opt.goes_in("A store; repeat to join several of one source.")],
+    out: Annotated[Path, opt.comes_out("Folder of tokenizer.json and its settings.")],
+    overwrite: opt.Overwrite = False,
+    config: opt.Config = None,
+    set_: opt.Set = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Fit FAST action tokens to a store's training split, for `hier` in mode fast. --set horizon=…, scale=…."""
     from vla.heads.fit_fast import FitFastConfig
     from vla.heads.fit_fast import fit_fast as run
 
-    settings = FitFastConfig.from_sources(config, [*as_set({"data.stores": store}), *(set_ or ())])
+    settings = FitFastConfig.from_sources(config, [*opt.as_set({"data.stores": store}), *(set_ or ())])
     report = run(settings, out, overwrite=overwrite).to_json()
     emit(report) if as_json else open_log().print(f"{out}: {figures(report)}")
 
 
-@app.command()
+@command()
 def distill(
     student: Annotated[str, typer.Argument(help="rgb2pc")],
-    store: Annotated[list[str] | None, typer.Option(help="Grids of a backbone; repeat to join several.")] = None,
-    teacher: Annotated[str | None, typer.Option(help="Embeddings: a store, zarr arrays, or .npy files.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder. Left out: runs/STUDENT.")] = None,
-    steps: Steps = None,
-    skip_unpaired: Annotated[bool, typer.Option("--skip-unpaired", help="Leave steps without one out.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Pair and print the plan, write nothing.")] = False,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    config: Config = None,
-    set_: Set = None,
-    as_json: Json = False,
+    store: Annotated[list[str] | None, opt.goes_in("Grids of a backbone; repeat to join several.")] = None,
+    teacher: Annotated[str | None, opt.goes_in("Embeddings: a store, zarr arrays, or .npy files.")] = None,
+    out: Annotated[Path | None, opt.comes_out("Run folder. Left out: runs/STUDENT.")] = None,
+    steps: opt.Steps = None,
+    skip_unpaired: Annotated[bool, opt.goes_in("Leave steps without one out.", "--skip-unpaired")] = False,
+    dry_run: opt.DryRun = False,
+    resume: opt.Resume = False,
+    overwrite: opt.Overwrite = False,
+    config: opt.Config = None,
+    set_: opt.TrainSet = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Train a student on cached grids against a teacher's embeddings. --set model.KEY=…, loss.KEY=…, train.KEY=…."""
     from vla.featurize.distill.train import DistillConfig, prepare
@@ -356,7 +340,7 @@ def distill(
     short = {"train.steps": steps, "data.stores": store, "data.teacher": teacher}
     short |= {"data.skip_unpaired": skip_unpaired or None}
     keep_freed_memory()
-    job = prepare(DistillConfig.from_sources(config, [*as_set(short), *(set_ or ())], student=student))
+    job = prepare(DistillConfig.from_sources(config, [*opt.as_set(short), *(set_ or ())], student=student))
     run_dir = out or Path("runs") / student
     if dry_run:
         emit(job.to_json() | {"out": str(run_dir)}) if as_json else show_facts(job.to_json() | {"out": str(run_dir)})
@@ -368,13 +352,13 @@ def distill(
     reports.show_trained(run_dir, report.step, report.metrics, {"pairing": job.artefact.pairing}, as_json)
 
 
-@app.command()
+@command()
 def evaluate(
-    run: Run,
-    store: Annotated[list[str] | None, typer.Option(help="Other stores. Left out: held-out episodes.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
-    set_: Set = None,
-    as_json: Json = False,
+    run: opt.Run,
+    store: Annotated[list[str] | None, opt.goes_in("Other stores. Left out: held-out episodes.")] = None,
+    seed: Annotated[int, opt.runs("Of the sampler.")] = 0,
+    set_: opt.ModelSet = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Compare sampled actions with demonstrated ones, per dimension, in the data's units."""
     from vla.heads.checkpoint import load_head
@@ -387,13 +371,13 @@ def evaluate(
     emit(facts) if as_json else reports.show_errors(facts)
 
 
-@app.command()
+@command()
 def export(
-    run: Run,
-    out: Annotated[Path, typer.Option(help="File .pt2; what its inputs are goes to the .json beside it.")],
-    batch: Annotated[int, typer.Option(min=1, help="Observations at once.")] = 1,
-    set_: Set = None,
-    as_json: Json = False,
+    run: opt.Run,
+    out: Annotated[Path, opt.comes_out("File .pt2; what its inputs are goes to the .json beside it.")],
+    batch: Annotated[int, opt.comes_out("Observations at once.", min=1)] = 1,
+    set_: opt.ModelSet = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Write a head as one file for torch.export: sampler and normalisation inside. --set model.sampler=…."""
     from vla.heads.checkpoint import load_head
@@ -405,16 +389,16 @@ def export(
     reports.show_made(out, made, said, as_json)
 
 
-@app.command()
+@command()
 def rollout(
-    run: Run,
-    env: Annotated[str, typer.Option(help="Such as metaworld:push-v3.")],
-    episodes: Annotated[int, typer.Option(help="Unseen scenes to play.")] = 20,
-    seed: Annotated[int, typer.Option(help="Which unseen scenes.")] = 0,
-    n_action: Annotated[int | None, typer.Option(help="Actions executed per decision. Left out: the head's.")] = None,
-    video: Annotated[Path | None, typer.Option(help=".mp4 of the first three episodes.")] = None,
-    set_: Set = None,
-    as_json: Json = False,
+    run: opt.Run,
+    env: Annotated[str, opt.goes_in("Such as metaworld:push-v3.")],
+    episodes: Annotated[int, opt.runs("Unseen scenes to play.")] = 20,
+    seed: Annotated[int, opt.runs("Which unseen scenes.")] = 0,
+    n_action: Annotated[int | None, opt.runs("Actions executed per decision. Left out: the head's.")] = None,
+    video: Annotated[Path | None, opt.comes_out(".mp4 of the first three episodes.")] = None,
+    set_: opt.ModelSet = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Run backbone and head live in a simulator: success on unseen scenes, latency, a video."""
     from vla.rollout.envs.registry import make_env
@@ -435,24 +419,23 @@ def rollout(
     reports.show_made(env, report.to_json(), said, as_json)
 
 
-@app.command()
+@command()
 def action_dims(
-    source: Source = None,
-    mapping: Map = None,
-    skip_bad: SkipBad = False,
-    config: Config = None,
-    set_: Set = None,
-    as_json: Json = False,
+    source: opt.Source = None,
+    mapping: opt.Map = None,
+    skip_bad: opt.SkipBad = False,
+    config: opt.Config = None,
+    set_: opt.Set = None,
+    as_json: opt.Json = False,
 ) -> None:
     """Group the tasks of raw demonstrations by the size of action and state."""
     from vla.featurize.action_dims import DimsConfig, group, measure, to_json
-    from vla.featurize.sources.registry import shipped
     from vla.stores.settings import read_pairs
 
     settings = DimsConfig.from_sources(
         config,
         set_ or (),
-        source=source or (None if config else str(shipped())),
+        source=source,
         map=read_pairs(mapping),
         skip_bad=skip_bad or None,
     )
@@ -460,8 +443,8 @@ def action_dims(
     emit(to_json(tasks)) if as_json else reports.show_dims(group(tasks))
 
 
-@app.command()
-def backbones(as_json: Json = False) -> None:
+@command()
+def backbones(as_json: opt.Json = False) -> None:
     """List the frozen backbones: what they make, their licences, and what this machine lacks for them."""
     from vla.featurize.backbones.registry import BACKBONES, missing
 
@@ -469,10 +452,10 @@ def backbones(as_json: Json = False) -> None:
     emit(entries) if as_json else reports.show_backbones(entries)
 
 
-@app.command()
+@command()
 def heads(
     head: Annotated[str | None, typer.Argument(help="One head, to list every setting of it.")] = None,
-    as_json: Json = False,
+    as_json: opt.Json = False,
 ) -> None:
     """List the trainable heads and the features they need; or every setting of one head."""
     from vla.heads.compatibility import head_fields, table
@@ -491,14 +474,11 @@ def main() -> NoReturn:
     from vla.stores.errors import VlaError
 
     try:
-        app(standalone_mode=True)
+        sys.exit(run_app(app, sys.argv[1:]))
     except VlaError as error:
         sys.stderr.write(f"vla: {error}\n")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.stderr.write("vla: interrupted; what was committed is kept, --resume goes on\n")
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

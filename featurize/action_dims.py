@@ -7,16 +7,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from vla.featurize.sources.base import Source
 from vla.featurize.sources.dimensions import MeasuredSource, TaskDims
-from vla.featurize.sources.registry import SOURCES, open_source, recognise
+from vla.featurize.sources.registry import SOURCES, open_source, recognise, shipped
 from vla.stores.settings import Settings
 
 
 class DimsConfig(Settings):
     """What `vla action-dims` can be told: the same words as `vla featurize` has for its source."""
 
-    source: str
+    source: str = Field(default_factory=lambda: str(shipped()))
     map: dict[str, str] = {}
     source_options: dict[str, Any] = {}
     skip_bad: bool = False

@@ -21,7 +21,7 @@ from vla.featurize.room import require_room
 from vla.featurize.run import Progress, RunReport, featurize
 from vla.featurize.sources.base import Source
 from vla.featurize.sources.instructions import Instructions
-from vla.featurize.sources.registry import open_source
+from vla.featurize.sources.registry import open_source, shipped
 from vla.featurize.views import with_inputs
 from vla.stores.errors import UsageError
 from vla.stores.fingerprint import require_equal
@@ -34,17 +34,18 @@ from vla.stores.writer import StoreWriter, open_writer
 class FeaturizeConfig(Settings):
     """Everything that `vla featurize` can be told. Resolved, it is kept in the store's provenance.
 
-    `source` is a folder or `synthetic:…`; `map` {our name: their column}; `backbone` a name of `vla backbones`;
-    `weights` a folder, a hub id or "random" (None: the backbone's own); `options` and `source_options` go to the
-    backbone and the source. `pad_actions` takes tasks of different action dimensions into one store, of sources that
-    know the names of their components: padded with 0, and the column `action_dims` says what is real. `augment` caches
-    augmented copies beside the plain features. `batch_size` counts time steps, each augmented copy as one more; "auto"
-    tries what an accelerator holds (another batch may round the last bit of a feature differently there). `threads` 0
-    leaves torch's own choice. `remote`: how a store on an object store is reached.
+    `source` is a folder or `synthetic:…`, left out the data set that ships; `map` {our name: their column};
+    `backbone` a name of `vla backbones`; `weights` a folder, a hub id or "random" (None: the backbone's own);
+    `options` and `source_options` go to the backbone and the source. `pad_actions` takes tasks of different action
+    dimensions into one store, of sources that know the names of their components: padded with 0, and the column
+    `action_dims` says what is real. `augment` caches augmented copies beside the plain features. `batch_size` counts
+    time steps, each augmented copy as one more; "auto" tries what an accelerator holds (another batch may round the
+    last bit of a feature differently there). `threads` 0 leaves torch's own choice. `remote`: how a store on an object
+    store is reached.
     """
 
-    source: str
-    backbone: str
+    source: str = Field(default_factory=lambda: str(shipped()))
+    backbone: str = Field(json_schema_extra={"flag": "--backbone NAME; `vla backbones` lists them"})
     weights: str | None = None
     options: dict[str, Any] = {}
     map: dict[str, str] = {}

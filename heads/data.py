@@ -49,7 +49,7 @@ class DataConfig(Settings):
     (`vla featurize --augment`), where a store has any; all else reads plain features.
     """
 
-    stores: tuple[str, ...]
+    stores: tuple[str, ...] = Field(json_schema_extra={"flag": "--store STORE"})
     features: tuple[str, ...] | None = None
     state: tuple[str, ...] | None = None
     target: str = "action"

@@ -16,6 +16,7 @@ import numpy as np
 
 from vla.heads.columns import episode_dims
 from vla.heads.data import open_data
+from vla.heads.model import HeadModel
 from vla.heads.train import HeadTrainConfig, train_head
 from vla.stores.errors import UsageError
 from vla.training.loop import FitReport, Progress
@@ -60,18 +61,20 @@ def train_groups(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    begun: Callable[[HeadModel], None] = lambda model: None,
     progress: Callable[[ActionGroup], Progress] = lambda group: lambda step, total, metrics: None,
 ) -> dict[str, FitReport]:
     """Train one model a group, each into OUT/dim-N, and return their reports by group. Raises what `train_head` does.
 
-    Every group has settings, split and run folder of its own, so that each is evaluated and resumed by itself.
+    Every group has settings, split and run folder of its own, so that each is evaluated and resumed by itself. `begun`
+    is called with each group's head before its first step.
     """
     reports = {}
     for group in action_groups(config):
         data = config.data.model_copy(update={"dims": group.dims})
         own = config.model_copy(update={"data": data})
         reports[group.name] = train_head(
-            own, out / group.name, resume=resume, overwrite=overwrite, progress=progress(group)
+            own, out / group.name, resume=resume, overwrite=overwrite, begun=begun, progress=progress(group)
         )
     return reports
 

@@ -50,7 +50,8 @@ def _parse(file: Path) -> dict[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {file}: {error}", expected="a TOML, JSON or YAML file") from None
+        reason = (error.strerror or error) if isinstance(error, OSError) else error
+        raise UsageError(f"cannot read {file}: {reason}", expected="a TOML, JSON or YAML file") from None
     try:
         values = _values(text, file.suffix)
     except (ValueError, RecursionError) as error:

@@ -132,7 +132,11 @@ def join_stores(stores: Sequence[Store]) -> JoinedStores:
         for feature in store.manifest.plain:
             if feature in owner:
                 other = stores[owner[feature]].place
-                raise UsageError(f"{other} and {store.place} both hold {feature!r}", expected="different features")
+                raise UsageError(
+                    f"{other} and {store.place} both hold {feature!r}",
+                    expected="features of different names",
+                    fix=f"--store {other} without the other, or one of another backbone",
+                )
             owner[feature] = position
         row_map, serves = _map_rows(first, store)
         maps.append(row_map)

@@ -6,9 +6,10 @@ flags of the command, `--set` in the order given.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -41,16 +42,20 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UsageError(*_explain(cls, error, where)) from None
+            raise _explained(cls, error, where) from None
 
     @classmethod
     def from_sources(cls, file: Path | None = None, overrides: Iterable[str] = (), **explicit: Any) -> Self:
         """Merge defaults, a configuration `file`, explicit keyword values that are not None, and `a.b=c` strings."""
-        values: dict[str, Any] = read_config(file) if file is not None else {}
-        values |= {key: value for key, value in explicit.items() if value is not None}
+        written: dict[str, Any] = read_config(file) if file is not None else {}
+        values = copy.deepcopy(written) | {key: value for key, value in explicit.items() if value is not None}
         for text in overrides:
             set_dotted(values, text)
-        return cls.build(values, where=str(file) if file is not None else "--set")
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            where = str(file) if _holds(written, error.errors()[0]) else "settings"
+            raise _explained(cls, error, where) from None
 
 
 def set_dotted(values: dict[str, Any], text: str) -> None:
@@ -89,6 +94,8 @@ def read_model_settings(texts: Iterable[str] | None) -> dict[str, Any]:
     others = values.keys() - {"model"}
     if others:
         raise UsageError(f"--set {min(others)} of a trained head", expected="model.KEY=VALUE")
+    if not isinstance(values["model"], dict):
+        raise UsageError(f"--set model={json.dumps(values['model'])}", expected="model.KEY=VALUE")
     return dict(values["model"])
 
 
@@ -98,16 +105,47 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f", did you mean {match[0]!r}?" if match else ""
 
 
-def _explain(cls: type[BaseModel], error: ValidationError, where: str) -> tuple[str]:
+def _holds(values: Any, wrong: Mapping[str, Any]) -> bool:
+    """Return whether what pydantic found wrong stands in nested `values`, so that their file is where to mend it."""
+    for part in wrong["loc"]:
+        if not isinstance(values, Mapping) or part not in values:
+            return False
+        values = values[part]
+    return bool(values == wrong["input"])
+
+
+def _explained(cls: type[BaseModel], error: ValidationError, where: str) -> UsageError:
+    """Return the first thing that pydantic found wrong as one line."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    loc = [str(part) for part in first["loc"]]
+    key = ".".join(loc)
+    if first["type"] == "missing":
+        name, flag = _required(_model_at(cls, loc[:-1]), loc[-1])
+        name = ".".join([*loc[:-1], name])
+        return UsageError(f"{name} is not given", fix=flag or f"--set {name}=VALUE")
     if first["type"] != "extra_forbidden":
-        return (f"{where}: {key} = {first['input']!r}: {first['msg']}",)
-    model: type[BaseModel] = cls
-    for part in first["loc"][:-1]:
-        field = model.model_fields.get(str(part))
+        return UsageError(f"{where}: {key} = {first['input']!r}: {first['msg'].removeprefix('Value error, ')}")
+    known = sorted(_model_at(cls, loc[:-1]).model_fields)
+    hint = nearest(loc[-1], known) or f" (known: {', '.join(known)})"
+    return UsageError(f"{where}: unknown key {key!r}{hint}")
+
+
+def _model_at(cls: type[BaseModel], loc: Sequence[str]) -> type[BaseModel]:
+    """Return the configuration that the keys of `loc` lead to from `cls`."""
+    for part in loc:
+        field = cls.model_fields.get(part)
         if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            model = field.annotation
-    known = sorted(model.model_fields)
-    hint = nearest(str(first["loc"][-1]), known) or f" (known: {', '.join(known)})"
-    return (f"{where}: unknown key {key!r}{hint}",)
+            cls = field.annotation
+    return cls
+
+
+def _required(cls: type[BaseModel], name: str) -> tuple[str, str]:
+    """Return the first value that is needed in the field `name`, dotted, and the flag that the field says gives it."""
+    field = cls.model_fields[name]
+    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        for inner, one in field.annotation.model_fields.items():
+            if one.is_required():
+                rest, flag = _required(field.annotation, inner)
+                return f"{name}.{rest}", flag
+    extra = field.json_schema_extra
+    return name, str(extra.get("flag", "")) if isinstance(extra, dict) else ""

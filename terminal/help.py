@@ -1,4 +1,4 @@
-"""`vla train-head HEAD --help`: the command's help, and below it where that head's own settings are told."""
+"""What the commands have beyond typer's. Nothing heavy is imported to tell about a command."""
 
 from __future__ import annotations
 
@@ -6,9 +6,29 @@ from typing import Any
 
 from typer.core import TyperCommand
 
+from vla.terminal.options import SETTINGS
 
-class HeadHelp(TyperCommand):
-    """A command whose first argument names what it makes. Nothing heavy is imported to tell about it."""
+
+class Command(TyperCommand):
+    """A command whose `--help` stands beside `--json` and `--set`, not in a panel of its own above all others."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Return typer's option, with a panel."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.rich_help_panel = SETTINGS
+        return option
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse flags of which one would throw away what the other is to keep."""
+        rest = super().parse_args(ctx, args)
+        if ctx.params.get("resume") and ctx.params.get("overwrite"):
+            ctx.fail("--resume and --overwrite; expected one of them")
+        return rest
+
+
+class HeadCommand(Command):
+    """A command whose first argument names a head: its help says where that head's own settings are told."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Look at the words before `--help` ends the parsing."""

@@ -132,10 +132,17 @@ def survey(run_dir: Path) -> Survey:
 
 def newest_complete(run_dir: Path) -> Path:
     """Return the newest complete checkpoint of a run. Raises `CheckpointError` where there is none."""
+    if not run_dir.exists():
+        raise CheckpointError(f"{run_dir} does not exist", expected="a run of `vla train-head`, or one checkpoint")
     found = survey(run_dir)
     if found.newest is None:
         damaged = f" ({len(found.passed_over)} damaged: {found.passed_over[0]})" if found.passed_over else ""
-        raise CheckpointError(f"{run_dir} has no complete checkpoint{damaged}", expected="a run of `vla train-head`")
+        runs = sorted(folder.parent for folder in run_dir.glob("*/checkpoints"))
+        raise CheckpointError(
+            f"{run_dir} has no complete checkpoint{damaged}",
+            expected="a run of `vla train-head`, or one checkpoint",
+            fix=f"a run in it, such as {runs[0]}" if runs else "",
+        )
     return found.newest
 
 

@@ -40,8 +40,8 @@ class DistillData(Settings):
     `skip_unpaired`: leave steps without an embedding out, and count them. The rest as for heads (`vla train-head`).
     """
 
-    stores: tuple[str, ...]
-    teacher: str
+    stores: tuple[str, ...] = Field(json_schema_extra={"flag": "--store STORE"})
+    teacher: str = Field(json_schema_extra={"flag": "--teacher PLACE"})
     teacher_feature: str | None = None
     features: tuple[str, ...] | None = None
     skip_unpaired: bool = False

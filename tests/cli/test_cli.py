@@ -211,8 +211,3 @@ def test_norm_stats_of_a_store_are_those_of_its_source(store: Path, tmp_path: Pa
     vla("inspect", "--source", SOURCE, "--json", "--norm-stats", tmp_path / "raw.json")
     assert json.loads((tmp_path / "store.json").read_text()) == json.loads((tmp_path / "raw.json").read_text())
     vla("inspect", store, "--norm-stats", tmp_path / "raw.json", code=2)
-
-
-def test_help_of_every_command_fits_a_screen() -> None:
-    for command in ("featurize", "train-head", "evaluate", "rollout", "record", "inspect", "verify", "convert"):
-        assert len(vla(command, "--help").stdout.splitlines()) <= 45

@@ -30,7 +30,7 @@ def vla(*arguments: object) -> Result:
 @pytest.mark.parametrize("head", HEADS)
 def test_help_of_training_a_head_fits_a_screen_and_leads_to_its_settings(head: str) -> None:
     lines = vla("train-head", head, "--help").output.splitlines()
-    assert len(lines) <= 40
+    assert len(lines) <= 45
     assert max(map(len, lines)) <= 80
     assert f"vla heads {head}" in " ".join(lines)
 
@@ -61,3 +61,10 @@ def test_a_head_trains_online_tells_its_parameters_and_is_exported(tmp_path: Pat
     made = json.loads(vla("export", run, "--out", tmp_path / "mlp.pt2", "--json").stdout)
     assert list(made["inputs"]) == ["feature_grid", "state", "task", "obs_valid"]
     assert (tmp_path / "mlp.pt2").is_file()
+
+
+def test_each_group_of_a_training_tells_its_parameters(tmp_path: Path) -> None:
+    vla("featurize", "--backbone", "toy", "--source", SOURCE, "--out", tmp_path)
+    settings = [word for setting in SMALL for word in ("--set", setting)]
+    begin = ("train-head", "mlp", "--store", tmp_path / "toy", "--out", tmp_path / "run", "--steps", 1, *settings)
+    assert "parameters: encoder" in vla(*begin, "--group-by", "action-dim").stderr
