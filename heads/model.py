@@ -19,6 +19,7 @@ from vla.heads.batch import Batch, HeadIO, check_batch
 from vla.heads.frozen import Frozen
 from vla.heads.needs import Need, check_needs
 from vla.heads.normalize import Mode, Normalizer
+from vla.heads.registry import head_name
 from vla.stores.errors import DataError, UsageError
 from vla.stores.norm_stats import read_norm_stats
 from vla.stores.settings import Settings
@@ -86,7 +87,7 @@ class HeadModel(nn.Module):
 
     def __init__(self, config: HeadConfig, io: HeadIO) -> None:
         super().__init__()
-        check_needs(type(self).__name__, self.needs(config), io)
+        check_needs(head_name(type(self)), self.needs(config), io)
         check_lengths(config)
         self.config, self.io = config, io
         self.frozen: dict[str, Frozen] = {}
@@ -340,11 +341,3 @@ def noise_like(shape: tuple[int, ...], reference: Tensor, generator: torch.Gener
     if isinstance(generator, GivenNoise):
         return generator.take(shape, reference)
     return torch.randn(shape, device=reference.device, generator=generator)
-
-
-def require_own_draws(generator: torch.Generator | None, what: str) -> None:
-    """Raise `UsageError` where the noise of a sampler that draws by itself is given: see export.py."""
-    if isinstance(generator, GivenNoise):
-        raise UsageError(
-            f"the sampler is {what}", expected="one that begins with its only noise", fix="--set model.sampler=ddim"
-        )
