@@ -128,8 +128,8 @@ class Batch:
     plan: Tensor | None = None
     """[B, K] int64, what `HeadModel.plan` decided some steps ago and a policy holds on to; None: decide now."""
     prompt: tuple[Tensor, Tensor] | None = None
-    """What the head is told, in tokens: ids int64 [B, L], begin token first, and which are real, bool [B, L]; instruction
-    and told state then count for nothing. None: a head that reads text makes them of those."""
+    """What the head is told, in tokens: ids int64 [B, L], begin token first, and which are real, bool [B, L]. None: a
+    head that reads text makes them of task and state, which the prompt otherwise stands for."""
 
     def feature(self, name: str) -> Tensor:
         """Return a feature's values [B, N, V, *axes, C], a float tensor: int8 is multiplied out here, on the device."""

@@ -224,9 +224,7 @@ def ddim_step(eps: Tensor, x: Tensor, abar: float, abar_previous: float, *, clip
     return stepped
 
 
-def ddpm_step(
-    eps: Tensor, x: Tensor, abar: float, abar_previous: float, noise: Tensor | None, *, clip: bool
-) -> Tensor:
+def ddpm_step(eps: Tensor, x: Tensor, abar: float, abar_previous: float, noise: Tensor | None, *, clip: bool) -> Tensor:
     """Equations 6, 7 and 15 of Ho et al. 2020 (https://arxiv.org/abs/2006.11239), beta = 1 - abar / abar_previous.
 
     `noise`: standard normal, of the variance (1 - abar_previous) / (1 - abar) beta; None: none. `clip` as in
@@ -239,8 +237,6 @@ def ddpm_step(
     if clip:
         clean = clean.clamp(-1, 1)
     mean = (a_previous**0.5 * beta) / (1 - a) * clean + alpha**0.5 * (1 - a_previous) / (1 - a) * x
-    if noise is None:
-        return mean
     variance = ((1 - a_previous) / (1 - a) * beta).clamp(min=MIN_VARIANCE)
-    stepped: Tensor = mean + variance**0.5 * noise
+    stepped: Tensor = mean if noise is None else mean + variance**0.5 * noise
     return stepped

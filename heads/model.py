@@ -27,6 +27,7 @@ from vla.stores.windows import WindowSpec
 
 if TYPE_CHECKING:
     from vla.heads.data import HeadData
+    from vla.heads.told import Telling
 
 SMALL_NET = {"steps": 4000, "lr": 2e-3, "weight_decay": 1e-2, "betas": (0.9, 0.999), "warmup_steps": 100}
 """Training settings for nets of about a million parameters on thousands of frames, chosen on push-v3 (on other scenes
@@ -82,9 +83,6 @@ class HeadModel(nn.Module):
     adjustable: ClassVar[frozenset[str]] = frozenset({"n_action", "sampler", "sample_steps"})
     """Settings that a trained head may be given others of (`adjust`)."""
 
-    not_exported: ClassVar[str] = ""
-    """Why `vla export` cannot write this head; empty where it can."""
-
     def __init__(self, config: HeadConfig, io: HeadIO) -> None:
         super().__init__()
         check_needs(head_name(type(self)), self.needs(config), io)
@@ -136,6 +134,15 @@ class HeadModel(nn.Module):
     @property
     def state(self) -> Normalizer | None:
         """Return the normaliser of the state; None where the head reads none."""
+        return None
+
+    @property
+    def not_exported(self) -> str:
+        """Return why `vla export` cannot write this head; empty where it can."""
+        return ""
+
+    def telling(self) -> Telling | None:
+        """Return how the head makes a prompt of text and state, where it does: it then gives way to `Batch.prompt`."""
         return None
 
     def errors(self, batch: Batch, action: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from vla.heads.batch import Batch
 from vla.heads.checkpoint import Artefact, StoreRecord, TrainedHead, with_settings
 from vla.heads.data import DataConfig
-from vla.heads.export import export_head, observation_inputs
+from vla.heads.export import export_head
+from vla.heads.exported_inputs import observation_inputs
 from vla.heads.model import GivenNoise, HeadModel
 from vla.stores.errors import UsageError
 from vla.stores.manifest import FeatureInfo
