@@ -41,7 +41,8 @@ class Telling:
         """Return ids int64 [K, L] and which are real, bool [K, L], of the prompts of all K texts, where these are
         `fixed`. Raises `DataError` where one is longer than `max_tokens`."""
         prompts = [fill(self.form, text, ()) for text in self.texts]
-        return tokenise(prompts, self.tokenizer, max_length=self.max_tokens)[:2]
+        ids, valid, _ = tokenise(prompts, self.tokenizer, max_length=self.max_tokens)
+        return ids, valid.clone()  # memory of its own, which a program is saved with
 
     def longest(self) -> int:
         """Return L of the longest prompt that the head takes.
