@@ -38,6 +38,12 @@ ROWS: dict[str, dict[str, Any]] = {
     "efficientnet, mlp": {"head": "mlp", "backbone": "efficientnet"},
     "efficientnet, fm": {"head": "fm", "backbone": "efficientnet"},
     "efficientnet, dp": {"head": "dp", "backbone": "efficientnet", "model": {"net": "mlp"}},
+    "efficientnet, dp (U-Net)": {
+        "head": "dp",
+        "backbone": "efficientnet",
+        "model": {"down_dims": [64, 128, 256]},
+        "train": {"lr": 5e-4},
+    },
     "efficientnet, hier": {
         "head": "hier",
         "backbone": "efficientnet",

@@ -35,12 +35,14 @@ from vla.stores.tables import EpisodeTable
 from vla.stores.writer import open_writer
 
 UNIT_BYTES = 50 << 20
+UNIT = 24
+"""Frames: 32 units for two workers, so that one does not wait long for the other at the end."""
 
 
 def two_workers(folder: Path, frames: int, rounds: int) -> dict[str, Any]:
     """Compare two workers with one process, and tell how long one process takes for 50 MB."""
-    source = f"synthetic:episodes=8,length=[{frames // 8},{frames // 8}],cameras=1,image_size=128"
-    values = {"source": source, "backbone": "efficientnet", "threads": 1, "store": {"unit_rows": max(frames // 8, 1)}}
+    source = f"synthetic:episodes={frames // UNIT},length=[{UNIT},{UNIT}],cameras=1,image_size=128"
+    values = {"source": source, "backbone": "efficientnet", "threads": 1, "store": {"unit_rows": UNIT}}
     config, names = FeaturizeConfig.build(values), map(str, itertools.count())
     job = prepare(config)
     manifest = job.plan.manifest

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vla.stores.errors import MachineError
+from vla.stores.errors import MachineError, UsageError
 
 DEATHS = 3
 """Workers that may die over one task before it counts as the cause."""
@@ -21,6 +21,10 @@ _DASK = {
     "distributed.worker.memory.pause": False,
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.target": False,
+    # Its profiler (100 samples a second), ticks (50) and host statistics take 4 % of every core, idle or not.
+    "distributed.worker.profile.enabled": False,
+    "distributed.admin.tick.interval": "1s",
+    "distributed.admin.system-monitor.interval": "60s",
     # What `keep_freed_memory` does for a process, for the threads that dask computes in: one arena, nothing given back.
     "distributed.nanny.pre-spawn-environ.MALLOC_ARENA_MAX": "1",
     "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_MAX_": "0",
@@ -44,10 +48,13 @@ def open_cluster(workers: int | None, scheduler: str | None) -> Iterator[Any]:
         held.enter_context(dask.config.set(_DASK))
         address = scheduler or held.enter_context(_local_cluster(workers or 1))
         try:
-            client: Any = Client(address, timeout="30s", set_as_default=False)  # type: ignore[no-untyped-call]
+            client: Any = Client(address, timeout="10s", set_as_default=False)  # type: ignore[no-untyped-call]
         except (OSError, ValueError) as error:
             raise MachineError(f"no scheduler at {scheduler}: {error}", expected="tcp://HOST:PORT") from None
-        yield held.enter_context(client)
+        held.enter_context(client)
+        if scheduler is None:
+            _keep_on_cores(client, workers or 1)
+        yield client
 
 
 def _local_cluster(workers: int) -> Any:
@@ -55,14 +62,32 @@ def _local_cluster(workers: int) -> Any:
     options: dict[str, Any] = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
     options |= {"host": "127.0.0.1", "silence_logs": 50}
     if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        if workers > gpus:
+            raise UsageError(f"--workers {workers}", expected=f"one a GPU: at most {gpus}")
         try:
             from dask_cuda import LocalCUDACluster
         except ImportError:
-            found = f"{torch.cuda.device_count()} GPUs, and dask-cuda is not installed"
-            raise MachineError(found, fix="pip install dask-cuda, or --set device=cpu on a machine without") from None
+            found = f"{gpus} GPUs, and dask-cuda is not installed"
+            raise MachineError(found, fix="pip install dask-cuda, or CUDA_VISIBLE_DEVICES= for cores") from None
         return LocalCUDACluster(**options)
     from distributed import LocalCluster
 
-    threads = str(max((os.cpu_count() or 1) // workers, 1))
-    environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
+    from vla.featurize.cores import core_groups
+
+    # As many threads each, on however many cores: another number would add up in another order.
+    threads = min(map(len, core_groups(_own_cores(), workers)), default=1)
+    environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     return LocalCluster(processes=True, memory_limit=0, env=environment, **options)  # type: ignore[no-untyped-call]
+
+
+def _keep_on_cores(client: Any, workers: int) -> None:
+    from vla.featurize.cores import StayOnCores, core_groups
+
+    groups = core_groups(_own_cores(), workers)
+    if groups and not torch.cuda.is_available():  # dask-cuda has bound its workers to the cores beside their GPU
+        client.register_plugin(StayOnCores(groups))
+
+
+def _own_cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0))

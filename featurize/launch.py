@@ -70,12 +70,13 @@ def launch(
 def outlook(job: Job, root: Path | str, where: Where) -> dict[str, Any]:
     """Return what the plan says of time: {"pending_units", "pending_frames", "frames_per_s", "hours"}.
 
-    The pace is that of one process, from three batches of the first unit that is missing, times the workers asked for;
-    a cluster's workers and other jobs of an array are not counted. Nothing is pending: no probe, hours 0.
+    With a `unit_index`, of that share alone. The pace is that of one process, from three batches of the first unit that
+    is missing, times the workers asked for; a cluster's workers are not counted. Nothing is pending: no probe, hours 0.
     """
     manifest = job.plan.manifest
     committed = set() if is_url(root) else committed_units(Path(root))
-    units = [unit for unit in range(manifest.units) if unit not in committed]
+    asked = range(manifest.units) if where.unit_index is None else share_of(range(manifest.units), where.unit_index)
+    units = [unit for unit in asked if unit not in committed]
     frames = sum(len(manifest.unit_range(unit)) for unit in units)
     facts: dict[str, Any] = {"pending_units": len(units), "pending_frames": frames, "frames_per_s": None, "hours": 0.0}
     if units:

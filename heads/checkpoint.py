@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,13 +76,6 @@ def build_head(name: str, values: dict[str, Any], io: HeadIO) -> HeadModel:
     """Build an untrained head. Raises `UsageError` for unknown names, keys and values."""
     cls = head_class(name)
     return cls(cls.Config.build(values, where=f"head {name!r}"), io)
-
-
-def with_settings(head: TrainedHead, changes: Mapping[str, Any]) -> TrainedHead:
-    """Return a trained head with other settings, such as another sampler; see `HeadModel.adjust`."""
-    model = copy.deepcopy(head.model)
-    model.adjust(changes)
-    return TrainedHead(model.eval(), head.artefact, head.step, head.folder)
 
 
 def load_head(path: Path, *, which: str = "newest", settings: Mapping[str, Any] | None = None) -> TrainedHead:

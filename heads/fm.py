@@ -12,7 +12,7 @@ from vla.heads.batch import Batch, HeadIO
 from vla.heads.encoded import EncodedConfig, EncodedHead
 from vla.heads.flow import TIME_SCALE, Sampler, TimeDistribution, flow_errors, flow_sample
 from vla.heads.model import MAX_LAYERS, SMALL_NET, HeadConfig
-from vla.heads.nets.action_expert import ActionExpert, check_width
+from vla.heads.nets.action_expert import ActionExpert, Seen, check_width
 from vla.heads.nets.residual_mlp import ResidualMLP
 
 
@@ -57,17 +57,17 @@ class FlowHead(EncodedHead):
 
     def errors(self, batch: Batch, action: Tensor) -> Tensor:
         """Squared error of the velocity."""
-        return flow_errors(lambda x, t: self.net(x, t, *self._context(batch)), batch, action, self.config.time)
+        return flow_errors(lambda x, t: self.net(x, t, self._context(batch)), batch, action, self.config.time)
 
     def sample(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
         """Integrate from noise."""
         config, context = self.config, self._context(batch)
         shape = (len(batch), config.horizon, self.io.action_dim)
         how: Any = {"steps": config.sample_steps, "sampler": config.sampler}
-        return flow_sample(lambda x, t: self.net(x, t, *context), batch, shape, context[0], generator, **how)
+        return flow_sample(lambda x, t: self.net(x, t, context), batch, shape, self.action.centre, generator, **how)
 
-    def _context(self, batch: Batch) -> tuple[Tensor, ...]:
-        if self.config.net == "mlp":
-            return (self.encoder.frames(batch).flatten(1),)
+    def _context(self, batch: Batch) -> Tensor | Seen:
+        if not isinstance(self.net, ActionExpert):
+            return self.encoder.frames(batch).flatten(1)
         tokens, valid = self.encoder.tokens(batch)
-        return self.to_width(tokens), valid
+        return self.net.read(self.to_width(tokens), valid)

@@ -8,14 +8,14 @@ embeddings: the two share no parameter, so that neither loss can reach the other
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vla.heads.batch import Batch, HeadIO
 from vla.heads.encoders import IDENTITY_STD, EncoderConfig, ObservationEncoder
 from vla.heads.flow import TIME_SCALE
 from vla.heads.hier_config import HierConfig
 from vla.heads.hier_parts import Actor, Language
-from vla.heads.nets.action_expert import ActionExpert
+from vla.heads.nets.action_expert import ActionExpert, Seen
 from vla.heads.nets.prefix import PrefixModel
 from vla.heads.nets.speech import Observed, Prompt
 from vla.pretrained.pi0 import gemma_config
@@ -50,6 +50,8 @@ class LightLanguage(Language):
 class LightActor(Actor):
     """An `ActionExpert` that reads the features and the `words` of the low-level prompt by itself."""
 
+    net: ActionExpert
+
     def __init__(self, config: HierConfig, io: HeadIO, words: int) -> None:
         super().__init__()
         width = config.width
@@ -60,9 +62,9 @@ class LightActor(Actor):
         H, A = config.horizon, io.action_dim
         self.net = ActionExpert(H, A, width, config.layers, config.heads, config.dropout, TIME_SCALE)
 
-    def context(self, language: Language | None, batch: Batch, prompt: Prompt) -> tuple[Tensor, Tensor]:
-        """Return tokens [B, L, D] and which are real. `language` is not asked."""
+    def context(self, language: Language | None, batch: Batch, prompt: Prompt) -> tuple[Seen]:
+        """Return features and prompt as the expert reads them. `language` is not asked."""
         ids, valid = prompt
         seen, real = self.encoder.tokens(batch)
         told = self.words(ids) + self.places[: ids.shape[1]]
-        return torch.cat([self.to_width(seen), told], dim=1), torch.cat([real, valid], dim=1)
+        return (self.net.read(torch.cat([self.to_width(seen), told], dim=1), torch.cat([real, valid], dim=1)),)

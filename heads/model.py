@@ -24,6 +24,7 @@ from vla.stores.errors import DataError, UsageError
 from vla.stores.norm_stats import read_norm_stats
 from vla.stores.settings import Settings
 from vla.stores.windows import WindowSpec
+from vla.training.processes import mean_count
 
 if TYPE_CHECKING:
     from vla.heads.data import HeadData
@@ -286,7 +287,7 @@ def masked_mean(errors: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]
     """Return the mean of errors [B, H, A] over valid steps and real dimensions, and the share of them."""
     counted = _counted(errors, batch)
     total = torch.where(counted, errors, 0.0).sum()
-    return total / counted.sum().clamp(min=1), {"mask_share": counted.float().mean()}
+    return total / mean_count(counted.sum()), {"mask_share": counted.float().mean()}
 
 
 def masked_windows(errors: Tensor, batch: Batch) -> Tensor:

@@ -18,7 +18,7 @@ from vla.heads.batch import Batch, HeadIO
 from vla.heads.flow import TIME_SCALE, Sampler, TimeDistribution, flow_errors, flow_sample, velocity_mse
 from vla.heads.model import MAX_LAYERS, HeadConfig, HeadModel
 from vla.heads.needs import Need
-from vla.heads.nets.action_expert import ActionExpert, check_width
+from vla.heads.nets.action_expert import ActionExpert, Seen, check_width
 from vla.heads.normalize import ChannelScaler, Mode, Normalizer
 from vla.stores.errors import UsageError
 
@@ -120,14 +120,14 @@ class SpatialHead(HeadModel):
 
     def errors(self, batch: Batch, action: Tensor) -> Tensor:
         """Squared error of the velocity."""
-        return flow_errors(lambda x, t: self.net(x, t, *self.context(batch)), batch, action, self.config.time)
+        return flow_errors(lambda x, t: self.net(x, t, self._seen(batch)), batch, action, self.config.time)
 
     def sample(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
         """Integrate from noise."""
-        config, context = self.config, self.context(batch)
+        config, seen = self.config, self._seen(batch)
         shape = (len(batch), config.horizon, self.io.action_dim)
         how: Any = {"steps": config.sample_steps, "sampler": config.sampler}
-        return flow_sample(lambda x, t: self.net(x, t, *context), batch, shape, context[0], generator, **how)
+        return flow_sample(lambda x, t: self.net(x, t, seen), batch, shape, self.action.centre, generator, **how)
 
     @torch.no_grad()
     def measure(self, batch: Batch, chunk: Tensor) -> dict[str, Tensor]:
@@ -135,10 +135,13 @@ class SpatialHead(HeadModel):
         training = self.training
         try:
             self.eval()
-            context = self.context(batch)
-            return velocity_mse(lambda x, t: self.net(x, t, *context), batch, self.labels(batch))
+            seen = self._seen(batch)
+            return velocity_mse(lambda x, t: self.net(x, t, seen), batch, self.labels(batch))
         finally:
             self.train(training)
+
+    def _seen(self, batch: Batch) -> Seen:
+        return self.net.read(*self.context(batch))
 
     def context(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the tokens [B, L', width] that the expert attends to, and which of them are real, bool [B, L']."""

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from vla.stores.config_files import read_config
+from vla.stores.config_files import merged, read_config
 from vla.stores.errors import UsageError
 
 
@@ -22,6 +22,18 @@ class Settings(BaseModel):
     """Base of every configuration: immutable, and an unknown key is an error with the nearest match."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lay_tables_over_defaults(cls, values: Any) -> Any:
+        """A table that names one key keeps the field's own default for the others, not those of the table's class."""
+        if not isinstance(values, Mapping):
+            return values
+        laid = dict(values)
+        for name, field in cls.model_fields.items():
+            if isinstance(field.default, Settings) and isinstance(laid.get(name), Mapping):
+                laid[name] = merged(field.default.model_dump(exclude_defaults=True), laid[name])
+        return laid
 
     @classmethod
     def build(cls, values: Mapping[str, Any], *, where: str = "the configuration") -> Self:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from vla.featurize.image import Image
-from vla.featurize.sources.base import Episode, SourceIndex, StepSpec
-from vla.stores.errors import SourceError
+from vla.featurize.sources.base import Episode, ExtrasRecord, SourceIndex, StepSpec
+from vla.featurize.sources.synthetic_scene import ball_centres, camera_poses, depth, intrinsics
+from vla.stores.errors import SourceError, UsageError
 from vla.stores.fingerprint import digest
 from vla.stores.settings import Settings
 
@@ -19,12 +21,14 @@ VERSION = 1
 
 COLOURS = {"red": (255, 64, 64), "green": (64, 255, 64), "blue": (64, 64, 255)}
 FPS = 10.0
+GEOMETRY = ("depth", "intrinsics", "pose")
 REACH = 0.8
 """Blobs stay within this distance of the centre, in units of half a picture."""
 
 
 class SyntheticSettings(Settings):
-    """What is made up. `length` is the range of frames an episode, both ends included."""
+    """What is made up. `length` is the range of frames an episode, both ends included. `depth`: whether there is a
+    scene in three dimensions behind the pictures, see synthetic_scene.py."""
 
     episodes: int = Field(6, ge=1, le=1_000_000)
     length: tuple[int, int] = (8, 20)
@@ -33,6 +37,7 @@ class SyntheticSettings(Settings):
     action_dim: int = Field(4, ge=1, le=256)
     state_dim: int = Field(4, ge=1, le=256)
     seed: int = Field(0, ge=0)
+    depth: bool = False
 
     @model_validator(mode="after")
     def _lengths_in_order(self) -> SyntheticSettings:
@@ -48,6 +53,9 @@ class SyntheticSource:
     length 2V, action k is p[k % 2V], its sign turned every further round: the pictures of one step determine its
     action exactly. The state is a hand that goes a tenth of its way to the blobs each step, laid out likewise: it
     hints at the action without giving it. The task names the blobs' colour.
+
+    With `depth` the same pictures come with "depth", "intrinsics" and "pose" of every view, and the privileged step
+    tells where the balls are that the blobs show: x, y, z of each in metres [3V].
     """
 
     def __init__(
@@ -60,6 +68,7 @@ class SyntheticSource:
         action_dim: int = 4,
         state_dim: int = 4,
         seed: int = 0,
+        depth: bool = False,
     ) -> None:
         values = {
             "episodes": episodes,
@@ -69,6 +78,7 @@ class SyntheticSource:
             "action_dim": action_dim,
             "state_dim": state_dim,
             "seed": seed,
+            "depth": depth,
         }
         self.settings = SyntheticSettings.build(values, where="the synthetic source")
         low, high = self.settings.length
@@ -78,6 +88,7 @@ class SyntheticSource:
         """See `Source.index`."""
         s = self.settings
         tasks = [f"reach the {colour} blob" for colour in COLOURS]
+        balls = tuple(f"{axis}{view}" for view in range(s.cameras) for axis in "xyz")
         return SourceIndex(
             kind="synthetic",
             root="synthetic",
@@ -91,13 +102,16 @@ class SyntheticSource:
                 "state": StepSpec((s.state_dim,), "float32", "state"),
                 "timestamp": StepSpec((), "float64", "other"),
                 "frame_index": StepSpec((), "int64", "other"),
+                **({"privileged": StepSpec((len(balls),), "float32", "privileged", balls)} if s.depth else {}),
             },
             licence="CC0-1.0",
+            extras=GEOMETRY if s.depth else (),
         )
 
     def digest(self) -> str:
         """SHA-256 (hex) of the settings and the version: they are all that the data depend on."""
-        return digest({"version": VERSION, **self.settings.model_dump(mode="json")})
+        values = self.settings.model_dump(mode="json", exclude=set() if self.settings.depth else {"depth"})
+        return digest({"version": VERSION, **values})
 
     def steps(self, episode: int) -> dict[str, NDArray[np.generic]]:
         """See `Source.steps`."""
@@ -108,6 +122,7 @@ class SyntheticSource:
             "state": _spread(hands, self.settings.state_dim),
             "timestamp": frames / FPS,
             "frame_index": frames.astype(np.int64),
+            **({"privileged": self._balls(places, frames).reshape(len(frames), -1)} if self.settings.depth else {}),
         }
 
     def frames(self, episode: int, start: int, stop: int) -> Iterator[tuple[Image, ...]]:
@@ -116,6 +131,42 @@ class SyntheticSource:
         if not 0 <= start <= stop <= length:
             raise SourceError(f"frames {start} to {stop} of synthetic episode {episode}", expected=f"0 to {length}")
         return self._draw(episode, start, stop)
+
+    def views(
+        self, episode: int, start: int, stop: int, names: tuple[str, ...]
+    ) -> Iterator[tuple[dict[str, NDArray[Any]], ...]]:
+        """See `ViewSource.views`."""
+        self.describe([name for name in names if name != "image"])
+        return self._see(names, self.frames(episode, start, stop), self._paths(episode)[0], start)
+
+    def describe(self, names: Sequence[str]) -> ExtrasRecord:
+        """See `ViewSource.describe`: the digest covers all of them."""
+        extras = self.index().extras
+        unknown = [name for name in names if name not in extras]
+        if unknown:
+            fix = "" if extras else "--source synthetic:depth=true"
+            has = ", ".join(("image", *extras))
+            raise UsageError(f"the synthetic source has no {', '.join(unknown)}", expected=f"of {has}", fix=fix)
+        return ExtrasRecord()
+
+    def _see(
+        self, names: tuple[str, ...], frames: Iterator[tuple[Image, ...]], places: NDArray[np.float64], start: int
+    ) -> Iterator[tuple[dict[str, NDArray[Any]], ...]]:
+        size, steps = self.settings.image_size, np.arange(len(places))
+        poses, balls = camera_poses(steps, self.settings.cameras), self._balls(places, steps)
+        for frame, images in enumerate(frames, start):
+            views = []
+            for image, pose, ball in zip(images, poses[frame], balls[frame], strict=True):
+                known = {"image": image, "intrinsics": intrinsics(size), "pose": pose.astype(np.float32)}
+                if "depth" in names:
+                    known["depth"] = depth(ball, pose, size)
+                views.append({name: known[name] for name in names})
+            yield tuple(views)
+
+    def _balls(self, places: NDArray[np.float64], frames: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the centres of the balls [T, V, 3] in metres, as the steps hold them."""
+        V = self.settings.cameras
+        return ball_centres(places.reshape(-1, V, 2), camera_poses(frames, V)).astype(np.float32)
 
     def _draw(self, episode: int, start: int, stop: int) -> Iterator[tuple[Image, ...]]:
         size = self.settings.image_size

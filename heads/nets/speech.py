@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vla.heads.nets.prefix import PrefixCache, PrefixModel
+from vla.training.processes import mean_count
 
 Observed = tuple[Tensor, Tensor]
 """Tokens [B, P, D] that come before every prompt, and which of them are real, bool [B, P]."""
@@ -35,7 +36,7 @@ class TokenErrors:
 
     def mean(self) -> Tensor:
         """Return the mean over counted tokens: never over padding. 0 where there are none."""
-        return self.error.sum() / self.counted.sum().clamp(min=1)
+        return self.error.sum() / mean_count(self.counted.sum())
 
 
 def teach(model: PrefixModel, observed: Observed, prompt: Prompt, answer: Tensor) -> TokenErrors:

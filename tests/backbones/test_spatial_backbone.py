@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,6 @@ from vla.featurize.backbones.base import Backbone
 from vla.featurize.backbones.registry import load_backbone_class, make_backbone
 from vla.featurize.backbones.spatial_weights import POSITION, PROJECTOR
 from vla.featurize.job import FeaturizeConfig, prepare, rebuild_backbone, run
-from vla.featurize.sources.base import ExtrasRecord, SourceIndex
-from vla.featurize.sources.registry import SOURCES, Entry
 from vla.featurize.sources.synthetic import SyntheticSource
 from vla.featurize.views import live_view
 from vla.stores.errors import DataError, MachineError, UsageError
@@ -310,41 +306,8 @@ def test_a_package_that_mapanything_needs_is_named_in_one_line(tmp_path: Path) -
     assert "\n" not in str(caught.value)
 
 
-class Deep(SyntheticSource):
-    """A source that knows where its cameras stand and how far everything is."""
-
-    def index(self) -> SourceIndex:
-        return dataclasses.replace(super().index(), extras=("depth", "intrinsics", "pose"))
-
-    def describe(self, names: Sequence[str]) -> ExtrasRecord:
-        return ExtrasRecord()
-
-    def views(
-        self, episode: int, start: int, stop: int, names: tuple[str, ...]
-    ) -> Iterator[tuple[dict[str, NDArray[Any]], ...]]:
-        for frame, images in enumerate(self.frames(episode, start, stop), start):
-            made = []
-            for camera, image in enumerate(images):
-                pose = np.eye(4, dtype=np.float32)
-                pose[:3, 3] = (camera, 0, 0.1 * frame)
-                depth = np.full(image.shape[:2], 1 + episode, np.float32)
-                depth[: 2 + frame] = 0
-                intrinsics = np.array([[16, 0, 8], [0, 16, 8], [0, 0, 1]], np.float32)
-                every = {"image": image, "depth": depth, "intrinsics": intrinsics, "pose": pose}
-                made.append({name: every[name] for name in names})
-            yield tuple(made)
-
-
-@pytest.fixture
-def deep(monkeypatch: pytest.MonkeyPatch) -> str:
-    module: Any = type(sys)("deep_module")
-    module.Deep = Deep
-    monkeypatch.setitem(sys.modules, "deep_module", module)
-    monkeypatch.setitem(SOURCES, "deep", Entry("deep_module:Deep", (), "a source that knows depth"))
-    return "deep:episodes=2,length=[3,3],cameras=2,image_size=16"
-
-
-def test_a_store_holds_what_a_rebuilt_backbone_makes_of_the_same_views(folder: Path, deep: str, tmp_path: Path) -> None:
+def test_a_store_holds_what_a_rebuilt_backbone_makes_of_the_same_views(folder: Path, tmp_path: Path) -> None:
+    deep = "synthetic:episodes=2,length=[3,3],cameras=2,image_size=16,depth=true"
     values = {"source": deep, "backbone": "spatial", "weights": str(folder), "options": {"count": 9}, "batch_size": 4}
     job = prepare(FeaturizeConfig.build(values))
     run(job, tmp_path / "s")
@@ -352,7 +315,7 @@ def test_a_store_holds_what_a_rebuilt_backbone_makes_of_the_same_views(folder: P
     dtypes = {name: info.dtype for name, info in store.manifest.features.items()}
     assert dtypes == {"spatial": "float16", "spatial_mask": "uint8", "spatial_xyz": "float32"}
     backbone = rebuild_backbone(store.manifest.provenance["backbone"], store.manifest.fingerprint["backbone"])
-    source = Deep(episodes=2, length=(3, 3), cameras=2, image_size=16)
+    source = SyntheticSource(episodes=2, length=(3, 3), cameras=2, image_size=16, depth=True)
     for episode in range(2):
         for frame, views in enumerate(source.views(episode, 0, 3, backbone.spec().inputs)):
             made = backbone.encode(batch(backbone, views, cameras=2))

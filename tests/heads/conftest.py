@@ -52,6 +52,8 @@ LABELS: dict[str, tuple[dict[str, str], ...]] = {
 """What else the toy data set says of its two instructions, to heads that read it."""
 TEXTS = {"track": TextIO(length=6, width=16)}
 """The text store beside the toy data set, for heads that read one."""
+PLACED = ("siglip", "ray", "coarse", "fine")
+"""Features whose tokens also tell where in the picture they are, as SigLIP's position embeddings and DA3's rays do."""
 
 SMALL: dict[str, dict[str, Any]] = {
     "mlp": {"hidden": 64, "layers": 2},
@@ -115,7 +117,7 @@ def _show(
 ) -> torch.Tensor:
     """Light up a cell [B] in view 0 of a feature [B, frames, V, *layout, C], of 16 cells or of a divisor of it.
 
-    `places`: every cell also tells where it is, as SigLIP's tokens and DA3's rays do.
+    `places`: every cell also tells where it is.
     """
     count, cells = len(cell), math.prod(feature.layout)
     values = rng.normal(0, 0.1, (count, frames, *feature.shape)).astype(np.float32)
@@ -149,7 +151,7 @@ def toy_batch() -> Callable[..., Batch]:
         features = {
             name: _places(count, frames, model.io.features[name])
             if name.endswith("_xyz")
-            else _show(cell, frames, model.io.features[name], rng, places=name in ("siglip", "ray"))
+            else _show(cell, frames, model.io.features[name], rng, places=name in PLACED)
             for name, frames in model.reads.items()
         }
         target = np.stack([cell % 4, cell // 4], axis=1) / 3 * 2 - 1

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vla.heads.batch import Batch, HeadIO
-from vla.heads.checkpoint import TrainedHead, with_settings
+from vla.heads.checkpoint import TrainedHead
 from vla.heads.export import export_head
 from vla.heads.exported_inputs import observation_inputs
 from vla.heads.exported_prompt import ExportedPrompt
@@ -92,9 +92,8 @@ def test_ddpm_is_given_the_noise_of_every_step(
     model = awake_head("dp-mlp", sampler="ddpm", train_steps=4)
     described = exported_equals_live(as_trained(model, "dp"), toy_batch(model, 3), tmp_path / "head.pt2")
     assert described["inputs"]["noise"]["shape"] == [4, 3, 4, 2]  # the first x, and all steps but the last
-    described = export_head(
-        with_settings(as_trained(model, "dp"), {"sampler": "ddim", "sample_steps": 2}), tmp_path / "d.pt2"
-    )
+    model.adjust({"sampler": "ddim", "sample_steps": 2})
+    described = export_head(as_trained(model, "dp"), tmp_path / "ddim.pt2")
     assert described["config"]["sampler"] == "ddim"
 
 
@@ -138,11 +137,11 @@ def test_a_trained_head_takes_another_sampler_and_nothing_else(
 ) -> None:
     model = awake_head("fm-mlp", sample_steps=2)
     head = as_trained(model, "fm")
-    other = with_settings(head, {"sampler": "heun", "sample_steps": 5})
-    assert (other.config.sampler, other.config.sample_steps) == ("heun", 5)  # type: ignore[attr-defined]
-    for name, values in other.model.state_dict().items():
-        assert torch.equal(values, model.state_dict()[name])
+    before = {name: values.clone() for name, values in model.state_dict().items()}
+    model.adjust({"sampler": "heun", "sample_steps": 5})
+    assert (head.config.sampler, head.config.sample_steps) == ("heun", 5)  # type: ignore[attr-defined]
+    assert all(torch.equal(values, before[name]) for name, values in model.state_dict().items())
     with pytest.raises(UsageError, match=r"action_norm.*sample_steps"):
-        with_settings(head, {"action_norm": "zscore"})
+        model.adjust({"action_norm": "zscore"})
     with pytest.raises(UsageError, match=r"\.pt2"):
         export_head(head, Path("head.onnx"))

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from vla.featurize.job import FeaturizeConfig, prepare
-from vla.featurize.launch import Where, launch
+from vla.featurize.launch import Where, launch, outlook
 from vla.stores.errors import UsageError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -141,6 +141,18 @@ def test_a_share_does_not_replace_a_store_that_others_may_be_filling(memory_path
     job = prepare(FeaturizeConfig(source="synthetic", backbone="toy"))
     with pytest.raises(UsageError, match="--overwrite with --unit-index"):
         launch(job, memory_path / "s", Where(unit_index="0/2"), resume=False, overwrite=True, accept=False)
+
+
+def test_the_plan_of_a_share_foretells_that_share(memory_path: Path) -> None:
+    source = "synthetic:episodes=4,length=[10,10]"
+    job = prepare(FeaturizeConfig.build({"source": source, "backbone": "toy", "store": {"unit_rows": 10}}))
+    how = {"resume": False, "overwrite": False, "accept": False}
+    for share, pending in (("0/4", 1), ("1/2", 2), (None, 4)):
+        facts = outlook(job, memory_path / "s", Where(unit_index=share))
+        assert (facts["pending_units"], facts["pending_frames"]) == (pending, pending * 10)
+    launch(job, memory_path / "s", Where(unit_index="0/4"), **how)
+    assert outlook(job, memory_path / "s", Where(unit_index="0/4"))["pending_units"] == 0
+    assert outlook(job, memory_path / "s", Where(unit_index="0/2"))["pending_units"] == 1
 
 
 def test_several_processes_write_to_a_folder_alone() -> None:

@@ -122,3 +122,16 @@ def test_tables_of_a_base_are_not_changed_by_what_lies_over_them(tmp_path: Path)
     first: dict[str, Any] = read_config(tmp_path / "a.toml")
     first["train"]["lr"] = 9
     assert read_config(tmp_path / "base.toml") == {"train": {"lr": 0.1}}
+
+
+class Tuned(Settings):
+    """Settings whose table has other defaults than the table's class."""
+
+    train: Inner = Inner(lr=0.5, steps=9)
+
+
+def test_a_key_of_a_table_leaves_the_fields_own_defaults_of_the_others_alone() -> None:
+    # Found in `hier`: model.encoder.noise=0.2 had made its encoder 512 wide instead of 128.
+    assert Tuned.from_sources(None, ["train.steps=3"]) == Tuned(train=Inner(lr=0.5, steps=3))
+    assert Tuned.build({"train": {"lr": 1.0}}).train == Inner(lr=1.0, steps=9)  # the class's default, said aloud
+    assert Tuned.build({"train": Inner(steps=3)}).train == Inner(steps=3)

@@ -14,7 +14,7 @@ from vla.featurize.job import FeaturizeConfig, prepare, run
 from vla.heads.train import HeadTrainConfig, train_head
 
 STEPS = 6
-MODEL = ["model.horizon=1", "model.n_action=1", "model.hidden=16", "model.encoder.dim=16", "model.encoder.queries=2"]
+MODEL = ["model.horizon=24", "model.n_action=1", "model.hidden=16", "model.encoder.dim=16", "model.encoder.queries=2"]
 TRAIN = [f"train.steps={STEPS}", "train.log_every=1", "train.device=cpu", "train.schedule=constant", "train.lr=0.01"]
 
 
@@ -30,8 +30,9 @@ def test_two_launched_processes_give_the_losses_of_one_with_twice_the_batch(tmp_
     run(prepare(FeaturizeConfig(source="synthetic:episodes=6", backbone="toy")), store)
     settings = [f"data.stores={json.dumps([str(store)])}", *MODEL, *TRAIN]
     train_head(HeadTrainConfig.from_sources(None, [*settings, "train.batch_size=8"], head="mlp"), tmp_path / "one")
-    # `accelerate launch` starts several processes on GPUs; on a CPU it asks for MPI, where torchrun does without.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    # --multi_gpu is accelerate's word for what torchrun starts; with --cpu it would start one process, or ask for MPI.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--main_process_port", "0"]
     command += [str(Path(sys.executable).with_name("vla")), "train-head", "mlp", "--out", str(tmp_path / "two")]
     command += [part for setting in [*settings, "train.batch_size=4"] for part in ("--set", setting)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
