@@ -127,6 +127,9 @@ class Batch:
     """name -> [B, N, C] float32, the step of each channel's grid, for the int8 features."""
     plan: Tensor | None = None
     """[B, K] int64, what `HeadModel.plan` decided some steps ago and a policy holds on to; None: decide now."""
+    prompt: tuple[Tensor, Tensor] | None = None
+    """What the head is told, in tokens: ids int64 [B, L], begin token first, and which are real, bool [B, L]. None: a
+    head that reads text makes them of task and state, which the prompt otherwise stands for."""
 
     def feature(self, name: str) -> Tensor:
         """Return a feature's values [B, N, V, *axes, C], a float tensor: int8 is multiplied out here, on the device."""
@@ -154,6 +157,7 @@ class Batch:
             feature_valid={k: value.to(device, non_blocking=non_blocking) for k, value in self.feature_valid.items()},
             scales={name: value.to(device, non_blocking=non_blocking) for name, value in self.scales.items()},
             plan=move(self.plan),
+            prompt=None if self.prompt is None else (self.prompt[0].to(device), self.prompt[1].to(device)),
         )
 
     def __len__(self) -> int:

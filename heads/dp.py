@@ -2,9 +2,10 @@
 
 Training: eps ~ N(0, I), k uniform, error = (eps_hat(sqrt(abar_k) a + sqrt(1 - abar_k) eps, k, obs) - eps)^2. Sampling
 by DDIM in few steps, or by DDPM. The predicted horizon begins with the first observed frame, so the actions from the
-present on are those from n_obs - 1. The noise schedule and the DDPM step are diffusers'. The DDIM step is ours:
-diffusers' takes the step before k to be k - train_steps // sample_steps, which is wrong unless the one divides the
-other (16 of 100 steps shift a Gaussian's mean by 1 %; tests/heads/test_dp.py).
+present on are those from n_obs - 1. The noise schedule is diffusers'. The steps are ours: diffusers' DDIM takes the
+step before k to be k - train_steps // sample_steps, which is wrong unless the one divides the other (16 of 100 steps
+shift a Gaussian's mean by 1 %), and its DDPM draws noise by itself, which an exported head has to be given
+(tests/heads/test_dp.py: ours is bit-equal).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from vla.heads.batch import Batch, HeadIO
 from vla.heads.encoded import EncodedConfig, EncodedHead
-from vla.heads.model import MAX_LAYERS, HeadConfig, masked_windows, noise_like, real_dims, require_own_draws
+from vla.heads.model import MAX_LAYERS, HeadConfig, masked_windows, noise_like, real_dims
 from vla.heads.nets.residual_mlp import ResidualMLP
 from vla.heads.nets.unet1d import ConditionalUnet1D, check_sizes
 from vla.pretrained.diffusion_policy import read_unet
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 DDIM_STEPS = 16
 """Default of DDIM. The paper's robots take 10; 16 cost little more with these nets."""
+
+MIN_VARIANCE = 1e-20
+"""Least variance of a DDPM step that draws (diffusers, `_get_variance`)."""
 
 EPS_STEPS = 5
 """Diffusion steps, evenly spaced, at which validation compares noise: the same ones for every checkpoint."""
@@ -163,19 +167,17 @@ class DiffusionHead(EncodedHead):
         """Denoise from x_T ~ N(0, I)."""
         config, cond = self.config, self.encoder.frames(batch).flatten(1)
         steps = sampling_steps(config.train_steps, config.steps)
-        abar = signal_shares(config.train_steps)
-        scheduler = None
-        if config.sampler == "ddpm":
-            require_own_draws(generator, "DDPM, which draws in every step")
-            scheduler = noise_schedule(config.train_steps, clip_sample=config.clip_sample)
-            scheduler.set_timesteps(timesteps=steps, device=cond.device)
+        abar, clip = signal_shares(config.train_steps), config.clip_sample
         x = real_dims(batch, noise_like((len(batch), config.horizon, self.io.action_dim), cond, generator))
         for k, previous in zip(steps, [*steps[1:], None], strict=True):
             eps = self.net(x, torch.full((len(batch),), k, device=x.device), cond)
-            if scheduler is not None:
-                x = scheduler.step(eps, k, x, generator=generator).prev_sample
+            following = 1.0 if previous is None else abar[previous]
+            if config.sampler == "ddpm":
+                # Where steps are left out the last one is not k = 0: as in diffusers it draws too, next to nothing.
+                noise = noise_like(tuple(eps.shape), eps, generator) if k > 0 else None
+                x = ddpm_step(eps, x, abar[k], following, noise, clip=clip)
             else:
-                x = ddim_step(eps, x, abar[k], 1.0 if previous is None else abar[previous], clip=config.clip_sample)
+                x = ddim_step(eps, x, abar[k], following, clip=clip)
             x = real_dims(batch, x)
         return x
 
@@ -219,4 +221,22 @@ def ddim_step(eps: Tensor, x: Tensor, abar: float, abar_previous: float, *, clip
     if clip:
         clean = clean.clamp(-1, 1)
     stepped: Tensor = abar_previous**0.5 * clean + (1 - abar_previous) ** 0.5 * eps
+    return stepped
+
+
+def ddpm_step(eps: Tensor, x: Tensor, abar: float, abar_previous: float, noise: Tensor | None, *, clip: bool) -> Tensor:
+    """Equations 6, 7 and 15 of Ho et al. 2020 (https://arxiv.org/abs/2006.11239), beta = 1 - abar / abar_previous.
+
+    `noise`: standard normal, of the variance (1 - abar_previous) / (1 - abar) beta; None: none. `clip` as in
+    `ddim_step`. In float32 and in the order of diffusers' `DDPMScheduler.step`, so that both give the same bits.
+    """
+    a, a_previous = torch.tensor([abar, abar_previous], dtype=torch.float32)
+    alpha = a / a_previous
+    beta = 1 - alpha
+    clean = (x - (1 - a) ** 0.5 * eps) / a**0.5
+    if clip:
+        clean = clean.clamp(-1, 1)
+    mean = (a_previous**0.5 * beta) / (1 - a) * clean + alpha**0.5 * (1 - a_previous) / (1 - a) * x
+    variance = ((1 - a_previous) / (1 - a) * beta).clamp(min=MIN_VARIANCE)
+    stepped: Tensor = mean if noise is None else mean + variance**0.5 * noise
     return stepped

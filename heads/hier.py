@@ -11,7 +11,7 @@ Two variants with the same losses: "light", small networks from scratch over any
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -30,30 +30,20 @@ from vla.heads.hier_config import HierConfig
 from vla.heads.hier_full import TOKENS, FullActor, FullLanguage, fast_ids, load_full
 from vla.heads.hier_light import LightActor, LightLanguage
 from vla.heads.hier_parts import Actor, Language, Record
+from vla.heads.hier_told import LABELS, Form, HierTexts
 from vla.heads.model import SMALL_NET, HeadConfig, HeadModel, masked_mean, real_dims
 from vla.heads.needs import Need
 from vla.heads.nets.speech import Observed, Prompt, TokenErrors, append, say, teach
 from vla.heads.normalize import Normalizer
 from vla.heads.pi0_weights import check_backbones
-from vla.heads.prompts import (
-    BINS,
-    PromptTokenizer,
-    action_prompt,
-    clean,
-    discretise,
-    load_tokenizer,
-    subtask_prompt,
-    tokenise,
-)
-from vla.heads.vocabulary import WordTokenizer
+from vla.heads.prompts import ACTION, action_prompt, clean, subtask_prompt
+from vla.heads.told import Telling
 from vla.pretrained.weights import RANDOM
 from vla.stores.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from vla.heads.data import HeadData
 
-LABELS = ("high_level_task", "subtask")
-"""What a source of tasks that have parts says of an episode (featurize/sources/hierarchical.py)."""
 FULL = {"steps": 30_000, "lr": 2.5e-5, "betas": (0.9, 0.95), "weight_decay": 0.01, "warmup_steps": 1000}
 """The optimiser of LeRobot's pi05 (configuration_pi05.py), its schedule but for the floor."""
 
@@ -78,7 +68,6 @@ class HierHead(HeadModel):
     velocity [B, H, A], None where no flow is trained."""
 
     Config: ClassVar[type[HeadConfig]] = HierConfig
-    not_exported: ClassVar[str] = "what it is told is made into text and tokens for each observation"
     adjustable: ClassVar[frozenset[str]] = frozenset({"n_action", "sample_steps", "subtask_interval"})
     config: HierConfig
 
@@ -94,11 +83,9 @@ class HierHead(HeadModel):
             )
         self._columns = io.state_columns(config.encoder.state_columns)
         self.proprio = Normalizer(io.state_dim) if self._columns else None
-        self._texts(io)
+        self.texts = HierTexts(config, io, self._columns, speaks=self.speaks)
+        self.tokenizer = self.texts.tokenizer
         light = config.variant == "light"
-        self.tokenizer: PromptTokenizer = (
-            WordTokenizer(self._vocabulary()) if light else load_tokenizer(config.tokenizer or config.weights)
-        )
         self.fast: FastTokenizer | None = None
         words = self.tokenizer.size
         if config.fast is not None:
@@ -111,30 +98,9 @@ class HierHead(HeadModel):
         elif not light:
             self.frozen["language"] = Frozen(lambda: FullLanguage(config, io, words).load())
         if not light:
-            self.frozen["tokenizer"] = Frozen(lambda: Record(self._said()))
+            self.frozen["tokenizer"] = Frozen(lambda: Record(self.texts.said()))
         if self.moves:
             self.actor = LightActor(config, io, self.tokenizer.size) if light else FullActor(config, io)
-
-    def _texts(self, io: HeadIO) -> None:
-        """Collect what is told: for each instruction that `Batch.task` may name, its task and its subtask."""
-        highs: dict[str, str] = {}
-        for label in io.labels:
-            if label.keys() >= {*LABELS}:
-                highs.setdefault(label["subtask"], label["high_level_task"])
-        tasks = io.tasks or ("",)
-        further = tuple(dict.fromkeys(high for high in highs.values() if high not in tasks)) if self.speaks else ()
-        self._instructions = tasks + further
-        self._high = [highs.get(task, task) for task in tasks] + list(further)
-
-    def _vocabulary(self) -> list[str]:
-        """All texts that a prompt or an answer may hold."""
-        told = [label[name] for label in self.io.labels for name in LABELS if name in label]
-        return list(dict.fromkeys([*self._instructions, *told]))
-
-    def _said(self) -> list[int]:
-        """Return the ids of all that prompts are made of: another tokenizer would give others."""
-        texts = [*self._vocabulary(), subtask_prompt("", range(BINS)), action_prompt("", ())]
-        return [number for text in texts for number in (*self.tokenizer.encode(text), self.tokenizer.eos)]
 
     def _load_fast(self, folder: Path) -> None:
         config, io = self.config, self.io
@@ -170,9 +136,32 @@ class HierHead(HeadModel):
         return self.config.mode != "high-level"
 
     @property
+    def not_exported(self) -> str:
+        """See `HeadModel.not_exported`."""
+        if self.config.mode == "fast":
+            return "mode 'fast' says its actions id by id, in a loop whose length no fixed program knows"
+        return "" if self.moves else f"mode {self.config.mode!r} has no action branch"
+
+    def telling(self) -> Telling:
+        """See `HeadModel.telling`: the low-level prompt. What mode "joint" says, it may say in any words."""
+        said = "the subtask that the live head says (HierHead.subtasks): its language model speaks word by word"
+        return Telling(
+            form=ACTION,
+            what=said if self.speaks else "the subtask",
+            texts=self.texts.tasks,
+            of=self.subtasks,
+            tokenizer=self.tokenizer,
+            source=self.texts.source,
+            max_tokens=self.config.max_tokens,
+            state=self.proprio,
+            columns=self._columns,
+            free=self.speaks,
+        )
+
+    @property
     def instructions(self) -> tuple[str, ...]:
         """See `HeadModel.instructions`: the data's own, behind them the high-level tasks."""
-        return self._instructions
+        return self.texts.instructions
 
     @property
     def plan_interval(self) -> int | None:
@@ -242,17 +231,20 @@ class HierHead(HeadModel):
 
     def errors(self, batch: Batch, action: Tensor) -> Tensor:
         """Squared error of the velocity, told the subtask that was demonstrated."""
-        context = self._context(batch, self._told(batch, "subtask"))
+        context = self._context(batch, self._prompt(batch, action_prompt, self._told(batch, "subtask")))
         return flow_errors(lambda x, t: self.net(x, t, *context), batch, action, self.config.time)
 
     def sample(self, batch: Batch, generator: torch.Generator | None) -> Tensor:
-        """Say the subtask (unless `Batch.plan` holds one), then integrate from noise, or say FAST ids."""
+        """Say the subtask (unless `Batch.plan` holds one, or a prompt is given), then integrate from noise, or say FAST
+        ids."""
         if not self.acts:
             raise UsageError(f"mode {self.config.mode!r} makes no actions", expected="mode joint, fast or expert")
-        subtasks = self.subtasks(batch)
         if self.fast is not None:
-            return self._say_fast(batch, subtasks)
-        context = self._context(batch, subtasks)
+            return self._say_fast(batch, self.subtasks(batch))
+        prompt = batch.prompt
+        if prompt is None:
+            prompt = self._prompt(batch, action_prompt, self.subtasks(batch))
+        context = self._context(batch, prompt)
         shape, like = (len(batch), self.config.horizon, self.io.action_dim), self.action.centre
         steps = self.config.sample_steps
         return flow_sample(
@@ -317,47 +309,25 @@ class HierHead(HeadModel):
             figures["subtask_perplexity"] = math.exp(figures["subtask_perplexity"])
         return figures
 
-    def _context(self, batch: Batch, subtasks: Sequence[str]) -> tuple[Any, ...]:
+    def _context(self, batch: Batch, prompt: Prompt) -> tuple[Any, ...]:
         assert self.actor is not None
         language = self.frozen["language"].module if "language" in self.frozen else self.language
-        return self.actor.context(language, batch, self._prompt(batch, action_prompt, subtasks))
+        return self.actor.context(language, batch, prompt)
 
     def _told(self, batch: Batch, name: str) -> list[str]:
-        """Return each window's text: its label's, else what goes with its instruction."""
-        if batch.label is not None and all(name in label for label in self.io.labels):
-            return [self.io.labels[number][name] for number in batch.label.tolist()]
-        told = self._high if name == "high_level_task" else self._instructions
-        return [told[number] for number in batch.task.tolist()]
+        return self.texts.told(batch, name)
 
-    def _prompt(self, batch: Batch, form: Callable[[str, Sequence[int]], str], texts: Sequence[str]) -> Prompt:
-        ids, valid, _ = self._tokens(batch, form, texts)
+    def _prompt(self, batch: Batch, form: Form, texts: Sequence[str]) -> Prompt:
+        ids, valid, _ = self.texts.tokens(batch, form, texts, self.proprio)
         return ids, valid
-
-    def _tokens(
-        self,
-        batch: Batch,
-        form: Callable[[str, Sequence[int]], str],
-        texts: Sequence[str],
-        answers: Sequence[str] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        prompts = [form(text, bins) for text, bins in zip(texts, self._bins(batch), strict=True)]
-        most = self.config.max_tokens
-        return tokenise(prompts, self.tokenizer, max_length=most, continuations=answers, device=batch.task.device)
-
-    def _bins(self, batch: Batch) -> list[list[int]]:
-        """Return the bins of each window's present state, of the real dimensions that are read and no others."""
-        if self.proprio is None:
-            return [[]] * len(batch)
-        assert batch.state is not None  # check saw to it
-        bins: list[list[int]] = discretise(self.proprio(batch.state[:, -1])[:, list(self._columns)]).tolist()
-        return bins
 
     def _teach_subtask(self, batch: Batch, observed: Observed) -> TokenErrors:
         if batch.label is None:
             raise DataError("the batch has no labels", expected="the subtask of each window")
         assert self.language is not None
         answers = [clean(text) for text in self._told(batch, "subtask")]
-        ids, valid, answer = self._tokens(batch, subtask_prompt, self._told(batch, "high_level_task"), answers)
+        tasks = self._told(batch, "high_level_task")
+        ids, valid, answer = self.texts.tokens(batch, subtask_prompt, tasks, self.proprio, answers)
         if batch.action_valid is not None:
             answer = answer & batch.action_valid.any(dim=1)[:, None]
         return teach(self.language.model, observed, (ids, valid), answer)

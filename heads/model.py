@@ -19,6 +19,7 @@ from vla.heads.batch import Batch, HeadIO, check_batch
 from vla.heads.frozen import Frozen
 from vla.heads.needs import Need, check_needs
 from vla.heads.normalize import Mode, Normalizer
+from vla.heads.registry import head_name
 from vla.stores.errors import DataError, UsageError
 from vla.stores.norm_stats import read_norm_stats
 from vla.stores.settings import Settings
@@ -27,6 +28,7 @@ from vla.training.processes import mean_count
 
 if TYPE_CHECKING:
     from vla.heads.data import HeadData
+    from vla.heads.told import Telling
 
 SMALL_NET = {"steps": 4000, "lr": 2e-3, "weight_decay": 1e-2, "betas": (0.9, 0.999), "warmup_steps": 100}
 """Training settings for nets of about a million parameters on thousands of frames, chosen on push-v3 (on other scenes
@@ -82,12 +84,9 @@ class HeadModel(nn.Module):
     adjustable: ClassVar[frozenset[str]] = frozenset({"n_action", "sampler", "sample_steps"})
     """Settings that a trained head may be given others of (`adjust`)."""
 
-    not_exported: ClassVar[str] = ""
-    """Why `vla export` cannot write this head; empty where it can."""
-
     def __init__(self, config: HeadConfig, io: HeadIO) -> None:
         super().__init__()
-        check_needs(type(self).__name__, self.needs(config), io)
+        check_needs(head_name(type(self)), self.needs(config), io)
         check_lengths(config)
         self.config, self.io = config, io
         self.frozen: dict[str, Frozen] = {}
@@ -136,6 +135,15 @@ class HeadModel(nn.Module):
     @property
     def state(self) -> Normalizer | None:
         """Return the normaliser of the state; None where the head reads none."""
+        return None
+
+    @property
+    def not_exported(self) -> str:
+        """Return why `vla export` cannot write this head; empty where it can."""
+        return ""
+
+    def telling(self) -> Telling | None:
+        """Return how the head makes a prompt of text and state, where it does: it then gives way to `Batch.prompt`."""
         return None
 
     def errors(self, batch: Batch, action: Tensor) -> Tensor:
@@ -341,11 +349,3 @@ def noise_like(shape: tuple[int, ...], reference: Tensor, generator: torch.Gener
     if isinstance(generator, GivenNoise):
         return generator.take(shape, reference)
     return torch.randn(shape, device=reference.device, generator=generator)
-
-
-def require_own_draws(generator: torch.Generator | None, what: str) -> None:
-    """Raise `UsageError` where the noise of a sampler that draws by itself is given: see export.py."""
-    if isinstance(generator, GivenNoise):
-        raise UsageError(
-            f"the sampler is {what}", expected="one that begins with its only noise", fix="--set model.sampler=ddim"
-        )

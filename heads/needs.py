@@ -57,7 +57,7 @@ def check_needs(head: str, needs: Sequence[Need], io: HeadIO) -> None:
         if wrong is not None:
             what = "a text store" if need.feature == "text" else f"the feature {need.feature!r}"
             raise UsageError(
-                f"{head} needs {what}, and the stores given do not fit: {wrong}",
+                f"head {head!r} needs {what}, and the stores given do not fit: {wrong}",
                 expected=f"a store of the backbone {need.backbone}",
                 fix=f"{need.command()} on the same --source, then --store of it too",
             )

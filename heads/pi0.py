@@ -28,7 +28,9 @@ from vla.heads.nets.prefix import PrefixCache, PrefixModel
 from vla.heads.normalize import Normalizer
 from vla.heads.pi0_config import IMAGES, RAY_CHANNELS, RAYS, Pi0Config, check_fit
 from vla.heads.pi0_weights import check_backbones, load_expert, load_language, network_sizes
-from vla.heads.prompts import load_tokenizer, plain_prompt, tokenise
+from vla.heads.prompts import PLAIN, PromptTokenizer, load_tokenizer, plain_prompt, tokenise
+from vla.heads.registry import head_name
+from vla.heads.told import Telling
 from vla.stores.errors import UsageError
 
 if TYPE_CHECKING:
@@ -50,7 +52,6 @@ class Pi0Head(HeadModel):
         "weight_decay": 0.01,
         "warmup_steps": 1000,
     }
-    not_exported: ClassVar[str] = "its prompt is made into text and tokens for each observation"
     adjustable: ClassVar[frozenset[str]] = HeadModel.adjustable | {"use_geom_prefix"}
     kind: ClassVar[Literal["pi0", "pi05"]] = "pi0"
     config: Pi0Config
@@ -105,7 +106,27 @@ class Pi0Head(HeadModel):
 
     def prompts(self, batch: Batch) -> list[str]:
         """Return what each row is told."""
-        return [plain_prompt(self.io.tasks[task]) for task in batch.task.tolist()]
+        return [plain_prompt(text) for text in self._tasks(batch)]
+
+    @property
+    def tokenizer(self) -> PromptTokenizer:
+        """What prompts are made into tokens with."""
+        return _tokenizer(self.config.tokenizer or self.config.weights)
+
+    def telling(self) -> Telling:
+        """See `HeadModel.telling`."""
+        return Telling(
+            form=PLAIN,
+            what="the instruction",
+            texts=self.io.tasks,
+            of=self._tasks,
+            tokenizer=self.tokenizer,
+            source=self.config.tokenizer or self.config.weights,
+            max_tokens=self.config.max_tokens,
+        )
+
+    def _tasks(self, batch: Batch) -> list[str]:
+        return [self.io.tasks[task] for task in batch.task.tolist()]
 
     def errors(self, batch: Batch, action: Tensor) -> Tensor:
         """Squared error of the velocity."""
@@ -146,8 +167,11 @@ class Pi0Head(HeadModel):
         """Run the language model over images, prompt and geometry, in this order."""
         language: PrefixModel = self.language or self.frozen["language"].module
         device = self.action.centre.device
-        tokenizer = _tokenizer(self.config.tokenizer or self.config.weights)
-        ids, words, _ = tokenise(self.prompts(batch), tokenizer, max_length=self.config.max_tokens, device=device)
+        if batch.prompt is None:
+            most = self.config.max_tokens
+            ids, words, _ = tokenise(self.prompts(batch), self.tokenizer, max_length=most, device=device)
+        else:
+            ids, words = batch.prompt
         images = batch.feature(IMAGES)[:, -1].flatten(1, 2).float()
         real = batch.feature_valid[IMAGES][:, -1].flatten(1) if IMAGES in batch.feature_valid else None
         parts = [(images, torch.ones_like(images[..., 0], dtype=torch.bool) if real is None else real)]
@@ -207,6 +231,7 @@ def export_prefix(head: TrainedHead | Pi0Head, batch: Batch) -> tuple[Tensor, Te
     """
     model = head.model if isinstance(head, TrainedHead) else head
     if not isinstance(model, Pi0Head):
-        raise UsageError(f"a {type(model).__name__} has no prefix to export", expected="a pi0 or pi05 head")
+        found = f"head {head_name(type(model))!r} has no prefix to export"
+        raise UsageError(found, expected="a pi0 or pi05 head")
     with torch.no_grad():
         return model.geometry_tokens(batch)

@@ -6,6 +6,7 @@ the norms of the action expert (nets/gemma_expert.py).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -19,7 +20,8 @@ from vla.heads.nets.pi0_expert import Pi05Net
 from vla.heads.normalize import Mode
 from vla.heads.pi0 import Pi0Head
 from vla.heads.pi0_config import Pi0Config
-from vla.heads.prompts import action_prompt, discretise
+from vla.heads.prompts import ACTION, action_prompt, discretise
+from vla.heads.told import Telling
 
 
 class Pi05Config(Pi0Config):
@@ -57,7 +59,12 @@ class Pi05Head(Pi0Head):
         if not self.columns:
             return super().prompts(batch)
         bins = discretise(self.present_state(batch)).tolist()
-        return [action_prompt(self.io.tasks[task], row) for task, row in zip(batch.task.tolist(), bins, strict=True)]
+        return [action_prompt(text, row) for text, row in zip(self._tasks(batch), bins, strict=True)]
+
+    def telling(self) -> Telling:
+        """See `HeadModel.telling`."""
+        plain = super().telling()
+        return replace(plain, form=ACTION, state=self.state, columns=self.columns) if self.columns else plain
 
     def velocity(self, batch: Batch) -> Velocity:
         """See `Pi0Head.velocity`."""

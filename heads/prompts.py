@@ -3,12 +3,6 @@
 pi0.5 reads its state as text (openpi, `PaligemmaTokenizer.tokenize`): each normalised number becomes the index of one
 of 256 bins, and the indices stand in the prompt. Such prompts differ from row to row, so no text store can hold them:
 they are tokenised batch by batch. Only the real dimensions of the state are written, never padding.
-
-Formats (systems that share them: pi0, pi0.5 and the hierarchical pi0.5):
-
-    pi0                  "{instruction}\\n"
-    pi0.5, low level     "Task: {instruction}, State: {i1 i2 ...};\\nAction: "
-    pi0.5, high level    "Task: {instruction}, State: {i1 i2 ...};\\nSubtask: "
 """
 
 from __future__ import annotations
@@ -26,6 +20,13 @@ from vla.pretrained.weights import RANDOM
 from vla.stores.errors import DataError, MachineError
 
 BINS = 256
+
+PLAIN = "{task}\n"
+"""pi0."""
+ACTION = "Task: {task}, State: {state};\nAction: "
+"""pi0.5, low level; the state as its bins, a space between them."""
+SUBTASK = "Task: {task}, State: {state};\nSubtask: "
+"""pi0.5, high level."""
 
 
 def discretise(state: Tensor) -> Tensor:
@@ -46,21 +47,22 @@ def clean(instruction: str) -> str:
 
 def plain_prompt(instruction: str) -> str:
     """Return pi0's prompt."""
-    return f"{clean(instruction)}\n"
+    return fill(PLAIN, instruction, ())
 
 
 def action_prompt(instruction: str, bins: Sequence[int]) -> str:
     """Return pi0.5's prompt for actions, from the bins [S] of a normalised state."""
-    return f"{_task(instruction, bins)}Action: "
+    return fill(ACTION, instruction, bins)
 
 
 def subtask_prompt(instruction: str, bins: Sequence[int]) -> str:
     """Return the hierarchical pi0.5's prompt for the next subtask."""
-    return f"{_task(instruction, bins)}Subtask: "
+    return fill(SUBTASK, instruction, bins)
 
 
-def _task(instruction: str, bins: Sequence[int]) -> str:
-    return f"Task: {clean(instruction)}, State: {' '.join(str(int(number)) for number in bins)};\n"
+def fill(form: str, instruction: str, bins: Sequence[int]) -> str:
+    """Return one of the formats above with what is told."""
+    return form.format(task=clean(instruction), state=" ".join(str(int(number)) for number in bins))
 
 
 class PromptTokenizer(Protocol):

@@ -35,6 +35,13 @@ SUMMARIES = {
 }
 
 
+def head_name(cls: type[HeadModel]) -> str:
+    """Return the name of a head's class, or of the nearest class that it is made from; a stranger's own otherwise."""
+    names = {place: name for name, place in HEADS.items()}
+    places = (f"{base.__module__}:{base.__qualname__}" for base in cls.__mro__)
+    return next((names[place] for place in places if place in names), cls.__name__)
+
+
 def head_class(name: str) -> type[HeadModel]:
     """Import a head's class. Raises `UsageError` with the nearest match for an unknown name."""
     if name not in HEADS:

@@ -25,7 +25,21 @@ class WordTokenizer:
         told = [prompt("", range(BINS)) for prompt in (action_prompt, subtask_prompt)]
         for text in texts:
             told += [action_prompt(text, ()), clean(text)]
-        words = dict.fromkeys(piece for text in told for piece in PIECE.findall(text))
+        self._know(dict.fromkeys(piece for text in told for piece in PIECE.findall(text)))
+
+    @classmethod
+    def of_words(cls, words: Iterable[str]) -> WordTokenizer:
+        """Return the tokenizer that has exactly these `words`, in order."""
+        tokenizer = cls.__new__(cls)
+        tokenizer._know(words)
+        return tokenizer
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The words of the ids from 4 on; before them stand padding, end, begin and `unknown`."""
+        return tuple(self._words[self.unknown + 1 :])
+
+    def _know(self, words: Iterable[str]) -> None:
         self._words = ["", "", "", "\N{REPLACEMENT CHARACTER}", *words]
         self._ids = {word: number for number, word in enumerate(self._words) if word}
         self.size = len(self._words)

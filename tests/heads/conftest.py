@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,15 @@ import pytest
 import torch
 
 from vla.heads.batch import Batch, FeatureIO, HeadIO, TextIO
-from vla.heads.checkpoint import build_head
+from vla.heads.checkpoint import Artefact, StoreRecord, TrainedHead, build_head
+from vla.heads.data import DataConfig
 from vla.heads.encoded import projections
 from vla.heads.encoders import ObservationEncoder
 from vla.heads.model import HeadModel
 from vla.heads.normalize import ChannelScaler
 from vla.heads.registry import head_class
 from vla.heads.texts import TextRows
+from vla.stores.manifest import FeatureInfo
 
 GRID = (2, 4, 4, 3)
 FEATURES: dict[str, dict[str, FeatureIO]] = {
@@ -221,6 +224,42 @@ def awake_head(toy_head: Callable[..., HeadModel]) -> Callable[..., HeadModel]:
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
         return model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def as_trained() -> Callable[[HeadModel, str], TrainedHead]:
+    """`as_trained(model, head name)`: what `load_head` returns, of a head that was never saved."""
+
+    def make(model: HeadModel, head: str) -> TrainedHead:
+        features = {
+            # Places in the room are kept in float32, all else as features usually are.
+            name: FeatureInfo(
+                shape=io.shape, dims=("view", *io.dims), dtype="float32" if name.endswith("_xyz") else "float16"
+            )
+            for name, io in model.io.features.items()
+        }
+        store = StoreRecord(
+            path="store",
+            sha256="0",
+            fingerprint={},
+            recipe={},
+            features=features,
+            cameras=("top",),
+            random_weights=True,
+        )
+        artefact = Artefact(
+            head=head,
+            config=model.config.model_dump(mode="json"),
+            data=DataConfig(stores=("store",)),
+            io=model.io,
+            state=("state",),
+            stores=(store,),
+            training_episodes=1,
+            vla_version="0",
+        )
+        return TrainedHead(model.eval(), artefact, 1, Path("run"))
 
     return make
 

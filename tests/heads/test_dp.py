@@ -34,7 +34,11 @@ def ddim(x: Tensor, steps: list[int], *, clip: bool = False) -> Tensor:
 
 def diffusers_chain(scheduler: Any, x: Tensor, steps: int, generator: torch.Generator | None = None) -> Tensor:
     scheduler.set_timesteps(steps)
-    for k in scheduler.timesteps:
+    return stepped(scheduler, x, generator)
+
+
+def stepped(scheduler: Any, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    for k in scheduler.timesteps.tolist():
         eps = gaussian_eps(x, float(scheduler.alphas_cumprod[k]))
         x = scheduler.step(eps, k, x, generator=generator).prev_sample
     return x
@@ -75,14 +79,21 @@ def test_more_ddim_steps_come_nearer_to_the_gaussian() -> None:
     assert errors[-1] < 0.01
 
 
-def test_a_heads_ddpm_chain_equals_diffusers(toy_head: MakeHead, toy_batch: MakeBatch) -> None:
-    model = toy_head("dp-mlp", sampler="ddpm")
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("steps", [1, 16, 100])
+def test_a_heads_ddpm_chain_equals_diffusers_to_the_bit(
+    steps: int, clip: bool, toy_head: MakeHead, toy_batch: MakeBatch
+) -> None:
+    """The same draws too: a policy takes one generator through an episode, so that each decision depends on them."""
+    model = toy_head("dp-mlp", sampler="ddpm", sample_steps=steps, clip_sample=clip)
     model.net = Exact()
-    ours = model.sample(toy_batch(model, 6), torch.Generator().manual_seed(4))
-    generator = torch.Generator().manual_seed(4)
-    start = torch.randn(ours.shape, generator=generator)
-    theirs = diffusers_chain(DDPMScheduler(**SETTINGS, variance_type="fixed_small"), start, 100, generator)
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    generators = [torch.Generator().manual_seed(4) for _ in range(2)]
+    ours = model.sample(toy_batch(model, 6), generators[0])
+    scheduler = DDPMScheduler(**{**SETTINGS, "clip_sample": clip}, variance_type="fixed_small")
+    start = torch.randn(ours.shape, generator=generators[1])
+    scheduler.set_timesteps(timesteps=sampling_steps(100, steps))
+    assert torch.equal(ours, stepped(scheduler, start, generators[1]))
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())
 
 
 def test_a_heads_ddim_chain_is_the_chain_of_steps(toy_head: MakeHead, toy_batch: MakeBatch) -> None:

@@ -302,7 +302,7 @@ def test_gap_6_actions_are_trained_on_the_low_level_prompt(
     batch = toy_batch(model)
     model.loss(batch)
     assert batch.label is not None
-    for label, bins in zip(batch.label.tolist(), model._bins(batch), strict=True):
+    for label, bins in zip(batch.label.tolist(), model.texts.bins(batch, model.proprio), strict=True):
         state = " ".join(map(str, bins))
         words = model.io.labels[label]
         assert f"Task: {words['high_level_task']}, State: {state};\nSubtask: " in heard
@@ -350,9 +350,11 @@ def test_speech_ends_at_the_end_token_and_at_the_limit(tiny: PrefixModel, row: A
 
 def test_gap_9_only_real_dimensions_of_the_state_become_words(toy_head: MakeHead, toy_batch: MakeBatch) -> None:
     model: Any = toy_head("hier-joint")
-    assert {len(bins) for bins in model._bins(toy_batch(model))} == {3}
+    assert {len(bins) for bins in model.texts.bins(toy_batch(model), model.proprio)} == {3}
     chosen: Any = toy_head("hier-joint", encoder={"state_columns": ["c"]})
-    assert [bins[0] for bins in chosen._bins(toy_batch(chosen))] == [bins[2] for bins in model._bins(toy_batch(model))]
+    assert [bins[0] for bins in chosen.texts.bins(toy_batch(chosen), chosen.proprio)] == [
+        bins[2] for bins in model.texts.bins(toy_batch(model), model.proprio)
+    ]
 
 
 def test_gap_9_bins_are_those_of_the_normalised_present_state(toy_head: MakeHead, toy_batch: MakeBatch) -> None:
@@ -363,7 +365,7 @@ def test_gap_9_bins_are_those_of_the_normalised_present_state(toy_head: MakeHead
     state = batch.state.clone()
     state[:4, -1], state[4:, -1] = low - 9, high + 9
     state[:, 0] = math.nan  # the past is not told
-    bins = model._bins(dataclasses.replace(batch, state=state))
+    bins = model.texts.bins(dataclasses.replace(batch, state=state), model.proprio)
     assert bins == [[0, 0, 0]] * 4 + [[255, 255, 255]] * 4
 
 
@@ -413,8 +415,8 @@ def test_the_high_level_task_is_an_instruction_too(toy_head: MakeHead, toy_batch
     model: Any = toy_head("hier-joint")
     assert model.instructions == ("go there", "go away", "reach it", "clear the table")
     batch = toy_batch(model)
-    told_low = model._told(told(batch), "high_level_task")
-    assert model._told(dataclasses.replace(told(batch), task=batch.task + 2), "high_level_task") == told_low
+    told_low = model.texts.told(told(batch), "high_level_task")
+    assert model.texts.told(dataclasses.replace(told(batch), task=batch.task + 2), "high_level_task") == told_low
 
 
 def test_a_plan_that_is_held_decides_the_actions(awake_head: MakeHead, toy_batch: MakeBatch) -> None:

@@ -23,6 +23,7 @@ from vla.heads.model import HeadModel
 from vla.heads.nets.pi0_expert import Pi05Net
 from vla.heads.nets.prefix import PrefixModel
 from vla.heads.pi0_weights import network_sizes
+from vla.heads.prompts import action_prompt
 from vla.pretrained.pi0 import gemma_config
 from vla.stores.errors import UsageError
 
@@ -71,7 +72,7 @@ def test_gap_4_keys_and_values_are_both_cut_off(full: Any, toy_batch: MakeBatch)
     backward(model.outputs(batch).action.mean())
     assert all(p.grad is None for p in model.language.parameters())
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.actor.parameters())
-    (cache,) = model._context(batch, ["go there"] * 8)
+    (cache,) = model._context(batch, model._prompt(batch, action_prompt, ["go there"] * 8))
     assert not any(t.requires_grad for t in (*cache.keys, *cache.values))
     model.zero_grad()
     backward(model.outputs(batch).text.mean())
@@ -174,7 +175,7 @@ def test_a_sample_does_not_depend_on_how_much_its_prompt_is_padded(full: Any, to
             task=batch.task[rows],
             obs_valid=batch.obs_valid[rows],
         )
-        context = model._context(part, model.subtasks(part))
+        context = model._context(part, model._prompt(part, action_prompt, model.subtasks(part)))
         velocity: Tensor = model.net(noise[rows], torch.full((len(part),), 0.5), *context)
         return velocity
 

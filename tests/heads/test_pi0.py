@@ -111,10 +111,12 @@ def test_without_the_geometry_prefix_neither_rays_nor_adapter_are_needed() -> No
     assert model.geometry is None
 
 
-def test_a_missing_ray_is_an_error_that_names_the_command() -> None:
+@pytest.mark.parametrize("kind", ["pi0", "pi05"])
+def test_a_missing_ray_is_an_error_that_names_head_and_command(kind: str) -> None:
     """The origin logged "Geometry prefix skipped" and trained without."""
-    with pytest.raises(UsageError, match=r"needs the feature 'ray', and .* they hold siglip; .* --backbone da3"):
-        built(use_geom_prefix=True)
+    wanted = rf"head '{kind}' needs the feature 'ray', and .* they hold siglip; .* --backbone da3"
+    with pytest.raises(UsageError, match=wanted):
+        built(kind, use_geom_prefix=True)
 
 
 def test_a_geometry_prefix_changes_what_is_done_and_is_part_of_the_loss(
@@ -289,7 +291,7 @@ def test_the_prefix_is_exported_for_other_policies(name: str, awake_head: MakeHe
 
 def test_a_head_without_a_prefix_has_none_to_export(toy_head: MakeHead, toy_batch: MakeBatch) -> None:
     model: Any = toy_head("mlp")
-    with pytest.raises(UsageError, match="a MlpHead has no prefix to export; expected a pi0 or pi05 head"):
+    with pytest.raises(UsageError, match="head 'mlp' has no prefix to export; expected a pi0 or pi05 head"):
         export_prefix(model, toy_batch(model))
 
 

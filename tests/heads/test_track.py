@@ -511,7 +511,7 @@ def test_gap_6_there_is_one_default_for_everything(values: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     ("io", "values", "says"),
     [
-        ({"text": None}, {}, "needs a text store.*vla featurize --backbone text"),
+        ({"text": None}, {}, "head 'track' needs a text store.*vla featurize --backbone text"),
         ({"text": TextIO(length=6)}, {}, "ids without embeddings"),
         (
             {"features": {"fine": TOKENS["fine"]}},
