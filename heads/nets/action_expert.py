@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,8 @@ class ActionExpert(nn.Module):
     once for all of its steps. Padded context tokens are never attended to.
     """
 
+    blocks: Sequence[_Block]
+
     def __init__(
         self, horizon: int, action_dim: int, dim: int, layers: int, heads: int, dropout: float, time_scale: float
     ) -> None:
@@ -36,7 +39,7 @@ class ActionExpert(nn.Module):
         self.time = nn.Sequential(SinusoidalPosEmb(dim), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.input = nn.Linear(action_dim, dim)
         self.position = nn.Parameter(torch.randn(1, horizon, dim) * 0.02)
-        self.blocks = nn.ModuleList(_Block(dim, heads, dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(_Block(dim, heads, dropout) for _ in range(layers))  # type: ignore[assignment]
         last = nn.Linear(dim, action_dim)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
@@ -48,10 +51,10 @@ class ActionExpert(nn.Module):
         attend = valid[:, None, None] | torch.eye(valid.shape[1], dtype=torch.bool, device=valid.device)
         seen = []
         for number, block in enumerate(self.blocks):
-            query, *key_and_value = block.project(context)
-            seen.append(tuple(key_and_value))
+            query, key, value = block.project(context)
+            seen.append((key, value))
             if number < len(self.blocks) - 1:
-                context = block.attend(context, query, *key_and_value, attend)
+                context = block.attend(context, query, key, value, attend)
         return Seen(tuple(seen), valid)
 
     def forward(self, sample: Tensor, time: Tensor, seen: Seen) -> Tensor:
