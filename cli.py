@@ -56,6 +56,7 @@ def featurize(
     from vla.featurize.launch import Where, launch, outlook
     from vla.stores.memory import keep_freed_memory
     from vla.stores.settings import read_pairs
+    from vla.stores.writer import refuse_existing
 
     keep_freed_memory()
     short = {"store.format": format_, "store.dtype": dtype, "augment.copies": augment}
@@ -69,9 +70,11 @@ def featurize(
         skip_bad=skip_bad or None,
     )
     where = Where(workers, scheduler, unit_index)
-    job = prepare(settings)
     root = f"{out.rstrip('/')}/{name or settings.backbone}" if "://" in out else Path(out, name or settings.backbone)
-    plan = job.plan.to_json() | {"out": str(root), **outlook(job, root, where)}
+    if isinstance(root, Path) and not (dry_run or unit_index):
+        refuse_existing(root, resume=resume, overwrite=overwrite)  # before the backbone is loaded
+    job = prepare(settings)
+    plan = job.plan.to_json() | {"out": str(root), **outlook(job, root, where, overwrite=overwrite)}
     log = open_log()
     if dry_run or not as_json:
         show_plan(plan, as_json)
@@ -464,7 +467,7 @@ def heads(
         emit({row.pop("head"): row for row in table()}) if as_json else reports.show_heads(table())
         return
     fields = [field.to_json() for field in head_fields(head)]
-    emit(fields) if as_json else reports.show_fields(head, fields)
+    emit({"head": head, "settings": fields}) if as_json else reports.show_fields(head, fields)
 
 
 def main() -> NoReturn:

@@ -15,6 +15,7 @@ from vla.featurize.units import share_of
 from vla.stores.commits import committed_units
 from vla.stores.errors import UsageError
 from vla.stores.remote.options import is_url
+from vla.stores.writer import require_store, with_tables
 
 Progress = Callable[[Mapping[str, int], int], None]
 """Called with frames done by each process by name, and frames in all."""
@@ -67,14 +68,18 @@ def launch(
     return run_on_cluster(job, root, workers=where.workers, scheduler=where.scheduler, **how, progress=progress)
 
 
-def outlook(job: Job, root: Path | str, where: Where) -> dict[str, Any]:
+def outlook(job: Job, root: Path | str, where: Where, *, overwrite: bool = False) -> dict[str, Any]:
     """Return what the plan says of time: {"pending_units", "pending_frames", "frames_per_s", "hours"}.
 
     With a `unit_index`, of that share alone. The pace is that of one process, from three batches of the first unit that
     is missing, times the workers asked for; a cluster's workers are not counted. Nothing is pending: no probe, hours 0.
+    Raises `FingerprintError` where the store there was made with other settings, unless it is to be overwritten.
     """
     manifest = job.plan.manifest
-    committed = set() if is_url(root) else committed_units(Path(root))
+    committed = set()
+    if not (is_url(root) or overwrite) and Path(root).exists():
+        require_store(Path(root), with_tables(manifest, job.plan.episodes))
+        committed = committed_units(Path(root))
     asked = range(manifest.units) if where.unit_index is None else share_of(range(manifest.units), where.unit_index)
     units = [unit for unit in asked if unit not in committed]
     frames = sum(len(manifest.unit_range(unit)) for unit in units)

@@ -21,11 +21,10 @@ from vla.stores.errors import StoreError
 from vla.stores.filesystem import explaining, sweep_partial, writer_lock
 from vla.stores.layout import CLAIMS
 from vla.stores.manifest import Manifest
-from vla.stores.metadata import table_digests
 from vla.stores.remote.options import require_folder
 from vla.stores.tables import EpisodeTable
 from vla.stores.unit_buffer import UnitBuffer
-from vla.stores.writer import StoreWriter, begin_store, require_store
+from vla.stores.writer import StoreWriter, begin_store, require_store, with_tables
 
 PATIENCE = 10.0
 """Seconds to wait for another process that is making the store just now, or sweeping it: both are quick."""
@@ -105,7 +104,7 @@ def open_shared_writer(
     """
     with explaining(require_folder(root)):
         root = root.resolve()
-        manifest = manifest.model_copy(update={"tables": table_digests(episodes.to_arrays())})
+        manifest = with_tables(manifest, episodes)
         if overwrite or not resume:
             begin_store(root, manifest, episodes, resume=resume, overwrite=overwrite)
         _join(root, manifest, episodes)

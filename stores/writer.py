@@ -114,7 +114,7 @@ def open_writer(
     """
     with explaining(require_folder(root)):
         root = root.resolve()  # behind a link, the store is made and replaced where it lies
-        manifest = manifest.model_copy(update={"tables": table_digests(episodes.to_arrays())})
+        manifest = with_tables(manifest, episodes)
         begin_store(root, manifest, episodes, resume=resume, overwrite=overwrite)
     with writer_lock(root):
         with explaining(root):
@@ -122,6 +122,18 @@ def open_writer(
             sweep_partial(root)
             writer = StoreWriter(root, found)
         yield writer
+
+
+def with_tables(manifest: Manifest, episodes: EpisodeTable) -> Manifest:
+    """Return a planned manifest with the digests of its tables."""
+    return manifest.model_copy(update={"tables": table_digests(episodes.to_arrays())})
+
+
+def refuse_existing(root: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise `UsageError` where there is something at `root` and neither flag says what to do with it."""
+    if root.exists() and not (resume or overwrite):
+        fix = "--resume to go on with it, --overwrite to replace it, or another --out"
+        raise UsageError(f"{root} exists", fix=fix)
 
 
 def require_store(root: Path, wanted: Manifest) -> Manifest:
@@ -143,10 +155,8 @@ def begin_store(
     if root.name.endswith(PARTIAL):
         raise UsageError(f"{root} ends in {PARTIAL!r}", expected="another name; it marks unfinished files")
     manifest.require_sound(root)
+    refuse_existing(root, resume=resume, overwrite=overwrite)
     if root.exists():
-        if not (resume or overwrite):
-            fix = "--resume to go on with it, --overwrite to replace it, or another --out"
-            raise UsageError(f"{root} exists", fix=fix)
         read_manifest(root)
         if not overwrite:
             return

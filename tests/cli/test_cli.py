@@ -111,6 +111,12 @@ def test_a_store_of_another_fingerprint_is_refused_by_field(store: Path) -> None
     options = ["--resume", "--set", "options.seed=9"]
     done = vla("featurize", "--backbone", "toy", "--source", SOURCE, "--out", store.parent, *options, code=3)
     assert "backbone.seed: 0 here, 9 wanted" in done.stderr
+    options[0] = "--dry-run"  # its plan would count units that were made otherwise as made
+    done = vla("featurize", "--backbone", "toy", "--source", SOURCE, "--out", store.parent, *options, code=3)
+    assert "backbone.seed: 0 here, 9 wanted" in done.stderr
+    again = ("featurize", "--backbone", "toy", "--source", SOURCE, "--out", store.parent, "--dry-run", "--json")
+    assert json.loads(vla(*again).stdout)["pending_units"] == 0
+    assert json.loads(vla(*again, "--overwrite", "--set", "options.seed=9").stdout)["pending_units"] > 0
 
 
 def test_an_existing_run_is_refused_naming_the_flags(store: Path, run: Path) -> None:

@@ -37,7 +37,7 @@ def test_help_of_training_a_head_fits_a_screen_and_leads_to_its_settings(head: s
 
 @pytest.mark.parametrize("head", HEADS)
 def test_every_setting_of_a_head_is_listed(head: str) -> None:
-    fields = json.loads(vla("heads", head, "--json").stdout)
+    fields = json.loads(vla("heads", head, "--json").stdout)["settings"]
     assert {"model.n_obs", "model.horizon"} <= {field["name"] for field in fields}
     assert all(field["text"] and field["type"] and field["default"] for field in fields)
     assert "model.horizon" in vla("heads", head).output
