@@ -67,7 +67,8 @@ class FlowHead(EncodedHead):
         return flow_sample(lambda x, t: self.net(x, t, context), batch, shape, self.action.centre, generator, **how)
 
     def _context(self, batch: Batch) -> Tensor | Seen:
-        if not isinstance(self.net, ActionExpert):
+        if self.config.net == "mlp":
             return self.encoder.frames(batch).flatten(1)
         tokens, valid = self.encoder.tokens(batch)
-        return self.net.read(self.to_width(tokens), valid)
+        seen: Seen = self.net.read(self.to_width(tokens), valid)  # type: ignore[operator]
+        return seen

@@ -34,6 +34,10 @@ class Spy(torch.nn.Module):
         self.given = given
         return self.answer
 
+    def read(self, context: Tensor, valid: Tensor) -> Tensor:
+        """Stand in for the action expert's."""
+        return context
+
 
 def padded(batch: Batch, filler: float = 0.0) -> tuple[Batch, Tensor]:
     """Pad the last step of every window, three more of the first, and the second dimension of all but the last two.
