@@ -38,6 +38,7 @@ from vla.heads.normalize import Normalizer
 from vla.heads.pi0_weights import check_backbones
 from vla.heads.prompts import ACTION, action_prompt, clean, subtask_prompt
 from vla.heads.told import Telling
+from vla.heads.vocabulary import WordTokenizer
 from vla.pretrained.weights import RANDOM
 from vla.stores.errors import DataError, UsageError
 
@@ -100,7 +101,8 @@ class HierHead(HeadModel):
         if not light:
             self.frozen["tokenizer"] = Frozen(lambda: Record(self.texts.said()))
         if self.moves:
-            self.actor = LightActor(config, io, self.tokenizer.size) if light else FullActor(config, io)
+            known = self.tokenizer
+            self.actor = LightActor(config, io, known) if isinstance(known, WordTokenizer) else FullActor(config, io)
 
     def _load_fast(self, folder: Path) -> None:
         config, io = self.config, self.io

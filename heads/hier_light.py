@@ -8,7 +8,7 @@ embeddings: the two share no parameter, so that neither loss can reach the other
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vla.heads.batch import Batch, HeadIO
 from vla.heads.encoders import IDENTITY_STD, EncoderConfig, ObservationEncoder
@@ -18,6 +18,8 @@ from vla.heads.hier_parts import Actor, Language
 from vla.heads.nets.action_expert import ActionExpert, Seen
 from vla.heads.nets.prefix import PrefixModel
 from vla.heads.nets.speech import Observed, Prompt
+from vla.heads.prompts import BINS
+from vla.heads.vocabulary import WordTokenizer
 from vla.pretrained.pi0 import gemma_config
 
 
@@ -47,17 +49,42 @@ class LightLanguage(Language):
         return self.to_width(tokens), valid
 
 
+class WordEmbedding(nn.Module):
+    """ids int64 [B, L] -> [B, L, D]. Words have vectors of their own, but the numbers 0..255 lie on one line.
+
+    A pretrained model knows that 137 is beside 138. With a vector for each, one from scratch knows frames by their
+    numbers: on push-v3 it had learnt the demonstrations by heart, and succeeded in 14 of 100 new scenes.
+    """
+
+    number_of: Tensor
+    is_number: Tensor
+
+    def __init__(self, tokenizer: WordTokenizer, width: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(tokenizer.size, width)
+        self.line = nn.Linear(1, width)
+        numbers = tokenizer.numbers
+        values = [2 * numbers.get(at, 0) / (BINS - 1) - 1 for at in range(tokenizer.size)]
+        self.register_buffer("number_of", torch.tensor(values)[:, None], persistent=False)
+        known = [at in numbers for at in range(tokenizer.size)]
+        self.register_buffer("is_number", torch.tensor(known)[:, None], persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """See the class."""
+        return torch.where(self.is_number[ids], self.line(self.number_of[ids]), self.words(ids))
+
+
 class LightActor(Actor):
-    """An `ActionExpert` that reads the features and the `words` of the low-level prompt by itself."""
+    """An `ActionExpert` that reads the features and the low-level prompt by itself."""
 
     net: ActionExpert
 
-    def __init__(self, config: HierConfig, io: HeadIO, words: int) -> None:
+    def __init__(self, config: HierConfig, io: HeadIO, tokenizer: WordTokenizer) -> None:
         super().__init__()
         width = config.width
         self.encoder = _encoder(config, io)
         self.to_width = nn.Linear(config.encoder.dim, width)
-        self.words = nn.Embedding(words, width)
+        self.words = WordEmbedding(tokenizer, width)
         self.places = nn.Parameter(torch.randn(config.max_tokens, width) * IDENTITY_STD)
         H, A = config.horizon, io.action_dim
         self.net = ActionExpert(H, A, width, config.layers, config.heads, config.dropout, TIME_SCALE)

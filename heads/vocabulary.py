@@ -39,6 +39,12 @@ class WordTokenizer:
         """The words of the ids from 4 on; before them stand padding, end, begin and `unknown`."""
         return tuple(self._words[self.unknown + 1 :])
 
+    @property
+    def numbers(self) -> dict[int, int]:
+        """The bins of a state among the words: {id: 0..255}."""
+        bins = {str(number) for number in range(BINS)}
+        return {at: int(word) for at, word in enumerate(self._words) if word.strip() in bins}
+
     def _know(self, words: Iterable[str]) -> None:
         self._words = ["", "", "", "\N{REPLACEMENT CHARACTER}", *words]
         self._ids = {word: number for number, word in enumerate(self._words) if word}

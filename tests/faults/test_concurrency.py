@@ -18,6 +18,7 @@ SEED = os.environ.get("VLA_FAULT_SEED", "0")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # seconds of work, minutes on a machine that does something else
 @pytest.mark.skipif(sys.platform != "linux", reason="forks")
 @pytest.mark.parametrize(
     "rounds",

@@ -394,11 +394,11 @@ def test_hier_learns_eight_windows_by_heart_and_says_their_subtasks(
     mode: str, toy_head: MakeHead, toy_batch: MakeBatch
 ) -> None:
     """Exactly what was demonstrated is said; the sampled actions come 5 times nearer than the mean action."""
-    model: Any = toy_head("hier-joint", mode=mode, layers=1)
+    model: Any = toy_head("hier-joint", mode=mode, layers=2)
     batch = toy_batch(model)
     assert batch.action is not None
     assert batch.label is not None
-    train(model, copies(batch, 4), 130, 1e-2)
+    train(model, copies(batch, 4), 200, 5e-3)
     sampled = model.act(told(batch), torch.Generator().manual_seed(0), whole=True)
     error = (sampled - batch.action).abs().mean()
     assert error < (batch.action.mean(dim=0) - batch.action).abs().mean() / 5
