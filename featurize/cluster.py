@@ -59,7 +59,7 @@ def open_cluster(workers: int | None, scheduler: str | None) -> Iterator[Any]:
 
 def _local_cluster(workers: int) -> Any:
     # One thread a worker: its task overlaps decoding, network and writing by threads of its own.
-    options: dict[str, Any] = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": None}
+    options: dict[str, Any] = {"n_workers": workers, "threads_per_worker": 1, "dashboard_address": "127.0.0.1:0"}
     options |= {"host": "127.0.0.1", "silence_logs": 50}
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()

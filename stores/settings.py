@@ -37,12 +37,15 @@ class Settings(BaseModel):
         return laid
 
     @classmethod
-    def build(cls, values: Mapping[str, Any], *, where: str = "the configuration") -> Self:
-        """Validate `values`. Raises `UsageError` naming the first wrong key and what it should have been."""
+    def build(cls, values: Mapping[str, Any], *, where: str = "the configuration", under: str = "") -> Self:
+        """Validate `values`. Raises `UsageError` naming the first wrong key and what it should have been.
+
+        `under`: what stands before these keys where a user types them, such as "model.".
+        """
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise _explained(cls, error, where) from None
+            raise _explained(cls, error, where, under) from None
 
     @classmethod
     def from_sources(cls, file: Path | None = None, overrides: Iterable[str] = (), **explicit: Any) -> Self:
@@ -114,14 +117,14 @@ def _holds(values: Any, wrong: Mapping[str, Any]) -> bool:
     return bool(values == wrong["input"])
 
 
-def _explained(cls: type[BaseModel], error: ValidationError, where: str) -> UsageError:
+def _explained(cls: type[BaseModel], error: ValidationError, where: str, under: str = "") -> UsageError:
     """Return the first thing that pydantic found wrong as one line."""
     first = error.errors()[0]
     loc = [str(part) for part in first["loc"]]
     key = ".".join(loc)
     if first["type"] == "missing":
         name, flag = _required(_model_at(cls, loc[:-1]), loc[-1])
-        name = ".".join([*loc[:-1], name])
+        name = under + ".".join([*loc[:-1], name])
         return UsageError(f"{name} is not given", fix=flag or f"--set {name}=VALUE")
     if first["type"] != "extra_forbidden":
         return UsageError(f"{where}: {key} = {first['input']!r}: {first['msg'].removeprefix('Value error, ')}")

@@ -190,4 +190,4 @@ def make_backbone(name: str, weights: str | None = None, **options: Any) -> Back
         if "weights" not in settings_type.model_fields:
             raise UsageError(f"backbone {name!r} has no weights, and --weights {weights!r} was given")
         options["weights"] = weights
-    return backbone_class(settings_type.build(options, where=f"backbone {name!r}"))
+    return backbone_class(settings_type.build(options, where=f"backbone {name!r}", under="options."))

@@ -21,7 +21,7 @@ COMMANDS = sorted(command.name or command.callback.__name__.replace("_", "-") fo
 @pytest.fixture(autouse=True)
 def _a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setenv("TERMINAL_WIDTH", "100")
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 100)  # its variable is read when it is imported
 
 
 @pytest.mark.parametrize("command", COMMANDS)

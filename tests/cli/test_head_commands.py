@@ -18,7 +18,7 @@ SMALL = ("model.encoder.components=8", "model.encoder.dim=16", "model.hidden=16"
 @pytest.fixture(autouse=True)
 def _narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)  # its variable is read when it is imported
 
 
 def vla(*arguments: object) -> Result:

@@ -108,6 +108,7 @@ SOURCE: dict[str, dict[str, Row]] = {
         "action_dim": Row("features", ("source_options.action_dim=5",), "source.digest"),
         "state_dim": Row("features", ("source_options.state_dim=5",), "source.digest"),
         "seed": Row("features", ("source_options.seed=1",), "source.digest"),
+        "depth": Row("features", ("source_options.depth=true",), "source.digest"),
     },
     "lerobot": {
         "map": Row("features", ("map.prize=reward",), "source.mapping.prize", LEROBOT),

@@ -147,8 +147,11 @@ def test_a_checkpoint_folder_may_be_copied_to_any_name(run: Path, memory_path: P
 
 
 def test_a_folder_without_checkpoints_is_named(memory_path: Path, run: Path) -> None:
-    with pytest.raises(CheckpointError, match="has no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="does not exist; expected a run of `vla train-head`"):
         load_checkpoint(memory_path / "nothing")
+    (memory_path / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="checkpoint"):
+        load_checkpoint(memory_path / "empty")
     (run / "best.json").unlink()
     with pytest.raises(CheckpointError, match=r"best\.json is missing"):
         load_checkpoint(run, which="best")

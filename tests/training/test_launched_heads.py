@@ -32,7 +32,8 @@ def test_two_launched_processes_give_the_losses_of_one_with_twice_the_batch(tmp_
     train_head(HeadTrainConfig.from_sources(None, [*settings, "train.batch_size=8"], head="mlp"), tmp_path / "one")
     # --multi_gpu is accelerate's word for what torchrun starts; with --cpu it would start one process, or ask for MPI.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    command += ["--main_process_port", "0"]
+    # Below the ports that a kernel gives away by itself: one picked among those may be another test's when it is bound.
+    command += ["--main_process_port", str(20_000 + os.getpid() % 10_000)]
     command += [str(Path(sys.executable).with_name("vla")), "train-head", "mlp", "--out", str(tmp_path / "two")]
     command += [part for setting in [*settings, "train.batch_size=4"] for part in ("--set", setting)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
