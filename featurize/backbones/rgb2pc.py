@@ -51,7 +51,9 @@ class Rgb2pc:
         if settings.weights == RANDOM:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(settings.seed)
-                student = Student(StudentConfig.build(settings.student, where="options.student", under="options.student."))
+                student = Student(
+                    StudentConfig.build(settings.student, where="options.student", under="options.student.")
+                )
             self._random_weights = True
         elif settings.student:
             raise UsageError("options.student is for random weights", expected="the checkpoint's own network")
