@@ -46,7 +46,7 @@ class HierConfig(HeadConfig):
     sample_steps: int = Field(10, ge=1)
     fast: str | None = None
     fast_mapping: str | None = None
-    encoder: EncoderConfig = EncoderConfig(dim=128, queries=16)
+    encoder: EncoderConfig = EncoderConfig()
     width: int = Field(128, ge=8)
     layers: int = Field(3, ge=1, le=MAX_LAYERS)
     heads: int = Field(4, ge=1)

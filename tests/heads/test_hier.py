@@ -464,7 +464,7 @@ def test_gap_14_the_warm_up_is_used_and_the_full_variant_trains_as_pi05(toy_head
     assert (full["lr"], full["betas"], full["warmup_steps"]) == (2.5e-5, (0.9, 0.95), 1000)
 
 
-@pytest.mark.parametrize("part", ["action", "proprio", "actor.encoder.readers.grid.scaler"])
+@pytest.mark.parametrize("part", ["action", "proprio", "actor.frames.encoder.readers.grid.scaler"])
 def test_hier_with_one_statistic_missing_neither_trains_nor_acts(
     part: str, toy_head: MakeHead, toy_batch: MakeBatch
 ) -> None:
