@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +14,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from vla.featurize import spread
 from vla.featurize.cluster import open_cluster
 from vla.featurize.cores import core_groups
-from vla.stores.errors import MachineError, UsageError
+from vla.featurize.job import FeaturizeConfig, Job, prepare
+from vla.featurize.spread import run_on_cluster
+from vla.featurize.units import UnitsReport
+from vla.featurize.worker import end_on_worker, make_on_worker
+from vla.stores.errors import MachineError, StoreError, UsageError
+from vla.stores.filesystem import writer_lock
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -106,6 +115,90 @@ def test_an_address_without_a_scheduler_is_one_line() -> None:
         open_cluster(None, "tcp://127.0.0.1:1"),
     ):
         pass
+
+
+@pytest.fixture
+def job() -> Job:
+    settings = {"source": "synthetic:episodes=4,length=[8,8]", "backbone": "toy", "store": {"unit_rows": 8}}
+    return prepare(FeaturizeConfig.build(settings))
+
+
+@pytest.fixture
+def cluster() -> Iterator[Callable[..., str]]:
+    """`cluster(threads=1)` is the address of a scheduler with one worker, which live until the end of the test."""
+    from distributed import LocalCluster
+
+    with ExitStack() as running:
+
+        def begin(threads: int = 1) -> str:
+            options: dict[str, Any] = {"processes": False, "protocol": "tcp", "host": "127.0.0.1"}
+            options |= {"n_workers": 1, "threads_per_worker": threads, "dashboard_address": None}
+            local = running.enter_context(LocalCluster(**options))  # type: ignore[no-untyped-call]
+            return str(local.scheduler_address)
+
+        yield begin
+
+
+def _units(root: Path) -> int:
+    return len(list((root / "commits").glob("unit-*.json")))
+
+
+def test_workers_that_outlive_a_run_hold_neither_its_store_nor_its_lock(
+    job: Job, cluster: Callable[..., str], memory_path: Path
+) -> None:
+    root, address = memory_path / "s", cluster()
+    run_on_cluster(job, root, scheduler=address)
+    with writer_lock(root):
+        pass
+    run_on_cluster(job, root, scheduler=address, overwrite=True)
+    shutil.rmtree(root)
+    assert run_on_cluster(job, root, scheduler=address).units == _units(root) == 4
+
+
+def test_a_store_that_is_replaced_under_a_worker_is_made_anew(
+    job: Job, cluster: Callable[..., str], memory_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a run that was killed: nobody told the worker that it is over."""
+    root, address = memory_path / "s", cluster()
+    with monkeypatch.context() as patch:
+        patch.setattr(spread, "_end", lambda *_: None)
+        run_on_cluster(job, root, scheduler=address)
+    with pytest.raises(StoreError, match="another process"), writer_lock(root):
+        pass
+    shutil.rmtree(root)
+    assert run_on_cluster(job, root, scheduler=address).units == _units(root) == 4
+
+
+def test_a_source_that_has_changed_makes_another_store_on_the_same_workers(
+    cluster: Callable[..., str], memory_path: Path, tmp_path: Path
+) -> None:
+    values = {"source": str(tmp_path), "backbone": "toy", "source_options": {"task": "go"}}
+    (tmp_path / "episode0" / "top").mkdir(parents=True)
+    np.save(tmp_path / "episode0" / "actions.npy", np.zeros((2, 2), np.float32))
+    address = cluster()
+    for name, red in (("before", 0), ("after", 255)):
+        for frame in range(2):
+            picture = np.full((32, 32, 3), (red, frame, 0), np.uint8)
+            Image.fromarray(picture).save(tmp_path / "episode0" / "top" / f"{frame}.png")
+        run_on_cluster(prepare(FeaturizeConfig.build(values)), memory_path / name, scheduler=address)
+    before, after = (next((memory_path / name / "frames/grid").glob("c*")) for name in ("before", "after"))
+    assert before.read_bytes() != after.read_bytes()
+
+
+def test_a_task_of_a_run_that_is_over_makes_nothing(job: Job, cluster: Callable[..., str], memory_path: Path) -> None:
+    task = (job.config.model_dump(mode="json"), str(memory_path / "s"), "plan", "over", [0])
+    with open_cluster(None, cluster()) as client:
+        client.run(end_on_worker, "over")
+        assert client.submit(make_on_worker, *task, pure=False).result()["elsewhere"] == [0]
+    assert not (memory_path / "s").exists()
+
+
+def test_a_run_whose_units_are_missing_at_the_end_does_not_succeed(
+    job: Job, cluster: Callable[..., str], memory_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spread, "make_on_cluster", lambda *_: UnitsReport())
+    with pytest.raises(StoreError, match=r"lacks units 0, 1, 2, 3.*a folder that all workers see"):
+        run_on_cluster(job, memory_path / "s", scheduler=cluster())
 
 
 class _Gpus:
