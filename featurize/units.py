@@ -77,7 +77,8 @@ class UnitMaker:
         try:
             report = make_units(self._job, self.writer, self._device, self._batch_size, units=units, progress=progress)
         finally:
-            self.writer.release()
+            for unit in units:  # these alone: the writer may have more in hand
+                self.writer.release(unit)
         busy.update({stage: share * report.seconds for stage, share in report.busy.items()})
 
 

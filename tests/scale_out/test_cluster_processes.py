@@ -155,6 +155,14 @@ def test_workers_that_outlive_a_run_hold_neither_its_store_nor_its_lock(
     assert run_on_cluster(job, root, scheduler=address).units == _units(root) == 4
 
 
+def test_a_worker_of_several_threads_makes_the_units_of_one_task_at_a_time(
+    cluster: Callable[..., str], memory_path: Path
+) -> None:
+    values = {"source": "synthetic:episodes=20,length=[2,2]", "backbone": "toy", "store": {"unit_rows": 2}}
+    report = run_on_cluster(prepare(FeaturizeConfig.build(values)), memory_path / "s", scheduler=cluster(threads=4))
+    assert report.units == _units(memory_path / "s") == 20
+
+
 def test_a_store_that_is_replaced_under_a_worker_is_made_anew(
     job: Job, cluster: Callable[..., str], memory_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,6 +94,12 @@ def test_what_another_commits_is_seen_and_never_made_again(
     assert other.do("make", 1) == 0
 
 
+def test_making_units_gives_back_no_other_claim(job: Job, writer: SharedWriter) -> None:
+    assert writer.claim(3)
+    assert UnitMaker(job, writer).make([0, 1]).run.units == 2
+    writer.begin(3)  # still claimed
+
+
 def test_a_unit_that_was_not_claimed_cannot_be_begun(writer: SharedWriter) -> None:
     with pytest.raises(StoreError, match="not claimed"):
         writer.begin(0)
