@@ -49,7 +49,7 @@ def run_on_cluster(
     """Make the store at `root` on `workers` processes of this machine, or on those of the dask cluster at `scheduler`.
 
     Two such runs of one store share its units; this one returns when all are committed, by whomever. Raises `DataError`
-    naming the units that failed, when all others are made; `MachineError` where the cluster is lost.
+    naming the units that failed, when all others are made; `MachineError` where the cluster is lost or the disk full.
     """
     root = require_shared_folder(root)
     refuse_shadowing(root)
@@ -86,7 +86,7 @@ def run_share(
 ) -> RunReport:
     """Make share "i/n" of the units of the store at `root`, in this process; whoever comes first makes the store.
 
-    Raises `DataError` naming the units that failed, when all others are made.
+    Raises `DataError` naming the units that failed, when all others are made, `MachineError` where the disk is full.
     """
     root = require_shared_folder(root)
     require_room(job.plan, root, accept=accept)
@@ -108,7 +108,7 @@ def make_on_cluster(
     """Make `units` on the workers of a cluster. `rows` {unit: frames}. Stages' `busy` is in seconds of all workers.
 
     Units that failed, or over which workers died, are reported, not raised. Raises `MachineError` where the cluster is
-    lost. Workers that go on living keep the backbone, and neither the store nor its lock.
+    lost or the disk full. Workers that go on living keep the backbone, and neither the store nor its lock.
     """
     from distributed import as_completed
 

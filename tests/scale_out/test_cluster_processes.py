@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -26,8 +27,9 @@ from vla.featurize.job import FeaturizeConfig, Job, prepare
 from vla.featurize.spread import run_on_cluster
 from vla.featurize.units import UnitsReport
 from vla.featurize.worker import end_on_worker, make_on_worker
+from vla.stores import writer as writer_module
 from vla.stores.errors import MachineError, StoreError, UsageError
-from vla.stores.filesystem import writer_lock
+from vla.stores.filesystem import explaining, writer_lock
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -191,6 +193,23 @@ def test_a_source_that_has_changed_makes_another_store_on_the_same_workers(
         run_on_cluster(prepare(FeaturizeConfig.build(values)), memory_path / name, scheduler=address)
     before, after = (next((memory_path / name / "frames/grid").glob("c*")) for name in ("before", "after"))
     assert before.read_bytes() != after.read_bytes()
+
+
+def test_a_disk_that_is_full_on_a_worker_ends_the_run_at_once(
+    job: Job, cluster: Callable[..., str], memory_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def full(path: Path, parts: Any) -> str:
+        tried.append(path)
+        with explaining(path):
+            raise OSError(errno.ENOSPC, "no space", str(path))
+
+    monkeypatch.setattr(writer_module, "write_atomic_parts", full)
+    with pytest.raises(MachineError, match="the disk is full") as raised:
+        run_on_cluster(job, memory_path / "s", scheduler=cluster())
+    assert raised.value.exit_code == 4
+    assert len(tried) <= 2  # the next task may have begun before the first was heard of
 
 
 def test_a_task_of_a_run_that_is_over_makes_nothing(job: Job, cluster: Callable[..., str], memory_path: Path) -> None:

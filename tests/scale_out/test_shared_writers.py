@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -11,10 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from vla.featurize.backbones.toy import Toy
 from vla.featurize.job import FeaturizeConfig, Job, prepare, run
+from vla.featurize.spread import run_share
 from vla.featurize.units import UnitMaker, open_unit_maker, share_of
-from vla.stores.errors import FingerprintError, StoreError, UsageError
+from vla.stores import writer as writer_module
+from vla.stores.errors import FingerprintError, MachineError, StoreError, UsageError
+from vla.stores.filesystem import explaining
 from vla.stores.shared_writer import SharedWriter, open_shared_writer
 from vla.stores.writer import open_writer
 
@@ -186,6 +192,43 @@ def test_a_unit_that_fails_is_tried_again_and_set_aside_while_the_others_are_mad
     assert (report.run.units, report.run.frames) == (3, 24)
     assert frames[-1] == (24, 32)
     assert np.all(np.diff([done for done, _ in frames][-3:]) >= 0)
+
+
+def test_a_unit_over_which_the_network_fails_fails_alone(
+    job: Job, memory_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, asked = Toy.encode, []
+
+    def fail(backbone: Toy, images: Any) -> Any:
+        asked.append(len(images))
+        if len(asked) > 2:  # two units are made; the third fails, with the others and alone
+            raise torch.OutOfMemoryError("out of memory")
+        return encode(backbone, images)
+
+    monkeypatch.setattr(Toy, "encode", fail)
+    with open_unit_maker(job, memory_path / "s") as maker:
+        report = maker.make([0, 1, 2])
+    assert report.run.units == 2
+    assert list(report.failed) == [2]
+    assert "unit 2: the backbone failed: OutOfMemoryError: out of memory" in report.failed[2]
+
+
+@pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EROFS", "EACCES"])
+def test_a_disk_that_takes_nothing_more_ends_the_run_at_once(
+    job: Job, memory_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    tried = []
+
+    def full(path: Path, parts: Any) -> str:
+        tried.append(path)
+        with explaining(path):
+            raise OSError(getattr(errno, code), code, str(path))
+
+    monkeypatch.setattr(writer_module, "write_atomic_parts", full)
+    with pytest.raises(MachineError, match="/s/") as raised:
+        run_share(job, memory_path / "s", "0/1")
+    assert raised.value.exit_code == 4
+    assert len(tried) == 1
 
 
 def test_a_unit_that_fails_once_is_made(job: Job, memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
