@@ -150,7 +150,7 @@ def _join(root: Path, manifest: Manifest, episodes: EpisodeTable) -> None:
     deadline = time.monotonic() + PATIENCE
     while not root.exists():
         try:
-            begin_store(root, manifest, episodes)
+            begin_store(root, manifest, episodes, resume=True)  # it may be there by now
         except StoreError:
             if time.monotonic() > deadline and not root.exists():
                 raise

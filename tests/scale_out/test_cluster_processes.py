@@ -209,7 +209,7 @@ def test_a_disk_that_is_full_on_a_worker_ends_the_run_at_once(
     with pytest.raises(MachineError, match="the disk is full") as raised:
         run_on_cluster(job, memory_path / "s", scheduler=cluster())
     assert raised.value.exit_code == 4
-    assert len(tried) <= 2  # the next task may have begun before the first was heard of
+    assert len(tried) <= 4  # no unit twice; other tasks may have begun before the first was heard of
 
 
 def test_a_task_of_a_run_that_is_over_makes_nothing(job: Job, cluster: Callable[..., str], memory_path: Path) -> None:

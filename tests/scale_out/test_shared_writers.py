@@ -18,6 +18,7 @@ from vla.featurize.backbones.toy import Toy
 from vla.featurize.job import FeaturizeConfig, Job, prepare, run
 from vla.featurize.spread import run_share
 from vla.featurize.units import UnitMaker, open_unit_maker, share_of
+from vla.stores import shared_writer
 from vla.stores import writer as writer_module
 from vla.stores.errors import FingerprintError, MachineError, StoreError, UsageError
 from vla.stores.filesystem import explaining
@@ -126,6 +127,30 @@ def test_one_who_does_not_share_is_kept_out_and_keeps_out(job: Job, memory_path:
         with open_writer(root, *plan, resume=True), pytest.raises(StoreError, match="another process"):  # noqa: SIM117
             with open_shared_writer(root, *plan):
                 pass
+
+
+@pytest.mark.parametrize("moment", ["begin_store", "mkdir", "writer_lock", "iterdir"])
+def test_a_store_that_another_makes_at_any_moment_is_joined(
+    job: Job, memory_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    plan, root = (job.plan.manifest, job.plan.episodes), memory_path / "s"
+    if moment == "iterdir":
+        (memory_path / "s.partial").mkdir()  # of one that died
+    place: Any = {"begin_store": shared_writer, "writer_lock": writer_module}.get(moment, Path)
+    real = getattr(place, moment)
+
+    def late(*given: Any, **how: Any) -> Any:
+        if given[0] == (root if moment == "begin_store" else memory_path / "s.partial"):
+            monkeypatch.setattr(place, moment, real)
+            with open_shared_writer(root, *plan):
+                pass
+        return real(*given, **how)
+
+    monkeypatch.setattr(place, moment, late)
+    with open_shared_writer(root, *plan) as writer:
+        assert writer.pending() == [0, 1, 2, 3]
+    assert getattr(place, moment) is real
+    assert [path.name for path in memory_path.iterdir()] == ["s"]
 
 
 def test_what_died_half_written_is_swept_when_nobody_is_at_work(job: Job, memory_path: Path) -> None:
