@@ -53,7 +53,7 @@ def run_on_cluster(
     """
     root = require_shared_folder(root)
     refuse_shadowing(root)
-    require_room(job.plan, root, accept=accept)
+    require_room(job.plan, root, overwrite=overwrite, accept=accept)
     total = RunReport()
     how = {"resume": resume, "overwrite": overwrite}
     with open_shared_writer(root, job.plan.manifest, job.plan.episodes, **how) as writer:
