@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from vla.featurize.units import UnitsReport, open_unit_maker, require_shared_fol
 from vla.featurize.worker import TOPIC, end_on_worker, make_on_worker
 from vla.stores.errors import DataError, MachineError, StoreError
 from vla.stores.shared_writer import SharedWriter, open_shared_writer
-from vla.stores.writer import with_tables
+from vla.stores.writer import refuse_existing, with_tables
 
 TASKS_PER_WORKER = 16
 """Tasks are as large as leaves this many for each worker, so that all end at about the same time, but no larger than
@@ -56,17 +56,21 @@ def run_on_cluster(
     require_room(job.plan, root, overwrite=overwrite, accept=accept)
     total = RunReport()
     how = {"resume": resume, "overwrite": overwrite}
-    with open_shared_writer(root, job.plan.manifest, job.plan.episodes, **how) as writer:
+    refuse_existing(root, **how)
+    with ExitStack() as held:
+        client = held.enter_context(
+            open_cluster(workers, scheduler)
+        )  # first: without workers nothing is made or deleted
+        writer = held.enter_context(open_shared_writer(root, job.plan.manifest, job.plan.episodes, **how))
         units, began = writer.pending(), time.perf_counter()
         if not units:
             return total
         rows = {unit: len(writer.manifest.unit_range(unit)) for unit in units}
-        with open_cluster(workers, scheduler) as client:
-            while units:
-                report = make_on_cluster(client, job, root, units, rows, progress)
-                _add(total, report.run)
-                _require_made(report, root)
-                units = _wait_for(writer, report.elsewhere)
+        while units:
+            report = make_on_cluster(client, job, root, units, rows, progress)
+            _add(total, report.run)
+            _require_made(report, root)
+            units = _wait_for(writer, report.elsewhere)
         missing = writer.pending()
         if missing:
             found = f"{root} lacks units {', '.join(map(str, missing))}, though no worker failed"

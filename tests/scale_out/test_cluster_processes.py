@@ -23,7 +23,7 @@ from PIL import Image
 from vla.featurize import spread
 from vla.featurize.cluster import open_cluster
 from vla.featurize.cores import core_groups
-from vla.featurize.job import FeaturizeConfig, Job, prepare
+from vla.featurize.job import FeaturizeConfig, Job, prepare, run
 from vla.featurize.spread import run_on_cluster
 from vla.featurize.units import UnitsReport
 from vla.featurize.worker import end_on_worker, make_on_worker
@@ -117,6 +117,27 @@ def test_an_address_without_a_scheduler_is_one_line() -> None:
         open_cluster(None, "tcp://127.0.0.1:1"),
     ):
         pass
+
+
+@pytest.mark.parametrize("address", ["", "foo", "tcp://foo", "tpc://127.0.0.1:1", "tcp://127.0.0.1:port"])
+def test_what_is_no_address_is_one_line_and_leaves_no_client(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distributed.Client.__init__", lambda *_, **__: pytest.fail("a client was made"))
+    with (
+        pytest.raises(MachineError, match=r"no scheduler at .*; expected tcp://HOST:PORT"),
+        open_cluster(None, address),
+    ):
+        pass
+
+
+def test_a_scheduler_that_is_not_there_leaves_everything_as_it_is(job: Job, memory_path: Path) -> None:
+    for resume, overwrite in ((False, False), (True, False)):
+        with pytest.raises(MachineError, match="no scheduler at foo"):
+            run_on_cluster(job, memory_path / "s", scheduler="foo", resume=resume, overwrite=overwrite)
+        assert list(memory_path.iterdir()) == []
+    run(job, memory_path / "s")
+    with pytest.raises(MachineError, match="no scheduler at foo"):
+        run_on_cluster(job, memory_path / "s", scheduler="foo", overwrite=True)
+    assert _units(memory_path / "s") == 4
 
 
 @pytest.fixture
