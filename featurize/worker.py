@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from vla.stores.fingerprint import canonical
 TOPIC = "vla-featurize"
 """Under which running tasks tell how far they are."""
 REPORT_SECONDS = 1.0
+LINGER_SECONDS = 60.0
+"""Without a task for so long, a worker lets go of its store by itself: a run that is killed tells nobody."""
 
 
 @dataclass
@@ -27,6 +30,7 @@ class _Kept:
     root: str = ""
     job: Job | None = None
     maker: UnitMaker | None = None
+    closing: threading.Timer | None = None
 
     def close(self) -> None:
         """Let go of the store and its lock. The backbone stays loaded."""
@@ -56,7 +60,7 @@ def make_on_worker(config: dict[str, Any], root: str, plan: str, run: str, units
             worker.log_event(TOPIC, {"name": str(worker.name), "units": units, "frames": done})
 
     try:
-        with _making:
+        with _making, _closing_later():
             over = run in _over
             report = UnitsReport(elsewhere=units) if over else _maker(config, root, plan).make(units, show)
     finally:
@@ -69,6 +73,18 @@ def end_on_worker(run: str) -> None:
     """Run on a worker, on its event loop: a run is over, its store is let go of, at the latest by the task at work."""
     _over.add(run)
     _close_if_idle()
+
+
+@contextmanager
+def _closing_later() -> Iterator[None]:
+    if _kept.closing is not None:
+        _kept.closing.cancel()
+    try:
+        yield
+    finally:
+        _kept.closing = threading.Timer(LINGER_SECONDS, _close_if_idle)
+        _kept.closing.daemon = True
+        _kept.closing.start()
 
 
 def _close_if_idle() -> None:

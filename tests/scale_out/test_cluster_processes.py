@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vla.featurize import spread
+from vla.featurize import spread, worker
 from vla.featurize.cluster import open_cluster
 from vla.featurize.cores import core_groups
 from vla.featurize.job import FeaturizeConfig, Job, prepare, run
@@ -198,6 +198,21 @@ def test_a_store_that_is_replaced_under_a_worker_is_made_anew(
         pass
     shutil.rmtree(root)
     assert run_on_cluster(job, root, scheduler=address).units == _units(root) == 4
+
+
+def test_a_worker_without_tasks_lets_go_of_a_store_by_itself(
+    job: Job, cluster: Callable[..., str], memory_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a run that was killed."""
+    monkeypatch.setattr(spread, "_end", lambda *_: None)
+    monkeypatch.setattr(worker, "LINGER_SECONDS", 0.05)
+    run_on_cluster(job, memory_path / "s", scheduler=cluster())
+    deadline, free = time.monotonic() + 60, False
+    while not free and time.monotonic() < deadline:
+        with suppress(StoreError), writer_lock(memory_path / "s"):
+            free = True
+        time.sleep(0.01)
+    assert free
 
 
 def test_a_source_that_has_changed_makes_another_store_on_the_same_workers(
