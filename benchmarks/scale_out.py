@@ -51,7 +51,7 @@ def two_workers(folder: Path, frames: int, rounds: int) -> dict[str, Any]:
     with open_cluster(2, None) as client:
 
         def together() -> None:
-            report = make_on_cluster(client, config, folder / next(names), units, rows)
+            report = make_on_cluster(client, job, folder / next(names), units, rows)
             assert report.run.frames == manifest.rows, report
 
         errors: list[float] = []
@@ -84,9 +84,9 @@ def overhead(folder: Path, count: int) -> float:
             maker.make([unit])
         here = time.perf_counter() - began
     with open_cluster(1, None) as client:
-        make_on_cluster(client, config, folder / "there", [0], {0: 1})  # the worker is warm
+        make_on_cluster(client, job, folder / "there", [0], {0: 1})  # the worker is warm
         began = time.perf_counter()
-        make_on_cluster(client, config, folder / "there", units[1:], dict.fromkeys(units, 1))
+        make_on_cluster(client, job, folder / "there", units[1:], dict.fromkeys(units, 1))
         there = time.perf_counter() - began
     return (there - here) / count
 

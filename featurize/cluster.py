@@ -42,14 +42,17 @@ def open_cluster(workers: int | None, scheduler: str | None) -> Iterator[Any]:
     try:
         import dask
         from distributed import Client
+        from distributed.comm.addressing import get_address_host_port
     except ImportError:
         raise MachineError("dask.distributed is not installed", fix="pip install 'vla-feature-cache[dist]'") from None
     with ExitStack() as held:
         held.enter_context(dask.config.set(_DASK))
-        address = scheduler or held.enter_context(_local_cluster(workers or 1))
+        address = held.enter_context(_local_cluster(workers or 1)) if scheduler is None else scheduler
         try:
+            if scheduler is not None:  # a client that stumbles over its address fails again for 20 s when it is deleted
+                get_address_host_port(scheduler)
             client: Any = Client(address, timeout="10s", set_as_default=False)  # type: ignore[no-untyped-call]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:  # TypeError: TLS that is not configured
             raise MachineError(f"no scheduler at {scheduler}: {error}", expected="tcp://HOST:PORT") from None
         held.enter_context(client)
         if scheduler is None:

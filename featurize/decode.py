@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from vla.featurize.augment import AugmentConfig, augmented
-from vla.featurize.backbones.base import Backbone
+from vla.featurize.backbones.base import Backbone, naming
 from vla.featurize.sources.base import Source
 from vla.featurize.views import read_views
 from vla.stores.errors import SourceError
@@ -166,7 +166,7 @@ class Decoder:
             yield self._ready(adjusted, segment)
 
     def _ready(self, views: tuple[Any, ...], segment: Segment) -> list[torch.Tensor]:
-        with self._clock.busy("preprocess"):
+        with self._clock.busy("preprocess"), naming(f"episode {self._episodes.ids[segment.episode]!r}"):
             ready = [self._backbone.preprocess(view) for view in views]
         self._require_shape(ready, segment)
         return ready

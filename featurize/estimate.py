@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from vla.featurize.backbones.base import naming
 from vla.featurize.batch_size import ON_CPU
 from vla.featurize.decode import Decoder, StageClock
 from vla.featurize.job import Job, take_device
@@ -56,8 +57,9 @@ def probe(job: Job, unit: int) -> Estimate:
             break
         images = batch.images if number else batch.images[: config.augment.copies + 1]
         started = time.perf_counter()
-        for values in job.backbone.encode(images).values():
-            values.cpu()  # a device is only waited for here
+        with naming(f"unit {unit}"):
+            for values in job.backbone.encode(images).values():
+                values.cpu()  # a device is only waited for here
         spent = time.perf_counter() - started
         decoded += batch.frames
         slow = spent * batch.frames > PATIENCE

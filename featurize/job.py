@@ -102,7 +102,7 @@ def run(
     if not is_url(root):
         root = Path(root)
         refuse_shadowing(root)
-        require_room(job.plan, root, accept=accept)
+        require_room(job.plan, root, overwrite=overwrite, accept=accept)
     device = take_device(job)
     plan = (job.plan.manifest, job.plan.episodes)
     opened: AbstractContextManager[StoreWriter]

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from vla.featurize.augment import NO_COPIES, AugmentConfig
-from vla.featurize.backbones.base import Backbone
+from vla.featurize.backbones.base import Backbone, naming
 from vla.featurize.decode import Batch, Decoder, StageClock
 from vla.featurize.sources.base import Source
 from vla.stores.background import iterate_ahead
@@ -80,7 +80,8 @@ def featurize(
     `batch_size` counts time steps; `augment` is what the store was planned with, and each of its copies of a frame is a
     time step more; `pin` keeps batches in page-locked memory, for an accelerator. With `skip_bad`, an episode whose
     frames or steps cannot be read is left out and named in the commit; without it the run ends with the `SourceError`.
-    Units committed so far stay committed whatever happens. `progress` is called with frames done and frames in all.
+    A `RuntimeError` of the backbone, such as memory running out, is a `DataError` that names the unit. Units
+    committed so far stay committed whatever happens. `progress` is called with frames done and frames in all.
     """
     report, clock = RunReport(), StageClock()
     pending = writer.pending() if units is None else list(units)
@@ -92,7 +93,8 @@ def featurize(
     ahead = closing(iterate_ahead(decoder.batches(mine), AHEAD))
 
     def take(batch: Batch, features: Features) -> None:
-        with clock.busy("encode"):  # where the device works, this is where its work is waited for
+        # Where the device works, this is where its work is waited for, and its errors show.
+        with clock.busy("encode"), naming(f"unit {batch.buffer.unit}"):
             arrays = _by_copy(features, augment.copies)
         with clock.busy("copy"):
             batch.buffer.put(batch.row, arrays)
@@ -105,7 +107,7 @@ def featurize(
         for batch in batches:
             features: Features = []
             if batch.images is not None:  # begun before the last one is waited for: a device never idles in between
-                with clock.busy("encode"):
+                with clock.busy("encode"), naming(f"unit {batch.buffer.unit}"):
                     features = _encode(backbone, batch.images, batch_size)
             if awaited is not None:
                 take(*awaited)

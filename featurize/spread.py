@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from vla.featurize.cluster import DEATHS, open_cluster
-from vla.featurize.job import FeaturizeConfig, Job, refuse_shadowing
+from vla.featurize.job import Job, refuse_shadowing
 from vla.featurize.room import require_room
 from vla.featurize.run import RunReport
 from vla.featurize.units import UnitsReport, open_unit_maker, require_shared_folder, share_of
-from vla.featurize.worker import TOPIC, make_on_worker
-from vla.stores.errors import DataError, MachineError
+from vla.featurize.worker import TOPIC, end_on_worker, make_on_worker
+from vla.stores.errors import DataError, MachineError, StoreError
 from vla.stores.shared_writer import SharedWriter, open_shared_writer
+from vla.stores.writer import refuse_existing, with_tables
 
 TASKS_PER_WORKER = 16
 """Tasks are as large as leaves this many for each worker, so that all end at about the same time, but no larger than
@@ -46,24 +49,32 @@ def run_on_cluster(
     """Make the store at `root` on `workers` processes of this machine, or on those of the dask cluster at `scheduler`.
 
     Two such runs of one store share its units; this one returns when all are committed, by whomever. Raises `DataError`
-    naming the units that failed, when all others are made; `MachineError` where the cluster is lost.
+    naming the units that failed, when all others are made; `MachineError` where the cluster is lost or the disk full.
     """
     root = require_shared_folder(root)
     refuse_shadowing(root)
-    require_room(job.plan, root, accept=accept)
+    require_room(job.plan, root, overwrite=overwrite, accept=accept)
     total = RunReport()
     how = {"resume": resume, "overwrite": overwrite}
-    with open_shared_writer(root, job.plan.manifest, job.plan.episodes, **how) as writer:
+    refuse_existing(root, **how)
+    with ExitStack() as held:
+        client = held.enter_context(
+            open_cluster(workers, scheduler)
+        )  # first: without workers nothing is made or deleted
+        writer = held.enter_context(open_shared_writer(root, job.plan.manifest, job.plan.episodes, **how))
         units, began = writer.pending(), time.perf_counter()
         if not units:
             return total
         rows = {unit: len(writer.manifest.unit_range(unit)) for unit in units}
-        with open_cluster(workers, scheduler) as client:
-            while units:
-                report = make_on_cluster(client, job.config, root, units, rows, progress)
-                _add(total, report.run)
-                _require_made(report, root)
-                units = _wait_for(writer, report.elsewhere)
+        while units:
+            report = make_on_cluster(client, job, root, units, rows, progress)
+            _add(total, report.run)
+            _require_made(report, root)
+            units = _wait_for(writer, report.elsewhere)
+        missing = writer.pending()
+        if missing:
+            found = f"{root} lacks units {', '.join(map(str, missing))}, though no worker failed"
+            raise StoreError(found, expected="a folder that all workers see", fix="the same command with --resume")
     seconds = total.seconds = time.perf_counter() - began
     total.busy = {stage: spent / seconds for stage, spent in total.busy.items()}
     return total
@@ -79,7 +90,7 @@ def run_share(
 ) -> RunReport:
     """Make share "i/n" of the units of the store at `root`, in this process; whoever comes first makes the store.
 
-    Raises `DataError` naming the units that failed, when all others are made.
+    Raises `DataError` naming the units that failed, when all others are made, `MachineError` where the disk is full.
     """
     root = require_shared_folder(root)
     require_room(job.plan, root, accept=accept)
@@ -92,7 +103,7 @@ def run_share(
 
 def make_on_cluster(
     client: Any,
-    config: FeaturizeConfig,
+    job: Job,
     root: Path,
     units: list[int],
     rows: Mapping[int, int],
@@ -101,26 +112,37 @@ def make_on_cluster(
     """Make `units` on the workers of a cluster. `rows` {unit: frames}. Stages' `busy` is in seconds of all workers.
 
     Units that failed, or over which workers died, are reported, not raised. Raises `MachineError` where the cluster is
-    lost.
+    lost or the disk full. Workers that go on living keep the backbone, and neither the store nor its lock.
     """
     from distributed import as_completed
 
     workers = max(len(client.scheduler_info(n_workers=-1)["workers"]), 1)
     size = max(min(len(units) // (workers * TASKS_PER_WORKER), GROUP), 1)
-    plain, place = config.model_dump(mode="json"), str(root.resolve())
+    run, plan = uuid.uuid4().hex, with_tables(job.plan.manifest, job.plan.episodes).sha256()
+    task = (job.config.model_dump(mode="json"), str(root.resolve()), plan, run)
     tally = _Tally(sum(rows[unit] for unit in units), progress)
     client.subscribe_topic(TOPIC, tally.hear)
-    total = UnitsReport()
+    total, futures = UnitsReport(), dict[Any, list[int]]()
     try:
         waiting = [units[at : at + size] for at in range(0, len(units), size)]
         while waiting:
-            futures = {client.submit(make_on_worker, plain, place, group, pure=False): group for group in waiting}
+            futures = {client.submit(make_on_worker, *task, group, pure=False): group for group in waiting}
             waiting = []
             for future in as_completed(futures, loop=client.loop):  # type: ignore[no-untyped-call]
                 waiting += _take(future, futures[future], total, tally)
     finally:
         client.unsubscribe_topic(TOPIC)
+        _end(client, run, futures)
     return total
+
+
+def _end(client: Any, run: str, futures: Iterable[Any]) -> None:
+    """Call off what is left of a run, and have the workers let go of its store."""
+    if client.status != "running":  # workers do not outlive their scheduler
+        return
+    with suppress(OSError):  # lost just now
+        client.cancel([future for future in futures if not future.done()])
+        client.run(end_on_worker, run, on_error="ignore")  # a worker that cannot be asked is dead, its lock with it
 
 
 def _take(future: Any, group: list[int], total: UnitsReport, tally: _Tally) -> list[list[int]]:

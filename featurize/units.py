@@ -1,11 +1,12 @@
 """Some units of a store, whoever asks for them: a worker of a cluster, one job of an array.
 
 A unit that fails is set aside, the others are made, and it is tried again, a bounded number of times. Its reason is
-reported; what was committed stays.
+reported; what was committed stays. What the disk refuses all units ends the work at once.
 """
 
 from __future__ import annotations
 
+import errno
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,12 +17,15 @@ from pathlib import Path
 
 from vla.featurize.job import Job, batch_size_on, make_units, refuse_shadowing, take_device
 from vla.featurize.run import Progress, RunReport
-from vla.stores.errors import UsageError, VlaError
+from vla.stores.errors import MachineError, UsageError, VlaError
 from vla.stores.remote.options import is_url
 from vla.stores.shared_writer import SharedWriter, open_shared_writer
 
 TRIES = 3
 """Times a unit is tried before it counts as failed: a network disk hiccups once, a broken video stays broken."""
+
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+"""What a disk says to every unit alike, however often it is asked."""
 
 
 @dataclass
@@ -42,7 +46,10 @@ class UnitMaker:
         self._batch_size = batch_size_on(job, self._device)
 
     def make(self, units: Sequence[int], progress: Progress = lambda done, total: None) -> UnitsReport:
-        """Make those of `units` that nobody has made or is making. Raises nothing that one unit can be blamed for."""
+        """Make those of `units` that nobody has made or is making. Raises nothing that one unit can be blamed for.
+
+        Raises `MachineError` where the disk is full or may not be written.
+        """
         writer, began, busy = self.writer, time.perf_counter(), Counter[str]()
         already, rows = set(writer.made), {unit: len(writer.manifest.unit_range(unit)) for unit in units}
         total, failed = sum(rows.values()), dict[int, str]()
@@ -50,9 +57,7 @@ class UnitMaker:
         def frames() -> int:
             return sum(rows[unit] for unit in rows.keys() & (writer.made - already))
 
-        try:
-            self._run(units, busy, progress)
-        except VlaError:  # whose fault it was is found by making them one by one
+        if self._attempt(units, busy, progress) is not None:  # whose fault it was is found by making them one by one
             for unit in units:
                 self._try(unit, failed, busy, partial(_shift, progress, frames(), total))
         made = sorted(writer.made - already)
@@ -65,20 +70,25 @@ class UnitMaker:
 
     def _try(self, unit: int, failed: dict[int, str], busy: Counter[str], progress: Progress) -> None:
         for _ in range(TRIES):
-            try:
-                self._run([unit], busy, progress)
-            except VlaError as error:
-                failed[unit] = str(error)
-            else:
+            reason = self._attempt([unit], busy, progress)
+            if reason is None:
                 failed.pop(unit, None)
                 return
+            failed[unit] = reason
 
-    def _run(self, units: Sequence[int], busy: Counter[str], progress: Progress) -> None:
+    def _attempt(self, units: Sequence[int], busy: Counter[str], progress: Progress) -> str | None:
+        """Make units. Return what went wrong, as text: the error itself holds on to the network's memory."""
         try:
             report = make_units(self._job, self.writer, self._device, self._batch_size, units=units, progress=progress)
+        except VlaError as error:
+            if isinstance(error, MachineError) and getattr(error.__cause__, "errno", None) in REFUSED:
+                raise
+            return str(error)
         finally:
-            self.writer.release()
+            for unit in units:  # these alone: the writer may have more in hand
+                self.writer.release(unit)
         busy.update({stage: share * report.seconds for stage, share in report.busy.items()})
+        return None
 
 
 def _shift(progress: Progress, before: int, total: int, done: int, _: int) -> None:

@@ -9,7 +9,19 @@ from vla.stores.errors import StoreError
 from vla.stores.filesystem import PARTIAL
 from vla.stores.layout import COMMITS
 
-_CONTENTS = {"zarr.json", "frames", "steps", "checksums", "stats", "scales", "units", "episodes", "tasks", COMMITS}
+_CONTENTS = {
+    "zarr.json",
+    "frames",
+    "steps",
+    "checksums",
+    "stats",
+    "scales",
+    "units",
+    "episodes",
+    "tasks",
+    "labels",
+    COMMITS,
+}
 
 
 def doomed(root: Path) -> Path:

@@ -74,6 +74,13 @@ class SharedWriter(StoreWriter):
         """Units that nobody has committed by now."""
         return [unit for unit in range(self.manifest.units) if not self.committed(unit)]
 
+    def in_place(self) -> bool:
+        """Return whether the store at `root` is the one that was joined, neither deleted nor replaced since."""
+        try:  # by the file held open: the number of one that is deleted goes to another soon
+            return os.path.samestat(os.fstat(self._claims), (self.root / CLAIMS).stat())
+        except FileNotFoundError:
+            return False
+
     def begin(self, unit: int) -> UnitBuffer:
         """See `StoreWriter.begin`. Raises `StoreError` for a unit that was not claimed."""
         self._require_claimed(unit)
@@ -143,7 +150,7 @@ def _join(root: Path, manifest: Manifest, episodes: EpisodeTable) -> None:
     deadline = time.monotonic() + PATIENCE
     while not root.exists():
         try:
-            begin_store(root, manifest, episodes)
+            begin_store(root, manifest, episodes, resume=True)  # it may be there by now
         except StoreError:
             if time.monotonic() > deadline and not root.exists():
                 raise

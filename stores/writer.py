@@ -7,8 +7,9 @@ writer sweeps the debris and computes the unit again. Committed units are never 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from vla.stores.commits import Commit, FileRecord, read_commits
 from vla.stores.debris import delete_folder, doomed, remove, require_debris
-from vla.stores.errors import StoreError, UsageError
+from vla.stores.errors import MachineError, StoreError, UsageError
 from vla.stores.filesystem import (
     PARTIAL,
     explaining,
@@ -167,23 +168,37 @@ def begin_store(
 def _create(root: Path, manifest: Manifest, episodes: EpisodeTable) -> None:
     """Make a store without units under a temporary name, and rename it. The lock keeps a second process out."""
     partial, old = root.with_name(root.name + PARTIAL), doomed(root)
-    require_debris(partial)
     require_debris(old)
-    (partial / COMMITS).mkdir(parents=True, exist_ok=True)
-    with writer_lock(partial):
+    with _unmade(root, partial):
         remove(old)
         for path in partial.iterdir():
             if path.name != COMMITS:
                 remove(path)
-        if root.exists():
-            remove(partial)
-            raise StoreError(f"{root} was made by another process just now", fix="--resume")
         form = format_of(manifest)
         folders = form.folders if form.shared_files else ()
         write_metadata(partial, manifest, episodes.to_arrays(), form.arrays(manifest), folders)
         fsync_tree(partial)
         partial.rename(root)
         fsync_dir(root.parent)
+
+
+@contextmanager
+def _unmade(root: Path, partial: Path) -> Iterator[None]:
+    """Hold the folder that becomes the store at `root`. Raises `StoreError` where another process has made that."""
+    made = StoreError(f"{root} was made by another process just now", fix="--resume")
+    with ExitStack() as held:
+        try:
+            require_debris(partial)
+            (partial / COMMITS).mkdir(parents=True, exist_ok=True)
+            held.enter_context(writer_lock(partial))
+        except (OSError, MachineError):
+            if root.exists():  # the other renamed the folder away between two of these lines
+                raise made from None
+            raise
+        if root.exists():
+            shutil.rmtree(partial, ignore_errors=True)  # a third process that comes too late may be at it
+            raise made
+        yield
 
 
 def _remove_store(root: Path) -> None:

@@ -6,11 +6,14 @@ seen live equal features cached.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
+
+from vla.stores.errors import DataError, VlaError
 
 
 @dataclass(frozen=True)
@@ -79,3 +82,17 @@ class Backbone(Protocol):
     def to(self, device: torch.device) -> None:
         """Move the network. `encode` moves its input itself."""
         ...
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Turn a `RuntimeError` of a backbone, such as memory running out, into a one-line `DataError` on `what`."""
+    try:
+        yield
+    except VlaError:
+        raise
+    except RuntimeError as error:
+        said = next(iter(str(error).splitlines()), "no message")
+        full = isinstance(error, torch.OutOfMemoryError)
+        fix = "a smaller --set batch_size=N, then --resume" if full else ""
+        raise DataError(f"{what}: the backbone failed: {type(error).__name__}: {said}", fix=fix) from error

@@ -123,7 +123,7 @@ def run(
 ) -> ImportReport:
     """Make the store at `root`. Raises `SourceError` on a damaged cache; what is committed stays committed."""
     refuse_shadowing(root)
-    require_room(job.plan, root)
+    require_room(job.plan, root, overwrite=overwrite)
     report, began = ImportReport(), time.perf_counter()
     with open_writer(root, job.plan.manifest, job.plan.episodes, resume=resume, overwrite=overwrite) as writer:
         pending = writer.pending()

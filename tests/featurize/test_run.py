@@ -338,9 +338,41 @@ def test_an_error_of_the_network_surfaces_and_ends_the_threads(tmp_path: Path) -
                 raise RuntimeError("out of memory")
             return super().encode(images)
 
-    with no_thread_left(), pytest.raises(RuntimeError, match="out of memory"):
+    with no_thread_left(), pytest.raises(DataError, match=r"unit 1: the backbone failed: RuntimeError: out of memory$"):
         run(tmp_path / "s", backbone=Broken())
     assert sorted(open_store(tmp_path / "s", allow_partial=True).commits) == [0]
+
+
+def test_memory_that_runs_out_on_a_device_names_the_unit_and_what_to_type(tmp_path: Path) -> None:
+    """A device says so when its work is waited for, after the next batch has been begun."""
+
+    class Late(torch.Tensor):
+        def cpu(self) -> torch.Tensor:  # type: ignore[override]
+            raise torch.OutOfMemoryError("out of memory\nand more")
+
+    class Broken(FakeBackbone):
+        def encode(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+            features = super().encode(images)
+            return {name: values.as_subclass(Late) for name, values in features.items()} if self.calls > 3 else features
+
+    said = r"unit 1: the backbone failed: OutOfMemoryError: out of memory\. Try: a smaller --set batch_size=N"
+    with no_thread_left(), pytest.raises(DataError, match=said) as raised:
+        run(tmp_path / "s", backbone=Broken())
+    assert "\n" not in str(raised.value)
+
+
+def test_an_error_of_preprocessing_names_the_episode(tmp_path: Path) -> None:
+    class Broken(FakeBackbone):
+        def preprocess(self, image: Image) -> torch.Tensor:
+            if image[0, 0, 0] >= picture(2, 0, 0)[0, 0, 0]:
+                raise RuntimeError("no such kernel")
+            return super().preprocess(image)
+
+    with (
+        no_thread_left(),
+        pytest.raises(DataError, match=r"episode 'episode-2': the backbone failed: .*no such kernel"),
+    ):
+        run(tmp_path / "s", backbone=Broken())
 
 
 @pytest.mark.parametrize("unit", [0, 1, 2])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +15,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from vla.featurize import spread, worker
 from vla.featurize.cluster import open_cluster
 from vla.featurize.cores import core_groups
-from vla.stores.errors import MachineError, UsageError
+from vla.featurize.job import FeaturizeConfig, Job, prepare, run
+from vla.featurize.spread import run_on_cluster
+from vla.featurize.units import UnitsReport
+from vla.featurize.worker import end_on_worker, make_on_worker
+from vla.stores import writer as writer_module
+from vla.stores.errors import MachineError, StoreError, UsageError
+from vla.stores.filesystem import explaining, writer_lock
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -106,6 +117,151 @@ def test_an_address_without_a_scheduler_is_one_line() -> None:
         open_cluster(None, "tcp://127.0.0.1:1"),
     ):
         pass
+
+
+@pytest.mark.parametrize("address", ["", "foo", "tcp://foo", "tpc://127.0.0.1:1", "tcp://127.0.0.1:port"])
+def test_what_is_no_address_is_one_line_and_leaves_no_client(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distributed.Client.__init__", lambda *_, **__: pytest.fail("a client was made"))
+    with (
+        pytest.raises(MachineError, match=r"no scheduler at .*; expected tcp://HOST:PORT"),
+        open_cluster(None, address),
+    ):
+        pass
+
+
+def test_a_scheduler_that_is_not_there_leaves_everything_as_it_is(job: Job, memory_path: Path) -> None:
+    for resume, overwrite in ((False, False), (True, False)):
+        with pytest.raises(MachineError, match="no scheduler at foo"):
+            run_on_cluster(job, memory_path / "s", scheduler="foo", resume=resume, overwrite=overwrite)
+        assert list(memory_path.iterdir()) == []
+    run(job, memory_path / "s")
+    with pytest.raises(MachineError, match="no scheduler at foo"):
+        run_on_cluster(job, memory_path / "s", scheduler="foo", overwrite=True)
+    assert _units(memory_path / "s") == 4
+
+
+@pytest.fixture
+def job() -> Job:
+    settings = {"source": "synthetic:episodes=4,length=[8,8]", "backbone": "toy", "store": {"unit_rows": 8}}
+    return prepare(FeaturizeConfig.build(settings))
+
+
+@pytest.fixture
+def cluster() -> Iterator[Callable[..., str]]:
+    """`cluster(threads=1)` is the address of a scheduler with one worker, which live until the end of the test."""
+    from distributed import LocalCluster
+
+    with ExitStack() as running:
+
+        def begin(threads: int = 1) -> str:
+            options: dict[str, Any] = {"processes": False, "protocol": "tcp", "host": "127.0.0.1"}
+            options |= {"n_workers": 1, "threads_per_worker": threads, "dashboard_address": None}
+            local = running.enter_context(LocalCluster(**options))  # type: ignore[no-untyped-call]
+            return str(local.scheduler_address)
+
+        yield begin
+
+
+def _units(root: Path) -> int:
+    return len(list((root / "commits").glob("unit-*.json")))
+
+
+def test_workers_that_outlive_a_run_hold_neither_its_store_nor_its_lock(
+    job: Job, cluster: Callable[..., str], memory_path: Path
+) -> None:
+    root, address = memory_path / "s", cluster()
+    run_on_cluster(job, root, scheduler=address)
+    with writer_lock(root):
+        pass
+    run_on_cluster(job, root, scheduler=address, overwrite=True)
+    shutil.rmtree(root)
+    assert run_on_cluster(job, root, scheduler=address).units == _units(root) == 4
+
+
+def test_a_worker_of_several_threads_makes_the_units_of_one_task_at_a_time(
+    cluster: Callable[..., str], memory_path: Path
+) -> None:
+    values = {"source": "synthetic:episodes=20,length=[2,2]", "backbone": "toy", "store": {"unit_rows": 2}}
+    report = run_on_cluster(prepare(FeaturizeConfig.build(values)), memory_path / "s", scheduler=cluster(threads=4))
+    assert report.units == _units(memory_path / "s") == 20
+
+
+def test_a_store_that_is_replaced_under_a_worker_is_made_anew(
+    job: Job, cluster: Callable[..., str], memory_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a run that was killed: nobody told the worker that it is over."""
+    root, address = memory_path / "s", cluster()
+    with monkeypatch.context() as patch:
+        patch.setattr(spread, "_end", lambda *_: None)
+        run_on_cluster(job, root, scheduler=address)
+    with pytest.raises(StoreError, match="another process"), writer_lock(root):
+        pass
+    shutil.rmtree(root)
+    assert run_on_cluster(job, root, scheduler=address).units == _units(root) == 4
+
+
+def test_a_worker_without_tasks_lets_go_of_a_store_by_itself(
+    job: Job, cluster: Callable[..., str], memory_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a run that was killed."""
+    monkeypatch.setattr(spread, "_end", lambda *_: None)
+    monkeypatch.setattr(worker, "LINGER_SECONDS", 0.05)
+    run_on_cluster(job, memory_path / "s", scheduler=cluster())
+    deadline, free = time.monotonic() + 60, False
+    while not free and time.monotonic() < deadline:
+        with suppress(StoreError), writer_lock(memory_path / "s"):
+            free = True
+        time.sleep(0.01)
+    assert free
+
+
+def test_a_source_that_has_changed_makes_another_store_on_the_same_workers(
+    cluster: Callable[..., str], memory_path: Path, tmp_path: Path
+) -> None:
+    values = {"source": str(tmp_path), "backbone": "toy", "source_options": {"task": "go"}}
+    (tmp_path / "episode0" / "top").mkdir(parents=True)
+    np.save(tmp_path / "episode0" / "actions.npy", np.zeros((2, 2), np.float32))
+    address = cluster()
+    for name, red in (("before", 0), ("after", 255)):
+        for frame in range(2):
+            picture = np.full((32, 32, 3), (red, frame, 0), np.uint8)
+            Image.fromarray(picture).save(tmp_path / "episode0" / "top" / f"{frame}.png")
+        run_on_cluster(prepare(FeaturizeConfig.build(values)), memory_path / name, scheduler=address)
+    before, after = (next((memory_path / name / "frames/grid").glob("c*")) for name in ("before", "after"))
+    assert before.read_bytes() != after.read_bytes()
+
+
+def test_a_disk_that_is_full_on_a_worker_ends_the_run_at_once(
+    job: Job, cluster: Callable[..., str], memory_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def full(path: Path, parts: Any) -> str:
+        tried.append(path)
+        with explaining(path):
+            raise OSError(errno.ENOSPC, "no space", str(path))
+
+    monkeypatch.setattr(writer_module, "write_atomic_parts", full)
+    with pytest.raises(MachineError, match="the disk is full") as raised:
+        run_on_cluster(job, memory_path / "s", scheduler=cluster())
+    assert raised.value.exit_code == 4
+    assert len(tried) <= 4  # no unit twice; other tasks may have begun before the first was heard of
+
+
+def test_a_task_of_a_run_that_is_over_makes_nothing(job: Job, cluster: Callable[..., str], memory_path: Path) -> None:
+    task = (job.config.model_dump(mode="json"), str(memory_path / "s"), "plan", "over", [0])
+    with open_cluster(None, cluster()) as client:
+        client.run(end_on_worker, "over")
+        assert client.submit(make_on_worker, *task, pure=False).result()["elsewhere"] == [0]
+    assert not (memory_path / "s").exists()
+
+
+def test_a_run_whose_units_are_missing_at_the_end_does_not_succeed(
+    job: Job, cluster: Callable[..., str], memory_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spread, "make_on_cluster", lambda *_: UnitsReport())
+    with pytest.raises(StoreError, match=r"lacks units 0, 1, 2, 3.*a folder that all workers see"):
+        run_on_cluster(job, memory_path / "s", scheduler=cluster())
 
 
 class _Gpus:

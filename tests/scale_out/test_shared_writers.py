@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -11,10 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from vla.featurize.backbones.toy import Toy
 from vla.featurize.job import FeaturizeConfig, Job, prepare, run
+from vla.featurize.spread import run_share
 from vla.featurize.units import UnitMaker, open_unit_maker, share_of
-from vla.stores.errors import FingerprintError, StoreError, UsageError
+from vla.stores import shared_writer
+from vla.stores import writer as writer_module
+from vla.stores.errors import FingerprintError, MachineError, StoreError, UsageError
+from vla.stores.filesystem import explaining
 from vla.stores.shared_writer import SharedWriter, open_shared_writer
 from vla.stores.writer import open_writer
 
@@ -94,6 +101,12 @@ def test_what_another_commits_is_seen_and_never_made_again(
     assert other.do("make", 1) == 0
 
 
+def test_making_units_gives_back_no_other_claim(job: Job, writer: SharedWriter) -> None:
+    assert writer.claim(3)
+    assert UnitMaker(job, writer).make([0, 1]).run.units == 2
+    writer.begin(3)  # still claimed
+
+
 def test_a_unit_that_was_not_claimed_cannot_be_begun(writer: SharedWriter) -> None:
     with pytest.raises(StoreError, match="not claimed"):
         writer.begin(0)
@@ -114,6 +127,30 @@ def test_one_who_does_not_share_is_kept_out_and_keeps_out(job: Job, memory_path:
         with open_writer(root, *plan, resume=True), pytest.raises(StoreError, match="another process"):  # noqa: SIM117
             with open_shared_writer(root, *plan):
                 pass
+
+
+@pytest.mark.parametrize("moment", ["begin_store", "mkdir", "writer_lock", "iterdir"])
+def test_a_store_that_another_makes_at_any_moment_is_joined(
+    job: Job, memory_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    plan, root = (job.plan.manifest, job.plan.episodes), memory_path / "s"
+    if moment == "iterdir":
+        (memory_path / "s.partial").mkdir()  # of one that died
+    place: Any = {"begin_store": shared_writer, "writer_lock": writer_module}.get(moment, Path)
+    real = getattr(place, moment)
+
+    def late(*given: Any, **how: Any) -> Any:
+        if given[0] == (root if moment == "begin_store" else memory_path / "s.partial"):
+            monkeypatch.setattr(place, moment, real)
+            with open_shared_writer(root, *plan):
+                pass
+        return real(*given, **how)
+
+    monkeypatch.setattr(place, moment, late)
+    with open_shared_writer(root, *plan) as writer:
+        assert writer.pending() == [0, 1, 2, 3]
+    assert getattr(place, moment) is real
+    assert [path.name for path in memory_path.iterdir()] == ["s"]
 
 
 def test_what_died_half_written_is_swept_when_nobody_is_at_work(job: Job, memory_path: Path) -> None:
@@ -180,6 +217,43 @@ def test_a_unit_that_fails_is_tried_again_and_set_aside_while_the_others_are_mad
     assert (report.run.units, report.run.frames) == (3, 24)
     assert frames[-1] == (24, 32)
     assert np.all(np.diff([done for done, _ in frames][-3:]) >= 0)
+
+
+def test_a_unit_over_which_the_network_fails_fails_alone(
+    job: Job, memory_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, asked = Toy.encode, []
+
+    def fail(backbone: Toy, images: Any) -> Any:
+        asked.append(len(images))
+        if len(asked) > 2:  # two units are made; the third fails, with the others and alone
+            raise torch.OutOfMemoryError("out of memory")
+        return encode(backbone, images)
+
+    monkeypatch.setattr(Toy, "encode", fail)
+    with open_unit_maker(job, memory_path / "s") as maker:
+        report = maker.make([0, 1, 2])
+    assert report.run.units == 2
+    assert list(report.failed) == [2]
+    assert "unit 2: the backbone failed: OutOfMemoryError: out of memory" in report.failed[2]
+
+
+@pytest.mark.parametrize("code", ["ENOSPC", "EDQUOT", "EROFS", "EACCES"])
+def test_a_disk_that_takes_nothing_more_ends_the_run_at_once(
+    job: Job, memory_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    tried = []
+
+    def full(path: Path, parts: Any) -> str:
+        tried.append(path)
+        with explaining(path):
+            raise OSError(getattr(errno, code), code, str(path))
+
+    monkeypatch.setattr(writer_module, "write_atomic_parts", full)
+    with pytest.raises(MachineError, match="/s/") as raised:
+        run_share(job, memory_path / "s", "0/1")
+    assert raised.value.exit_code == 4
+    assert len(tried) == 1
 
 
 def test_a_unit_that_fails_once_is_made(job: Job, memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

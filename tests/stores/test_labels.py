@@ -64,6 +64,13 @@ def test_texts_come_back_by_episode_and_equal_ones_are_kept_once(form: str, tmp_
     assert verify_store(root).findings == []
 
 
+def test_a_store_with_texts_that_was_half_made_is_in_nobodys_way(tmp_path: Path) -> None:
+    half = write(tmp_path / "store", TEXTS).rename(tmp_path / "store.partial")
+    (half / "commits" / "unit-000000.json").unlink()
+    assert verify_store(write(tmp_path / "store", TEXTS)).findings == []
+    assert not (tmp_path / "store.partial").exists()
+
+
 def test_a_store_without_texts_is_the_store_that_it_always_was(tmp_path: Path, files_of: Callable[..., Any]) -> None:
     with_none, with_empty = write(tmp_path / "a", None), write(tmp_path / "b", [{}] * 4)
     assert files_of(with_none) == files_of(with_empty)
