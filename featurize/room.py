@@ -49,7 +49,6 @@ def require_room(plan: Plan, out: Path, *, overwrite: bool = False, accept: bool
 def _freed(folder: Path) -> tuple[int, int]:
     """Return the bytes and the files that deleting a folder gives back: what is linked elsewhere too, gives nothing."""
     held = [(Path(at) / name).lstat() for at, _, names in os.walk(folder) for name in names]
-    alone = [
-        file.st_blocks * 512 for file in held if file.st_nlink == 1
-    ]  # blocks of 512 bytes, whatever the disk's are
+    # st_blocks counts 512 bytes each, whatever the disk's blocks are.
+    alone = [file.st_blocks * 512 for file in held if file.st_nlink == 1]
     return sum(alone), len(alone)

@@ -58,9 +58,8 @@ def run_on_cluster(
     how = {"resume": resume, "overwrite": overwrite}
     refuse_existing(root, **how)
     with ExitStack() as held:
-        client = held.enter_context(
-            open_cluster(workers, scheduler)
-        )  # first: without workers nothing is made or deleted
+        # First the workers: without them nothing is made or deleted.
+        client = held.enter_context(open_cluster(workers, scheduler))
         writer = held.enter_context(open_shared_writer(root, job.plan.manifest, job.plan.episodes, **how))
         units, began = writer.pending(), time.perf_counter()
         if not units:
