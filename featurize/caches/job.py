@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from vla.featurize.backbones.base import BackboneSpec
 from vla.featurize.caches.base import Cache, CacheIndex
@@ -27,6 +26,7 @@ from vla.featurize.run import Progress
 from vla.featurize.sources.base import Episode, Source, SourceIndex
 from vla.featurize.sources.registry import open_source
 from vla.stores.errors import SourceError, UsageError
+from vla.stores.manifest import Rate
 from vla.stores.settings import Settings
 from vla.stores.unit_buffer import UnitBuffer
 from vla.stores.writer import StoreWriter, open_writer
@@ -47,7 +47,7 @@ class ImportConfig(Settings):
     map: dict[str, str] = {}
     source_options: dict[str, Any] = {}
     options: dict[str, Any] = {}
-    fps: float | None = Field(None, gt=0)
+    fps: Rate | None = None
     skip_bad: bool = False
     store: StoreOptions = StoreOptions()
 

@@ -24,6 +24,7 @@ from vla.featurize.image import Image
 from vla.featurize.robosuite_attributes import control_frequency, instruction
 from vla.featurize.sources.base import Episode, Role, SourceIndex, StepSpec
 from vla.stores.errors import SourceError, UsageError
+from vla.stores.manifest import Rate
 from vla.stores.settings import nearest
 
 HONEST = ("eef_pos", "eef_quat", "gripper_qpos")
@@ -66,7 +67,7 @@ class RobomimicSource:
         state: Sequence[str] | None = None,
         filter: str | None = None,
         task: str | None = None,
-        fps: float | None = None,
+        fps: Rate | None = None,
         flip: bool = False,
         skip_bad: bool = False,
     ) -> None:

@@ -192,3 +192,26 @@ def test_a_source_of_other_lengths_is_refused(make_cache, memory_path):
     made = make_cache("rgb2pc-windows")
     other = {"source_options": {"episodes": 3, "length": [3, 3]}}
     _refused(made, memory_path, "'episode_0' of .* has 13 frames; expected 3", **other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"options": {"features": 5}}, "the robomimic cache: features = 5: Input should be"),
+        ({"options": {"features": "feat"}}, "the robomimic cache: features = 'feat': Input should be"),
+        ({"options": {"features": {"c": 5}}}, "the robomimic cache: features.c = 5: Input should be"),
+        ({"options": {"cameras": 5}}, "the robomimic cache: cameras = 5: Input should be a list of names"),
+        ({"options": {"task": 5}}, "the robomimic cache: task = 5: Input should be"),
+        ({"fps": float("inf")}, "fps = inf: Input should be a finite number"),
+        ({"store": {"unit_mb": float("inf")}}, "unit_mb = inf: Input should be a finite number"),
+    ],
+)
+def test_options_of_another_type_are_refused_in_one_line(changes, match, make_cache, memory_path):
+    _refused(make_cache("robomimic"), memory_path, match, UsageError, **changes)
+
+
+def test_one_camera_may_be_named_alone_and_a_truth_written_as_text(make_cache):
+    made = make_cache("robomimic")
+    options = made.settings["options"] | {"cameras": "front", "has_views": "False"}
+    manifest = prepare(ImportConfig.build({**made.settings, "options": options})).plan.manifest
+    assert (manifest.cameras, manifest.features["embedding"].shape) == (("front",), (1, 2, 6))

@@ -99,6 +99,37 @@ def test_flip_turns_what_libero_stores_upside_down(demo_file: Path) -> None:
     assert flipped.index().mapping != plain.index().mapping  # it enters the fingerprint
 
 
+@pytest.mark.parametrize(("said", "turned"), [("False", False), ("no", False), ("True", True), (False, False)])
+def test_a_truth_that_is_written_as_text_means_what_it_says(demo_file: Path, said: Any, turned: bool) -> None:
+    index = open_source(demo_file, flip=said).index()
+    assert ("flip" in index.mapping) == turned
+
+
+def test_one_name_alone_is_one_camera_and_one_state(demo_file: Path) -> None:
+    index = open_source(demo_file, cameras="agentview", state="robot0_eef_pos").index()
+    assert (index.cameras, index.steps["state"].shape) == (("agentview",), (3,))
+
+
+@pytest.mark.parametrize("option", [{"fps": rate} for rate in ("abc", 0, -1, float("inf"), float("nan"), True)])
+def test_a_rate_that_is_none_is_refused_in_one_line(demo_file: Path, option: dict[str, Any]) -> None:
+    for kind in ("robomimic", "replay-buffer"):
+        with pytest.raises(UsageError, match=f"^the {kind} source: fps = [^\\n]*$"):
+            open_source(f"{kind}:{demo_file}", **option)
+
+
+@pytest.mark.parametrize("option", [{name: 5} for name in ("cameras", "state", "filter", "task", "flip")])
+def test_options_of_another_type_are_refused_in_one_line(demo_file: Path, option: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"^the robomimic source: {next(iter(option))} = 5: Input [^\\n]*$"):
+        open_source(demo_file, **option)
+
+
+def test_a_file_whose_rate_is_infinite_does_not_say_its_rate(demo_file: Path) -> None:
+    with h5py.File(demo_file, "a") as file:
+        file["data"].attrs["env_args"] = '{"env_kwargs": {"control_freq": Infinity}}'
+    with pytest.raises(SourceError, match="does not say its control frequency"):
+        open_source(demo_file).index()
+
+
 def test_a_libero_file_gives_its_instruction_and_its_rgb_cameras(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "libero.hdf5", "w") as file:
         data = file.create_group("data")
