@@ -21,8 +21,9 @@ from vla.featurize.room import require_room
 from vla.featurize.run import Progress, RunReport, featurize
 from vla.featurize.sources.base import Source
 from vla.featurize.sources.instructions import Instructions
-from vla.featurize.sources.registry import open_source, shipped
+from vla.featurize.sources.registry import open_source, places, shipped
 from vla.featurize.views import with_inputs
+from vla.stores.debris import refuse_overwriting
 from vla.stores.errors import UsageError
 from vla.stores.fingerprint import require_equal
 from vla.stores.remote.options import RemoteOptions, is_url
@@ -97,8 +98,11 @@ def run(
 ) -> RunReport:
     """Make the store at `root`, a folder or a URL.
 
-    Raises what `require_room` does where the disk is too small (not with `accept`), and what `featurize` raises.
+    Raises `UsageError` where `overwrite` would delete what is read, what `require_room` does where the disk is too
+    small (not with `accept`), and what `featurize` raises.
     """
+    if overwrite:
+        refuse_overwriting_source(job, root)
     if not is_url(root):
         root = Path(root)
         refuse_shadowing(root)
@@ -112,6 +116,11 @@ def run(
         opened = open_writer(root, *plan, resume=resume, overwrite=overwrite)
     with opened as writer:
         return make_units(job, writer, device, batch_size_on(job, device), progress=progress)
+
+
+def refuse_overwriting_source(job: Job, root: Path | str) -> None:
+    """Raise `UsageError` where the store at `root` is, or holds, what the job reads."""
+    refuse_overwriting(root, [*job.source.index().stores, *places(job.config.source)])
 
 
 def take_device(job: Job) -> torch.device:

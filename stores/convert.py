@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from vla.stores.debris import refuse_overwriting
 from vla.stores.errors import CorruptionError, UsageError
 from vla.stores.formats.registry import format_of
 from vla.stores.manifest import Compression, FormatName
@@ -68,6 +69,8 @@ def convert_store(
     store = open_store(root)
     if out.resolve() == store.root.resolve() or store.root.resolve() in out.resolve().parents:
         raise UsageError(f"{out} lies in the store {root}", expected="another folder")
+    if overwrite:
+        refuse_overwriting(out, [store.root])
     how: Any = {"resume": resume, "overwrite": overwrite, "progress": progress}
     if options.format == "plain-zarr":
         units = write_plain(store, out, options.compression, **how)

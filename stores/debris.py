@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
-from vla.stores.errors import StoreError
+from vla.stores.errors import StoreError, UsageError
 from vla.stores.filesystem import PARTIAL
 from vla.stores.layout import COMMITS
+from vla.stores.remote.options import is_url
 
 _CONTENTS = {"zarr.json", "frames", "steps", "checksums", "stats", "scales", "units", "episodes", "tasks", COMMITS}
 
@@ -15,6 +17,22 @@ _CONTENTS = {"zarr.json", "frames", "steps", "checksums", "stats", "scales", "un
 def doomed(root: Path) -> Path:
     """Return the name under which `root` is deleted."""
     return root.with_name(root.name + ".old" + PARTIAL)
+
+
+def refuse_overwriting(root: Path | str, read: Iterable[Path | str]) -> None:
+    """Refuse to replace the store at `root` by what is made from it: what is `read` must outlast the run.
+
+    Raises `UsageError` naming the folder or URL of `read` that is `root` or lies in it.
+    """
+    own = _place(root)
+    for path in read:
+        place = _place(path)
+        if own == place or (isinstance(own, Path) and isinstance(place, Path) and own in place.parents):
+            raise UsageError(f"--overwrite of {root} would delete {path}, which is read", fix="another --out or --name")
+
+
+def _place(path: Path | str) -> Path | str:
+    return str(path).rstrip("/") if is_url(path) else Path(path).resolve()
 
 
 def require_debris(folder: Path) -> None:

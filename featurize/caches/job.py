@@ -24,7 +24,8 @@ from vla.featurize.plan import Plan, StoreOptions, make_plan
 from vla.featurize.room import require_room
 from vla.featurize.run import Progress
 from vla.featurize.sources.base import Episode, Source, SourceIndex
-from vla.featurize.sources.registry import open_source
+from vla.featurize.sources.registry import open_source, places
+from vla.stores.debris import refuse_overwriting
 from vla.stores.errors import SourceError, UsageError
 from vla.stores.manifest import Rate
 from vla.stores.settings import Settings
@@ -121,7 +122,13 @@ def run(
     overwrite: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> ImportReport:
-    """Make the store at `root`. Raises `SourceError` on a damaged cache; what is committed stays committed."""
+    """Make the store at `root`. Raises `SourceError` on a damaged cache; what is committed stays committed.
+
+    Raises `UsageError` where `overwrite` would delete the cache or the source.
+    """
+    if overwrite:
+        source = [*job.source.index().stores, *places(str(job.config.source))] if job.source is not None else []
+        refuse_overwriting(root, [job.config.path, *source])
     refuse_shadowing(root)
     require_room(job.plan, root)
     report, began = ImportReport(), time.perf_counter()

@@ -90,6 +90,11 @@ def shipped() -> Path:
     return path
 
 
+def places(spec: str | Path) -> tuple[Path, ...]:
+    """Return the file or folder that `spec` names; none for a source that needs none. Raises as `open_source` does."""
+    return _parse(spec)[1]
+
+
 def option_names(spec: str | Path) -> list[str]:
     """Return the names of the options that the source of `spec` takes. Raises as `open_source` does."""
     return keywords(_class_of(_parse(spec)[0]))
