@@ -8,10 +8,20 @@ from pathlib import Path
 
 from vla.stores.errors import StoreError, UsageError
 from vla.stores.filesystem import PARTIAL
+from vla.stores.formats.registry import FORMATS
 from vla.stores.layout import COMMITS
 from vla.stores.remote.options import is_url
+from vla.stores.tables import LABELS, TABLES
 
-_CONTENTS = {"zarr.json", "frames", "steps", "checksums", "stats", "scales", "units", "episodes", "tasks", COMMITS}
+CONTENTS = frozenset(
+    {
+        "zarr.json",
+        COMMITS,
+        *(table.partition("/")[0] for table in (*TABLES, *LABELS)),
+        *(folder for form in FORMATS.values() for folder in form.folders),
+    }
+)
+"""What may lie in the folder of a store, whole or cut short, in any form."""
 
 
 def doomed(root: Path) -> Path:
@@ -38,7 +48,7 @@ def _place(path: Path | str) -> Path | str:
 def require_debris(folder: Path) -> None:
     """Refuse to delete a folder that holds anything a store does not. Raises `StoreError` naming it."""
     inside = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    foreign = [name for name in inside if name not in _CONTENTS and not name.endswith(PARTIAL)]
+    foreign = [name for name in inside if name not in CONTENTS and not name.endswith(PARTIAL)]
     if foreign:
         raise StoreError(f"{folder} is in the way and holds {foreign[0]}", expected="what an interrupted run left")
 

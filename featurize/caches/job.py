@@ -127,8 +127,9 @@ def run(
     Raises `UsageError` where `overwrite` would delete the cache or the source.
     """
     if overwrite:
-        source = [*job.source.index().stores, *places(str(job.config.source))] if job.source is not None else []
-        refuse_overwriting(root, [job.config.path, *source])
+        refuse_overwriting(root, [job.config.path])
+        if job.source is not None:
+            refuse_overwriting(root, [*job.source.index().stores, *places(str(job.config.source))])
     refuse_shadowing(root)
     require_room(job.plan, root)
     report, began = ImportReport(), time.perf_counter()
