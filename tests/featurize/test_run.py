@@ -20,6 +20,7 @@ from vla.featurize.run import RunReport, featurize
 from vla.featurize.sources.base import Episode, SourceIndex, StepSpec
 from vla.stores import writer as writer_module
 from vla.stores.errors import DataError, MachineError, SourceError, VlaError
+from vla.stores.inspect import describe
 from vla.stores.store import Store, open_store
 from vla.stores.verify import verify_store
 from vla.stores.writer import open_writer
@@ -263,6 +264,18 @@ def test_an_episode_left_out_counts_in_no_statistic_of_its_unit(tmp_path: Path) 
     total = store.statistics("token")
     assert total.count == 15 * 2
     np.testing.assert_allclose(total.mean, store.read("token", rows).astype("f8").mean(axis=(0, 1, 2)), rtol=1e-12)
+
+
+def test_an_episode_that_breaks_in_its_second_unit_counts_with_its_rows_in_the_first(tmp_path: Path) -> None:
+    """Report, statistics and what is committed say the same number; only whole episodes are usable."""
+    report = run(tmp_path / "s", FakeSource(bad={1: 5}), skip_bad=True)  # rows 5 to 13, of which row 10 does not read
+    store = open_store(tmp_path / "s")
+    assert report.frames == np.count_nonzero(~store.left_out) == store.statistics("token").count / 2 == 18
+    assert describe(tmp_path / "s")["frames"] == 15
+    np.testing.assert_array_equal(
+        store.read("token", np.arange(5, 8)), [expected_token(1, frame) for frame in range(3)]
+    )
+    assert verify_store(tmp_path / "s").findings == []
 
 
 def test_several_bad_episodes_are_left_out_each_with_its_reason(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from vla.featurize.job import FeaturizeConfig, Job, prepare, run
 from vla.featurize.units import UnitMaker, open_unit_maker, share_of
 from vla.stores.errors import FingerprintError, StoreError, UsageError
 from vla.stores.shared_writer import SharedWriter, open_shared_writer
+from vla.stores.store import open_store
 from vla.stores.writer import open_writer
 
 SETTINGS = {"source": "synthetic:episodes=4,length=[8,8]", "backbone": "toy", "store": {"unit_rows": 8}}
@@ -180,6 +181,24 @@ def test_a_unit_that_fails_is_tried_again_and_set_aside_while_the_others_are_mad
     assert (report.run.units, report.run.frames) == (3, 24)
     assert frames[-1] == (24, 32)
     assert np.all(np.diff([done for done, _ in frames][-3:]) >= 0)
+
+
+def test_a_share_counts_the_frames_that_it_committed(
+    job: Job, memory_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = SharedWriter.begin
+
+    def leave_out(writer: SharedWriter, unit: int) -> Any:
+        buffer = begin(writer, unit)
+        if unit == 1:  # one episode
+            buffer.leave_out(job.plan.episodes.ids[1], buffer.rows, "bad")
+        return buffer
+
+    monkeypatch.setattr(SharedWriter, "begin", leave_out)
+    with open_unit_maker(job, memory_path / "s") as maker:
+        report = maker.make([0, 1, 2, 3])
+    assert (report.run.frames, report.run.units) == (24, 4)
+    assert np.flatnonzero(open_store(memory_path / "s").left_out).tolist() == list(range(8, 16))
 
 
 def test_a_unit_that_fails_once_is_made(job: Job, memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
