@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from safetensors.numpy import load_file, save_file
 
 from vla.featurize.caches.job import ImportConfig, prepare, run
+from vla.featurize.caches.registry import open_cache
 from vla.stores.errors import SourceError, UsageError
 
 
@@ -215,3 +217,41 @@ def test_one_camera_may_be_named_alone_and_a_truth_written_as_text(make_cache):
     options = made.settings["options"] | {"cameras": "front", "has_views": "False"}
     manifest = prepare(ImportConfig.build({**made.settings, "options": options})).plan.manifest
     assert (manifest.cameras, manifest.features["embedding"].shape) == (("front",), (1, 2, 6))
+
+
+def _spoil_robomimic(path, number):
+    with h5py.File(path, "a") as file:
+        length = len(file[f"data/demo_{number}/actions"])
+        del file[f"data/demo_{number}/obs/embedding"]
+        file[f"data/demo_{number}/obs/embedding"] = np.zeros((length, 2, 7), np.float32)
+    return f"demo_{number}"
+
+
+def _spoil_arrays(path, number):
+    file = path / f"episode_{number}.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"tokens": np.zeros((len(tensors["action"]), 5, 9), np.float16)}, file)
+    return f"episode_{number}"
+
+
+@pytest.mark.parametrize("number", [8, 9, 10])
+@pytest.mark.parametrize(("kind", "spoil"), [("robomimic", _spoil_robomimic), ("arrays", _spoil_arrays)])
+def test_the_shape_of_most_episodes_counts_wherever_the_odd_one_lies(kind, spoil, number, make_cache, memory_path):
+    made = make_cache(kind)
+    odd = spoil(made.settings["path"], number)
+    _refused(made, memory_path, f"{odd}.* has rows .* as most have, such as")
+    job = prepare(ImportConfig.build({**made.settings, "skip_bad": True}))
+    assert list(job.plan.skipped) == [odd]
+    assert len(job.plan.episodes) == 2
+
+
+def test_the_grid_of_most_windows_counts_though_the_first_is_another(make_cache):
+    path = make_cache("rgb2pc-windows").settings["path"]
+    group = zarr.open_group(path / "episode_0.zarr", mode="a", zarr_format=2)
+    shape = (*group["per_frame_features"].shape[:-1], 5)
+    group.create_array("per_frame_features", shape=shape, dtype="f2", chunks=(1, *shape[1:]), overwrite=True)[:] = 1
+    with pytest.raises(SourceError, match=r"episode_0\.zarr.* has rows .* as most have, such as episode_1"):
+        open_cache("rgb2pc-windows", path).index()
+    index = open_cache("rgb2pc-windows", path, skip_bad=True).index()
+    assert list(index.skipped) == ["episode_0"]
+    assert index.features["grid"].shape == (2, 3, 4)

@@ -225,8 +225,8 @@ def test_resume_reads_only_the_rows_that_are_missing(
     source = FakeSource()
     report = run(tmp_path / "s", source, resume=True)
     assert report.frames == 16
-    assert source.frames_read[0] == (1, 3)
-    assert len(source.frames_read) == 16
+    assert source.frames_read[:3] == [(1, 3), (0, 0), (1, 4)]  # the source's first frame tells the size of all
+    assert len(source.frames_read) == 17
     assert files_of(tmp_path / "s") == files_of(tmp_path / "whole")
 
 
@@ -384,6 +384,26 @@ def test_a_picture_of_another_size_is_refused(tmp_path: Path, batch_size: int) -
 
     with no_thread_left(), pytest.raises(VlaError, match="network input"):
         run(tmp_path / "s", backbone=Growing(), batch_size=batch_size)
+
+
+def test_which_pictures_are_of_another_size_does_not_depend_on_the_unit_that_comes_first(
+    tmp_path: Path, files_of: Callable[[Path], dict[str, bytes]]
+) -> None:
+    """Episode 1, in units 0 and 1, has larger pictures: alone in its unit or not, it is the one that is left out."""
+
+    class Taller(FakeBackbone):
+        def preprocess(self, image: Image) -> torch.Tensor:
+            taller = 50 <= image[0, 0, 0] < 100
+            return super().preprocess(np.pad(image, ((0, int(taller)), (0, 0), (0, 0)), mode="edge"))
+
+    plan, source = plan_of(FakeSource()), FakeSource()
+    for order in ((0, 1, 2), (1, 0, 2), (2, 1, 0)):
+        root = tmp_path / "".join(map(str, order))
+        for unit in order:  # each in a process of its own, as it were
+            with open_writer(root, plan.manifest, plan.episodes, resume=root.exists()) as writer:
+                featurize(source, Taller(), writer, plan.episodes, units=[unit], batch_size=3, skip_bad=True)
+        assert list(open_store(root).skipped) == ["episode-1"]
+        assert files_of(root) == files_of(tmp_path / "012")
 
 
 # ---- the plan's fingerprint ----

@@ -175,6 +175,11 @@ def _narrow(file: h5py.File) -> None:
     file["data/demo_2/actions"] = np.zeros((5, 7))
 
 
+def _large(file: h5py.File) -> None:
+    del file["data/demo_2/obs/agentview_image"]
+    file["data/demo_2/obs/agentview_image"] = np.zeros((5, 12, 17, 3), np.uint8)
+
+
 def _floats(file: h5py.File) -> None:
     del file["data/demo_2/obs/agentview_image"]
     file["data/demo_2/obs/agentview_image"] = np.zeros((5, 3, 12, 16), np.float32)
@@ -209,7 +214,11 @@ def _elsewhere(file: h5py.File) -> None:
 BAD: list[tuple[Callable[[h5py.File], None], str]] = [
     (_nan, "demo_2/actions, frame 3 is NaN or infinite"),
     (_short, r"demo_2 has shapes .*expected one length"),
-    (_narrow, r"demo_2 is \{'action': 7.*expected \{'action': 14"),
+    (
+        _narrow,
+        r"demo_2 has rows of shape \{'action': \(7,\)\}; expected \{'action': \(14,\)\} as most have, such as demo_1",
+    ),
+    (_large, r"demo_2 has rows of shape \{'obs/agentview_image': \(12, 17, 3\)\}; expected .*\(12, 16, 3\)"),
     (_floats, r"agentview_image is float32 \(5, 3, 12, 16\).*expected uint8 \[T, H, W, 3\]"),
     (_no_actions, "demo_2/actions is missing"),
     (_external, "is a ExternalLink"),
@@ -262,3 +271,39 @@ def test_a_file_without_pictures_or_frequency_says_what_to_type(demo_file: Path)
             del file[f"data/{demo}/obs"]
     with pytest.raises(SourceError, match=r"has no observations.*vla record robosuite"):
         RobomimicSource(demo_file).index()
+
+
+def _another_camera(file: h5py.File, demo: str, length: int) -> None:
+    file[f"data/{demo}/obs/overhead_image"] = np.zeros((length, 12, 16, 3), np.uint8)
+
+
+def _another_size(file: h5py.File, demo: str, length: int) -> None:
+    del file[f"data/{demo}/obs/agentview_image"]
+    file[f"data/{demo}/obs/agentview_image"] = np.zeros((length, 16, 12, 3), np.uint8)
+
+
+def _another_width(file: h5py.File, demo: str, length: int) -> None:
+    del file[f"data/{demo}/actions"]
+    file[f"data/{demo}/actions"] = np.zeros((length, 7))
+
+
+@pytest.mark.parametrize("spoil", [_another_size, _another_width])
+@pytest.mark.parametrize("odd", LENGTHS)
+def test_the_shape_of_most_demonstrations_counts_wherever_the_odd_one_lies(
+    demo_file: Path, spoil: Callable[[h5py.File, str, int], None], odd: str
+) -> None:
+    with h5py.File(demo_file, "a") as file:
+        spoil(file, odd, LENGTHS[odd])
+    with pytest.raises(SourceError, match=f"{odd} has rows of shape"):
+        RobomimicSource(demo_file).index()
+    index = RobomimicSource(demo_file, skip_bad=True).index()
+    assert list(index.skipped) == [odd]
+    assert index.steps["action"].shape == (14,)
+
+
+@pytest.mark.parametrize("odd", LENGTHS)
+def test_cameras_are_those_of_most_demonstrations(demo_file: Path, odd: str) -> None:
+    wanted = RobomimicSource(demo_file).index().cameras
+    with h5py.File(demo_file, "a") as file:
+        _another_camera(file, odd, LENGTHS[odd])
+    assert RobomimicSource(demo_file).index().cameras == wanted
