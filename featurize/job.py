@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -186,12 +187,14 @@ def rebuild_backbone(recipe: Mapping[str, Any], identity: Mapping[str, Any]) -> 
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device. Raises `UsageError` where it is not there."""
+    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device. Raises `UsageError` for others and where it is missing."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,2})?", name):
+        raise UsageError(f"device {name!r}", expected="auto, cpu, cuda or cuda:N")
     device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device 'cuda' is not there", expected="a GPU that torch sees", fix="--set device=cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {name!r} is not there", expected="a GPU that torch sees", fix="--set device=cpu")
     return device
 
 

@@ -178,7 +178,7 @@ def _open(root: Path, allow_partial: bool, lying: dict[Path, CorruptionError] | 
         raise StoreError(
             f"{root} has {len(commits)} of {manifest.units} units",
             expected="a complete store",
-            fix="the same `vla featurize` command with --resume, or --allow-partial to use what is there",
+            fix="the same `vla featurize` command with --resume; to train without: --set data.allow_partial=true",
         )
     committed = np.asarray(sorted(commits), np.int64)
     first = episodes.row_start // manifest.unit_rows

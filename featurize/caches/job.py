@@ -81,11 +81,12 @@ def prepare(config: ImportConfig) -> ImportJob:
         options["skip_bad"] = True
     cache = open_cache(config.kind, config.path, **options)
     index = cache.index()
-    if bool(index.steps.get("action")) == (config.source is not None):
+    own = "action" in index.steps
+    if own == (config.source is not None):
         raise UsageError(
-            f"{config.path} has {'its own actions' if index.steps else 'no actions'}",
+            f"{config.path} has {'its own actions' if own else 'no actions'}",
             expected="actions from one place: the cache, or a source",
-            fix="leave --source out" if index.steps else "--source DEMONSTRATIONS of the same episodes",
+            fix="leave --source out" if own else "--source DEMONSTRATIONS of the same episodes",
         )
     digest = cache.digest()
     source = partner = None

@@ -110,6 +110,9 @@ def _parse(spec: str | Path) -> tuple[str, tuple[Path, ...], dict[str, Any]]:
             raise SourceError(f"{text} does not exist", expected=SOURCES[kind].layout, fix=f"--source {kind}:PATH")
         return kind, (Path(text),), {}
     path = Path(spec)
+    if isinstance(spec, str) and colon and re.fullmatch(r"[A-Za-z][\w-]*", kind) and not path.exists():
+        known = f"KIND:PATH with one of {', '.join(SOURCES)}, or a path that exists"
+        raise UsageError(f"no kind of source {kind!r}{nearest(kind, SOURCES)}", expected=known)
     return _kind_of(path), (path,), {}
 
 

@@ -255,3 +255,11 @@ def test_the_grid_of_most_windows_counts_though_the_first_is_another(make_cache)
     index = open_cache("rgb2pc-windows", path, skip_bad=True).index()
     assert list(index.skipped) == ["episode_0"]
     assert index.features["grid"].shape == (2, 3, 4)
+
+
+def test_a_cache_of_states_without_actions_needs_a_source(tmp_path):
+    save_file(
+        {"tokens": np.zeros((4, 5), np.float16), "state": np.zeros((4, 2), np.float32)}, tmp_path / "a.safetensors"
+    )
+    with pytest.raises(UsageError, match=r"has no actions; .* Try: --source DEMONSTRATIONS"):
+        prepare(ImportConfig.build({"kind": "arrays", "path": tmp_path, "fps": 10}))
