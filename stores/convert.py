@@ -36,7 +36,7 @@ class ConvertOptions(Settings):
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """What a conversion wrote: units and rows of this run, bytes of all files in the result."""
+    """What a conversion wrote: units and committed rows of this run, bytes of all files in the result."""
 
     store: str
     out: str

@@ -255,7 +255,7 @@ def test_the_command_prints_what_it_wrote(memory_path: Path, made: Any) -> None:
     command = ["convert", str(made.root), str(memory_path / "o"), "--format", "h5", "--json"]
     done = CliRunner().invoke(cli.app, command, catch_exceptions=False)
     facts = json.loads(done.stdout)
-    assert (facts["format"], facts["units"], facts["rows"]) == ("h5", 3, 20)
+    assert (facts["format"], facts["units"], facts["rows"]) == ("h5", 3, 11)
     assert facts["bytes"] == sum(path.stat().st_size for path in (memory_path / "o").rglob("*") if path.is_file())
     with pytest.raises(UsageError, match="vla convert: format = 'hdf'"):
         CliRunner().invoke(cli.app, [*command[:4], "hdf"], catch_exceptions=False)
