@@ -81,7 +81,7 @@ def featurize(
     if dry_run:
         return
     if job.plan.manifest.random_weights:
-        log.print("[bold red]RANDOM WEIGHTS: these features test the pipeline, they carry no knowledge.[/]")
+        log.print("RANDOM WEIGHTS: these features test the pipeline, they carry no knowledge.", style="bold red")
     with show_workers("featurize", "frames") as progress:
         report = launch(job, root, where, resume=resume, overwrite=overwrite, accept=yes, progress=progress)
     reports.show_featurized(root, report.to_json(), {**job.plan.skipped, **report.skipped}, as_json)

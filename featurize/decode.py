@@ -184,17 +184,34 @@ class Decoder:
             buffer.steps[column][first : first + len(part)] = part
 
     def _require_shape(self, ready: list[torch.Tensor], segment: Segment) -> None:
-        """The first frame of a run decides the shape of the network's input."""
         shapes = {tuple(tensor.shape) for tensor in ready}
         shape = (len(ready), *ready[0].shape)
         if not self._shape:
-            self._shape, self._dtype = shape, ready[0].dtype
+            model = self._first_readable() or ready
+            self._shape, self._dtype = (len(model), *model[0].shape), model[0].dtype
         if len(shapes) > 1 or shape != self._shape:
             raise SourceError(
                 f"episode {self._episodes.ids[segment.episode]!r} makes a network input of {len(ready)} x "
                 f"{' and '.join(map(str, sorted(shapes)))}",
-                expected=f"{self._shape[0]} x {self._shape[1:]} as before",
+                expected=f"{self._shape[0]} x {self._shape[1:]} as the first episode",
+                fix="--skip-bad leaves the episode out",
             )
+
+    def _first_readable(self) -> list[torch.Tensor] | None:
+        """Return the network's input of the source's first frame that reads and whose views are of one shape.
+
+        It decides for all: a run that begins with another unit, or makes a few of them, leaves out the same episodes.
+        """
+        for episode in range(len(self._episodes)):
+            task = self._episodes.tasks[int(self._episodes.task[episode])]
+            try:
+                views = next(read_views(self._source, self._spec, episode, task, 0, 1), ())
+            except SourceError:
+                continue  # this episode's own segments say what is wrong with it
+            ready = [self._backbone.preprocess(view) for view in views]
+            if len({tuple(tensor.shape) for tensor in ready}) == 1:
+                return ready
+        return None
 
     def _next_images(self) -> torch.Tensor:
         if self._ring is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ from vla.featurize.room import require_room
 from vla.featurize.run import Progress, RunReport, featurize
 from vla.featurize.sources.base import Source
 from vla.featurize.sources.instructions import Instructions
-from vla.featurize.sources.registry import open_source, shipped
+from vla.featurize.sources.registry import open_source, places, shipped
 from vla.featurize.views import with_inputs
+from vla.stores.debris import refuse_overwriting
 from vla.stores.errors import UsageError
 from vla.stores.fingerprint import require_equal
 from vla.stores.remote.options import RemoteOptions, is_url
@@ -97,8 +99,11 @@ def run(
 ) -> RunReport:
     """Make the store at `root`, a folder or a URL.
 
-    Raises what `require_room` does where the disk is too small (not with `accept`), and what `featurize` raises.
+    Raises `UsageError` where `overwrite` would delete what is read, what `require_room` does where the disk is too
+    small (not with `accept`), and what `featurize` raises.
     """
+    if overwrite:
+        refuse_overwriting_source(job, root)
     if not is_url(root):
         root = Path(root)
         refuse_shadowing(root)
@@ -112,6 +117,11 @@ def run(
         opened = open_writer(root, *plan, resume=resume, overwrite=overwrite)
     with opened as writer:
         return make_units(job, writer, device, batch_size_on(job, device), progress=progress)
+
+
+def refuse_overwriting_source(job: Job, root: Path | str) -> None:
+    """Raise `UsageError` where the store at `root` is, or holds, what the job reads."""
+    refuse_overwriting(root, [*job.source.index().stores, *places(job.config.source)])
 
 
 def take_device(job: Job) -> torch.device:
@@ -177,12 +187,14 @@ def rebuild_backbone(recipe: Mapping[str, Any], identity: Mapping[str, Any]) -> 
 
 
 def choose_device(name: str) -> torch.device:
-    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device. Raises `UsageError` where it is not there."""
+    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device. Raises `UsageError` for others and where it is missing."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,2})?", name):
+        raise UsageError(f"device {name!r}", expected="auto, cpu, cuda or cuda:N")
     device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device 'cuda' is not there", expected="a GPU that torch sees", fix="--set device=cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {name!r} is not there", expected="a GPU that torch sees", fix="--set device=cpu")
     return device
 
 

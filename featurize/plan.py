@@ -34,7 +34,7 @@ class StoreOptions(Settings):
     in a crash. `unit_rows`: rows a unit, instead of `unit_mb`.
     """
 
-    unit_mb: float = Field(64.0, gt=0)
+    unit_mb: float = Field(64.0, gt=0, allow_inf_nan=False)
     unit_rows: int | None = Field(None, ge=1)
     dtype: FloatName | None = None
     format: FormatName = "zarr"

@@ -7,6 +7,7 @@ collection script), and in LIBERO `problem_info` with the instruction.
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import h5py
@@ -38,7 +39,7 @@ def control_frequency(file: h5py.File) -> float | None:
     arguments = _arguments(file)
     inner = arguments.get("env_kwargs")
     stated = inner.get("control_freq") if isinstance(inner, dict) else arguments.get("control_freq")
-    return float(stated) if isinstance(stated, (int, float)) and stated > 0 else None
+    return float(stated) if isinstance(stated, (int, float)) and 0 < stated < math.inf else None
 
 
 def instruction(file: h5py.File) -> str:

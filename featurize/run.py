@@ -38,7 +38,8 @@ Features = list[dict[str, torch.Tensor]]
 
 @dataclass
 class RunReport:
-    """What a run did. `busy` holds each stage's share of the wall time (stages overlap: shares may sum above 1)."""
+    """What a run did. `frames` are those it committed, without those of `skipped` episodes in the units that leave them
+    out. `busy` holds each stage's share of the wall time (stages overlap: shares may sum above 1)."""
 
     frames: int = 0
     units: int = 0
@@ -83,7 +84,7 @@ def featurize(
     A `RuntimeError` of the backbone, such as memory running out, is a `DataError` that names the unit. Units
     committed so far stay committed whatever happens. `progress` is called with frames done and frames in all.
     """
-    report, clock = RunReport(), StageClock()
+    report, clock, encoded = RunReport(), StageClock(), 0
     pending = writer.pending() if units is None else list(units)
     total = sum(len(writer.manifest.unit_range(unit)) for unit in pending)
     how: Any = {"batch_size": batch_size, "skip_bad": skip_bad, "augment": augment, "clock": clock, "pin": pin}
@@ -93,13 +94,14 @@ def featurize(
     ahead = closing(iterate_ahead(decoder.batches(mine), AHEAD))
 
     def take(batch: Batch, features: Features) -> None:
+        nonlocal encoded
         # Where the device works, this is where its work is waited for, and its errors show.
         with clock.busy("encode"), naming(f"unit {batch.buffer.unit}"):
             arrays = _by_copy(features, augment.copies)
         with clock.busy("copy"):
             batch.buffer.put(batch.row, arrays)
-        report.frames += batch.frames
-        progress(report.frames, total)
+        encoded += batch.frames
+        progress(encoded, total)
 
     with ThreadPoolExecutor(1, thread_name_prefix="vla-commit") as committer, ahead as batches:
         committing: Future[None] | None = None
@@ -119,6 +121,7 @@ def featurize(
             committing = committer.submit(_commit, writer, batch.buffer, clock)
             report.skipped |= batch.buffer.skipped
             report.units += 1
+            report.frames += int(batch.buffer.kept.sum())
         if committing is not None:
             committing.result()
     report.seconds = time.perf_counter() - began

@@ -62,9 +62,11 @@ class UnitMaker:
                 self._try(unit, failed, busy, partial(_shift, progress, frames(), total))
         made = sorted(writer.made - already)
         seconds = time.perf_counter() - began
-        run = RunReport(frames(), len(made), seconds, {stage: spent / seconds for stage, spent in busy.items()})
+        run = RunReport(0, len(made), seconds, {stage: spent / seconds for stage, spent in busy.items()})
         for unit in made:
-            run.skipped |= writer.commits[unit].skipped
+            skipped, unit_rows = writer.commits[unit].skipped, writer.manifest.unit_range(unit)
+            run.frames += rows[unit] - int(self._job.plan.episodes.rows_of(skipped, unit_rows).sum())
+            run.skipped |= skipped
         elsewhere = [unit for unit in units if unit not in failed and not writer.committed(unit)]
         return UnitsReport(run, failed, elsewhere)
 

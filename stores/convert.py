@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from vla.stores.debris import refuse_overwriting
 from vla.stores.errors import CorruptionError, UsageError
 from vla.stores.formats.registry import format_of
 from vla.stores.manifest import Compression, FormatName
@@ -35,7 +36,7 @@ class ConvertOptions(Settings):
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """What a conversion wrote: units and rows of this run, bytes of all files in the result."""
+    """What a conversion wrote: units and committed rows of this run, bytes of all files in the result."""
 
     store: str
     out: str
@@ -68,13 +69,15 @@ def convert_store(
     store = open_store(root)
     if out.resolve() == store.root.resolve() or store.root.resolve() in out.resolve().parents:
         raise UsageError(f"{out} lies in the store {root}", expected="another folder")
+    if overwrite:
+        refuse_overwriting(out, [store.root])
     how: Any = {"resume": resume, "overwrite": overwrite, "progress": progress}
     if options.format == "plain-zarr":
         units = write_plain(store, out, options.compression, **how)
     else:
         units = _write_store(store, out, options.format, options.compression, **how)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-    rows = sum(len(store.manifest.unit_range(unit)) for unit in units)
+    rows = sum(len(run) for unit in units for run in store.present_runs(unit))
     return ConvertReport(str(root), str(out), options.format, options.compression, len(units), rows, size)
 
 
@@ -120,11 +123,7 @@ def _fill_parts(store: Store, buffer: UnitBuffer) -> None:
     for name in buffer.features:
         moments = form.read_part(store.root, store.manifest, commit, f"stats/{name}")
         buffer.statistics[name] = ChannelStatistics.from_array(moments)
-    position = {name: at for at, name in enumerate(store.episodes.ids)}
     for episode, reason in commit.skipped.items():
-        if episode not in position:
+        if episode not in store.episodes.position:
             raise CorruptionError(f"unit {buffer.unit} of {store.root} leaves out {episode!r}, which is no episode")
-        start = int(store.episodes.row_start[position[episode]])
-        stop = start + int(store.episodes.length[position[episode]])
-        inside = range(max(start, buffer.rows.start), min(stop, buffer.rows.stop))
-        buffer.leave_out(episode, inside, reason)
+        buffer.leave_out(episode, store.episodes.rows_in(store.episodes.position[episode], buffer.rows), reason)

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
-from vla.stores.errors import StoreError
+from vla.stores.errors import StoreError, UsageError
 from vla.stores.filesystem import PARTIAL
+from vla.stores.formats.registry import FORMATS
 from vla.stores.layout import COMMITS
+from vla.stores.remote.options import is_url
+from vla.stores.tables import LABELS, TABLES
 
-_CONTENTS = {
-    "zarr.json",
-    "frames",
-    "steps",
-    "checksums",
-    "stats",
-    "scales",
-    "units",
-    "episodes",
-    "tasks",
-    "labels",
-    COMMITS,
-}
+CONTENTS = frozenset(
+    {
+        "zarr.json",
+        COMMITS,
+        *(table.partition("/")[0] for table in (*TABLES, *LABELS)),
+        *(folder for form in FORMATS.values() for folder in form.folders),
+    }
+)
+"""What may lie in the folder of a store, whole or cut short, in any form."""
 
 
 def doomed(root: Path) -> Path:
@@ -29,10 +29,26 @@ def doomed(root: Path) -> Path:
     return root.with_name(root.name + ".old" + PARTIAL)
 
 
+def refuse_overwriting(root: Path | str, read: Iterable[Path | str]) -> None:
+    """Refuse to replace the store at `root` by what is made from it: what is `read` must outlast the run.
+
+    Raises `UsageError` naming the folder or URL of `read` that is `root` or lies in it.
+    """
+    own = _place(root)
+    for path in read:
+        place = _place(path)
+        if own == place or (isinstance(own, Path) and isinstance(place, Path) and own in place.parents):
+            raise UsageError(f"--overwrite of {root} would delete {path}, which is read", fix="another --out or --name")
+
+
+def _place(path: Path | str) -> Path | str:
+    return str(path).rstrip("/") if is_url(path) else Path(path).resolve()
+
+
 def require_debris(folder: Path) -> None:
     """Refuse to delete a folder that holds anything a store does not. Raises `StoreError` naming it."""
     inside = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    foreign = [name for name in inside if name not in _CONTENTS and not name.endswith(PARTIAL)]
+    foreign = [name for name in inside if name not in CONTENTS and not name.endswith(PARTIAL)]
     if foreign:
         raise StoreError(f"{folder} is in the way and holds {foreign[0]}", expected="what an interrupted run left")
 

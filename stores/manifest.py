@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
@@ -34,6 +34,8 @@ _NAME = re.compile(r"(?!\.|__|zarr\.json$)[^/\\\x00-\x1f]{1,200}(?<!\.partial)")
 Role = Literal["action", "state", "privileged", "other"]
 FormatName = Literal["zarr", "h5"]
 Compression = Literal["none", "zstd"]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+"""Frames a second."""
 
 
 MAX_COPIES = 255
@@ -89,7 +91,7 @@ class Manifest(Settings):
     compression: Compression = "none"
     rows: int = Field(gt=0, le=MAX_ROWS)
     unit_rows: int = Field(gt=0, le=1 << 20)
-    fps: float = Field(gt=0)
+    fps: Rate
     cameras: tuple[str, ...]
     features: dict[str, FeatureInfo]
     steps: dict[str, StepInfo]

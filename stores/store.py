@@ -54,15 +54,19 @@ class Store:
 
     @cached_property
     def left_out(self) -> NDArray[np.bool_]:
-        """Rows of episodes that were left out, bool [rows]: committed as absent."""
-        rows = np.zeros(self.manifest.rows, bool)
-        for position in np.flatnonzero([name in self.skipped for name in self.episodes.ids]):
-            start = int(self.episodes.row_start[position])
-            rows[start : start + int(self.episodes.length[position])] = True
-        return rows
+        """Rows committed as absent, bool [rows].
+
+        Each unit says for itself which episodes it leaves out: of one that is left out in another unit, its rows are
+        committed like any other, though the episode is not usable.
+        """
+        absent = np.zeros(self.manifest.rows, bool)
+        for unit, commit in self.commits.items():
+            rows = self.manifest.unit_range(unit)
+            absent[rows.start : rows.stop] = self.episodes.rows_of(commit.skipped, rows)
+        return absent
 
     def present_runs(self, unit: int) -> Iterator[NDArray[np.int64]]:
-        """Yield the runs of neighbouring rows of a unit that were not left out, int64 [n] each."""
+        """Yield the runs of neighbouring rows that a unit holds, int64 [n] each."""
         rows = self.manifest.unit_range(unit)
         kept = np.arange(rows.start, rows.stop)[~self.left_out[rows.start : rows.stop]]
         if len(kept):
@@ -85,7 +89,7 @@ class Store:
         return values
 
     def statistics(self, feature: str) -> ChannelStatistics:
-        """Return the statistics of a feature's channels over all committed rows, merged from the commits."""
+        """Return the statistics of a feature's channels over all rows that are committed and not `left_out`."""
         channels = self.feature_info(feature).shape[-1]
         total = ChannelStatistics.empty(channels)
         for unit in sorted(self.commits):
@@ -174,7 +178,7 @@ def _open(root: Path, allow_partial: bool, lying: dict[Path, CorruptionError] | 
         raise StoreError(
             f"{root} has {len(commits)} of {manifest.units} units",
             expected="a complete store",
-            fix="the same `vla featurize` command with --resume, or --allow-partial to use what is there",
+            fix="the same `vla featurize` command with --resume; to train without: --set data.allow_partial=true",
         )
     committed = np.asarray(sorted(commits), np.int64)
     first = episodes.row_start // manifest.unit_rows

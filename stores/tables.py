@@ -9,8 +9,9 @@ uint8 [N, L], each an object of named texts in JSON. A reader that knows no labe
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +64,26 @@ class EpisodeTable:
     def rows(self) -> int:
         """Rows that the episodes span."""
         return int((self.row_start + self.length).max())
+
+    @cached_property
+    def position(self) -> Mapping[str, int]:
+        """The position of each episode by its id."""
+        return {name: at for at, name in enumerate(self.ids)}
+
+    def rows_in(self, episode: int, rows: range) -> range:
+        """Return those of an episode's rows that lie in `rows`."""
+        start = int(self.row_start[episode])
+        first = min(max(start, rows.start), rows.stop)
+        return range(first, max(first, min(start + int(self.length[episode]), rows.stop)))
+
+    def rows_of(self, names: Iterable[str], rows: range) -> NDArray[np.bool_]:
+        """Return which of `rows` belong to the episodes called `names`, bool [len(rows)]."""
+        theirs = np.zeros(len(rows), bool)
+        for name in names:
+            if name in self.position:
+                inside = self.rows_in(self.position[name], rows)
+                theirs[inside.start - rows.start : inside.stop - rows.start] = True
+        return theirs
 
     def texts(self, episode: int) -> Mapping[str, str]:
         """Return the named texts of an episode, by position; empty where its source gave none."""

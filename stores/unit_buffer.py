@@ -77,6 +77,14 @@ class UnitBuffer:
         self.skipped[episode] = reason
         self.dropped.append(rows)
 
+    @property
+    def kept(self) -> NDArray[np.bool_]:
+        """Which rows are to be committed, bool [n]: all but those of episodes left out."""
+        rows = np.ones(len(self.rows), bool)
+        for dropped in self.dropped:
+            rows[dropped.start - self.rows.start : dropped.stop - self.rows.start] = False
+        return rows
+
     def put(self, start: int, features: Mapping[str, NDArray[Any]]) -> None:
         """Store every feature `{name: [k, *shape]}` of k rows from store row `start` on.
 

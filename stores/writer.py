@@ -88,13 +88,11 @@ class StoreWriter:
 
     def _require_whole(self, buffer: UnitBuffer) -> None:
         """Blank what was left out. Raises `StoreError` where a row was neither computed nor left out."""
-        wanted = np.ones(len(buffer.rows), bool)
-        for rows in buffer.dropped:
-            part = slice(rows.start - buffer.rows.start, rows.stop - buffer.rows.start)
-            wanted[part] = buffer.present[part] = False
-            for values in buffer.steps.values():
-                values[part] = empty_value(values.dtype)
-        missing = np.flatnonzero(wanted & ~buffer.present) + buffer.rows.start
+        kept = buffer.kept
+        buffer.present &= kept
+        for values in buffer.steps.values():
+            values[: len(kept)][~kept] = empty_value(values.dtype)
+        missing = np.flatnonzero(kept & ~buffer.present) + buffer.rows.start
         if len(missing):
             rows_missing = f"{missing[0]}..{missing[-1]}"
             raise StoreError(f"unit {buffer.unit} of {self.root} lacks rows {rows_missing}", expected="all rows")

@@ -17,10 +17,17 @@ def figures(values: Mapping[str, float]) -> str:
 
 
 def open_log() -> Console:
-    """Return the console on stderr."""
+    """Return the console on stderr. Paths and texts are shown as they are: a bracket is no markup, `:x:` no picture."""
     from rich.console import Console
 
-    return Console(stderr=True, soft_wrap=True)
+    return Console(stderr=True, soft_wrap=True, markup=False, emoji=False)
+
+
+def open_out() -> Console:
+    """Return the console on stdout, which shows texts as they are too."""
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False)
 
 
 def emit(value: Any) -> None:
@@ -55,22 +62,20 @@ def _duration(seconds: float) -> str:
 
 def show_facts(facts: dict[str, Any]) -> None:
     """Print a table of two columns."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(show_header=False, box=None, pad_edge=False)
     for key, value in facts.items():
         table.add_row(key.replace("_", " "), value if isinstance(value, str) else json.dumps(value))
-    Console().print(table)
+    open_out().print(table)
 
 
 def show_rows(title: str, rows: list[dict[str, Any]]) -> None:
     """Print a table whose columns are the keys of the first row; `title` heads the column of names."""
-    from rich.console import Console
     from rich.table import Table
 
     if rows:
         table = Table(title, *(key for key in rows[0] if key != "name"))
         for row in rows:
             table.add_row(*(value if isinstance(value, str) else f"{value:.4g}" for value in row.values()))
-        Console().print(table)
+        open_out().print(table)

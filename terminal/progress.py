@@ -95,6 +95,6 @@ def _bars(unit: str, *, text: bool = False) -> RichProgress:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit)]
+    columns = [TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TextColumn(unit)]
     columns += [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
-    return Bars(*columns, *([TextColumn("{task.fields[text]}")] if text else []), console=open_log())
+    return Bars(*columns, *([TextColumn("{task.fields[text]}", markup=False)] if text else []), console=open_log())

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vla.terminal.output import emit, figures, open_log, show_facts, show_rows
+from vla.terminal.output import emit, figures, open_log, open_out, show_facts, show_rows
+
+if TYPE_CHECKING:  # rich is imported when something is shown
+    from rich.text import Text
 
 
-def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, fold: int | None = None) -> None:
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, fold: int | None = None) -> None:
     """Print a table. Column `fold` is broken anywhere rather than cut short: a command cut short cannot be typed."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(show_lines=fold is not None)
@@ -19,13 +21,13 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, fold: i
         table.add_column(column, overflow="fold" if at == fold else "ellipsis")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    open_out().print(table)
 
 
 def show_left_out(left_out: Mapping[str, str]) -> None:
     """Log the episodes that were left out."""
     for episode, reason in left_out.items():
-        open_log().print(f"left out {episode}: {reason}", highlight=False, markup=False)
+        open_log().print(f"left out {episode}: {reason}", highlight=False)
 
 
 def show_featurized(root: str | Path, report: Mapping[str, Any], left_out: Mapping[str, str], as_json: bool) -> None:
@@ -72,7 +74,7 @@ def show_groups(out: Path, groups: Mapping[str, tuple[Path, int, Mapping[str, fl
 def show_findings(findings: Iterable[str]) -> None:
     """Log findings, one a line, as they are."""
     for finding in findings:
-        open_log().print(finding, highlight=False, markup=False)
+        open_log().print(finding, highlight=False)
 
 
 def show_repair(store: str, found: Iterable[str], removed: Iterable[object], dropped: str, missing: str) -> None:
@@ -103,16 +105,20 @@ def show_check(facts: Mapping[str, Any], findings: Sequence[str], source: str) -
 
 def print_line(text: str) -> None:
     """Print one line on stdout."""
-    from rich.console import Console
+    open_out().print(text, highlight=False)
 
-    Console().print(text, highlight=False, markup=False)
+
+def _entry(name: str, summary: str) -> Text:
+    from rich.text import Text
+
+    return Text.assemble(f"{name}\n", (summary, "dim"))
 
 
 def show_backbones(entries: Mapping[str, Mapping[str, Any]]) -> None:
     """Print the table of `vla backbones`."""
     rows = [
         (
-            f"{name}\n[dim]{entry['summary']}[/]",
+            _entry(name, entry["summary"]),
             entry["features"],
             entry["parameters"],
             f"{entry['code_licence']}; {entry['weights_licence']}",
@@ -128,7 +134,7 @@ def show_heads(rows: Sequence[Mapping[str, Any]]) -> None:
     """Print the table of `vla heads`."""
     cells = [
         (
-            f"{row['head']}\n[dim]{row['summary']}[/]",
+            _entry(row["head"], row["summary"]),
             "\n".join(row["needs"]).replace("`", ""),
             "\n".join(row["commands"]) or "vla featurize --backbone any",
         )
@@ -141,10 +147,7 @@ def show_heads(rows: Sequence[Mapping[str, Any]]) -> None:
 def show_fields(head: str, fields: Iterable[Mapping[str, str]]) -> None:
     """Print every setting of a head."""
     rows = [(f"{field['name']}\n  = {field['default']}", f"{field['text']}\n{field['type']}") for field in fields]
-    # A bracket is an axis or a list here, not the markup of a colour.
-    show_table(
-        ("setting = default", "meaning, and type"), [tuple(cell.replace("[", "\\[") for cell in row) for row in rows]
-    )
+    show_table(("setting = default", "meaning, and type"), rows)
     print_line(f"{head} takes them as --set NAME=VALUE or from --config; train.* are those with defaults of its own.")
 
 
@@ -179,7 +182,6 @@ def _short(count: int) -> str:
 
 def show_dims(groups: Mapping[tuple[int, int], Sequence[Any]]) -> None:
     """Print the table of `vla action-dims`: tasks grouped by (size of action, size of state)."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("action", "state", "task", "episodes", "components of the action")
@@ -187,4 +189,4 @@ def show_dims(groups: Mapping[tuple[int, int], Sequence[Any]]) -> None:
         for place, dims in enumerate(members):
             sizes = (str(action), str(state)) if place == 0 else ("", "")
             table.add_row(*sizes, dims.task, str(dims.episodes), ", ".join(dims.names), end_section=dims is members[-1])
-    Console().print(table)
+    open_out().print(table)

@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from vla.featurize.caches.base import CacheIndex
 from vla.featurize.caches.checks import (
     SKIP,
+    Rows,
     as_feature,
     as_steps,
     digest_files,
     feature_spec,
+    keep_usual_rows,
     natural,
     require_views,
 )
@@ -88,23 +90,21 @@ class ArraysCache:
         if not files or len({path.suffix for path in files}) > 1:
             found = "two kinds of files" if files else "no arrays"
             raise SourceError(f"{self._root} holds {found}", expected="one .npy or .safetensors an episode")
-        rows: dict[str, tuple[tuple[int, ...], str]] = {}
-        episodes, skipped = [], {}
-        for path in sorted(files, key=lambda file: natural(file.stem)):
+        found_rows: dict[str, tuple[int, Rows]] = {}
+        skipped: dict[str, str] = {}
+        by_stem = {path.stem: path for path in sorted(files, key=lambda file: natural(file.stem))}
+        for name, path in by_stem.items():
             try:
-                found_rows, length = self._rows(path)
-                if rows and found_rows != rows:
-                    raise SourceError(f"{path} holds {found_rows}", expected=f"{rows} as in {files[0].name}", fix=SKIP)
+                found_rows[name] = self._rows(path)
             except SourceError as error:
                 if not self._skip_bad:
                     raise
-                skipped[path.stem] = str(error)
-                continue
-            rows = found_rows
-            self._files.append(path)
-            episodes.append(Episode(path.stem, length, self._task))
-        if not episodes:
+                skipped[name] = str(error)
+        if not found_rows:
             raise SourceError(f"{self._root} has no sound array: {next(iter(skipped.values()))}")
+        rows = keep_usual_rows(found_rows, lambda name: str(by_stem[name]), skipped, skip_bad=self._skip_bad)
+        self._files = [by_stem[name] for name in found_rows]
+        episodes = [Episode(name, length, self._task) for name, (length, _) in found_rows.items()]
         features, steps = {}, {}
         for name, (shape, dtype) in rows.items():
             if name in STEPS and self._files[0].suffix == ".safetensors":
@@ -116,8 +116,8 @@ class ArraysCache:
             raise SourceError(f"{self._files[0]} holds no feature", expected=f"an array beside {', '.join(STEPS)}")
         return CacheIndex(None, self._cameras, tuple(episodes), features, steps, skipped)
 
-    def _rows(self, path: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], int]:
-        """Return ({name: (shape of a row, dtype)}, length) of a file."""
+    def _rows(self, path: Path) -> tuple[int, Rows]:
+        """Return (length, {name: (shape of a row, dtype)}) of a file."""
         shapes = _shapes(path, self._feature)
         lengths = {shape[0] for shape, _ in shapes.values() if shape}
         if len(lengths) != 1 or any(len(shape) < 2 for shape, _ in shapes.values()):
@@ -126,7 +126,7 @@ class ArraysCache:
         length = lengths.pop()
         if length < 1:
             raise SourceError(f"{path} has no frames", expected="at least one", fix=SKIP)
-        return {name: (shape[1:], dtype) for name, (shape, dtype) in sorted(shapes.items())}, length
+        return length, {name: (shape[1:], dtype) for name, (shape, dtype) in sorted(shapes.items())}
 
 
 def map_npy(path: Path) -> NDArray[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,13 @@ from numpy.typing import NDArray
 from vla.featurize.backbones.base import FeatureSpec
 from vla.featurize.sources.files import digest_files as digest_files
 from vla.featurize.sources.files import natural as natural
+from vla.featurize.sources.usual_shape import keep_usual
 from vla.stores.errors import SourceError, UsageError
 
 SKIP = "--skip-bad leaves the episode out"
+
+Rows = dict[str, tuple[tuple[int, ...], str]]
+"""{array: (shape of a row, dtype)} of an episode."""
 
 _STORED = {"float16": "float16", "float32": "float32", "float64": "float32", "uint8": "float16"}
 """What a store keeps of each type. uint8 fits float16 exactly; float64 is rounded to float32."""
@@ -46,6 +50,22 @@ def as_steps(values: NDArray[Any], shape: tuple[int, ...], where: str) -> NDArra
         steps = values.astype(np.float32)
     require_finite(steps, where, 0)
     return steps
+
+
+def keep_usual_rows(
+    found: dict[str, tuple[int, Rows]], where: Callable[[str], str], skipped: dict[str, str], *, skip_bad: bool
+) -> Rows:
+    """Leave out the episodes whose rows are not like most others'; return what most are like.
+
+    `found` is {id: (frames, rows)} and loses them, `where` says where an episode lies, `skipped` gains the reasons.
+    Raises `SourceError` naming the first of them unless `skip_bad`.
+    """
+
+    def differs(name: str, model: str) -> SourceError:
+        usual = f"{found[model][1]} as most have, such as {model}"
+        return SourceError(f"{where(name)} has rows {found[name][1]}", expected=usual, fix=SKIP)
+
+    return found[keep_usual(found, lambda one: tuple(sorted(one[1].items())), differs, skipped, skip_bad=skip_bad)][1]
 
 
 def require_finite(rows: NDArray[Any], where: str, first: int) -> None:

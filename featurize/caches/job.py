@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from vla.featurize.backbones.base import BackboneSpec
 from vla.featurize.caches.base import Cache, CacheIndex
@@ -25,8 +24,10 @@ from vla.featurize.plan import Plan, StoreOptions, make_plan
 from vla.featurize.room import require_room
 from vla.featurize.run import Progress
 from vla.featurize.sources.base import Episode, Source, SourceIndex
-from vla.featurize.sources.registry import open_source
+from vla.featurize.sources.registry import open_source, places
+from vla.stores.debris import refuse_overwriting
 from vla.stores.errors import SourceError, UsageError
+from vla.stores.manifest import Rate
 from vla.stores.settings import Settings
 from vla.stores.unit_buffer import UnitBuffer
 from vla.stores.writer import StoreWriter, open_writer
@@ -47,7 +48,7 @@ class ImportConfig(Settings):
     map: dict[str, str] = {}
     source_options: dict[str, Any] = {}
     options: dict[str, Any] = {}
-    fps: float | None = Field(None, gt=0)
+    fps: Rate | None = None
     skip_bad: bool = False
     store: StoreOptions = StoreOptions()
 
@@ -80,11 +81,12 @@ def prepare(config: ImportConfig) -> ImportJob:
         options["skip_bad"] = True
     cache = open_cache(config.kind, config.path, **options)
     index = cache.index()
-    if bool(index.steps.get("action")) == (config.source is not None):
+    own = "action" in index.steps
+    if own == (config.source is not None):
         raise UsageError(
-            f"{config.path} has {'its own actions' if index.steps else 'no actions'}",
+            f"{config.path} has {'its own actions' if own else 'no actions'}",
             expected="actions from one place: the cache, or a source",
-            fix="leave --source out" if index.steps else "--source DEMONSTRATIONS of the same episodes",
+            fix="leave --source out" if own else "--source DEMONSTRATIONS of the same episodes",
         )
     digest = cache.digest()
     source = partner = None
@@ -121,7 +123,14 @@ def run(
     overwrite: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> ImportReport:
-    """Make the store at `root`. Raises `SourceError` on a damaged cache; what is committed stays committed."""
+    """Make the store at `root`. Raises `SourceError` on a damaged cache; what is committed stays committed.
+
+    Raises `UsageError` where `overwrite` would delete the cache or the source.
+    """
+    if overwrite:
+        refuse_overwriting(root, [job.config.path])
+        if job.source is not None:
+            refuse_overwriting(root, [*job.source.index().stores, *places(str(job.config.source))])
     refuse_shadowing(root)
     require_room(job.plan, root, overwrite=overwrite)
     report, began = ImportReport(), time.perf_counter()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from pathlib import Path
 from typing import Any, cast
 
 from vla.featurize.caches.base import Cache
+from vla.featurize.options import checked_options
 from vla.stores.errors import SourceError, UsageError
 from vla.stores.settings import nearest
 
@@ -23,7 +23,8 @@ CACHES: dict[str, str] = {
 def open_cache(kind: str, path: Path, **options: Any) -> Cache:
     """Open a cache; nothing is read yet. `options` are the keywords of the kind's class.
 
-    Raises `UsageError` for an unknown kind or option, `SourceError` where `path` does not exist.
+    Raises `UsageError` for an unknown kind or option or a value of another type, `SourceError` where `path` does not
+    exist.
     """
     if kind not in CACHES:
         raise UsageError(f"unknown kind {kind!r}{nearest(kind, CACHES)}", expected=f"one of {', '.join(CACHES)}")
@@ -31,9 +32,4 @@ def open_cache(kind: str, path: Path, **options: Any) -> Cache:
         raise SourceError(f"{path} does not exist", expected=f"a cache of kind {kind}")
     module, _, name = CACHES[kind].partition(":")
     cache = getattr(importlib.import_module(module), name)
-    known = [key for key, p in inspect.signature(cache).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    for key in options:
-        if key not in known:
-            hint = nearest(key, known)
-            raise UsageError(f"a {kind} cache has no option {key!r}{hint}", expected=f"one of {', '.join(known)}")
-    return cast(Cache, cache(path, **options))
+    return cast(Cache, cache(path, **checked_options(cache, options, f"{kind} cache")))

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.featurize.caches.base import CacheIndex
-from vla.featurize.caches.checks import SKIP, as_feature, digest_files, feature_spec, natural
+from vla.featurize.caches.checks import SKIP, Rows, as_feature, digest_files, feature_spec, keep_usual_rows, natural
 from vla.featurize.caches.zarr2 import Zarr2, open_zarr2
 from vla.featurize.sources.base import Episode
 from vla.stores.errors import SourceError
@@ -76,30 +76,32 @@ class WindowsCache:
         return {}
 
     def _read_index(self) -> CacheIndex:
-        episodes, skipped, shapes = [], {}, set()
+        arrays: dict[str, tuple[Zarr2, int]] = {}
+        found: dict[str, tuple[int, Rows]] = {}
+        skipped: dict[str, str] = {}
         folders = [path for pattern in ("episode_*.zarr", "*/episode_*.zarr") for path in self._root.glob(pattern)]
         if not folders:
             raise SourceError(f"{self._root} holds no episode_N.zarr", expected="[TASK/]episode_N.zarr")
         for folder in sorted(folders, key=lambda path: natural(path.relative_to(self._root).as_posix())):
             name = folder.relative_to(self._root).as_posix().removesuffix(".zarr")
             try:
-                array, stride = _open(folder)
+                array, stride = arrays[name] = _open(folder)
             except SourceError as error:
                 if not self._skip_bad:
                     raise
                 skipped[name] = str(error)
                 continue
-            shapes.add((array.shape[2:], array.dtype))
-            if len(shapes) > 1:
-                raise SourceError(f"{array.path} is {array.dtype} {array.shape}", expected="one grid in all episodes")
-            self._arrays.append((array, stride))
             frames = (array.shape[0] - 1) * stride + array.shape[1]
-            episodes.append(Episode(name, frames, folder.parent.name))
-        if not episodes:
+            found[name] = frames, {FEATURE: (array.shape[2:], array.dtype)}
+        if not found:
             raise SourceError(f"{self._root} has no sound episode: {next(iter(skipped.values()))}")
-        (shape, dtype) = shapes.pop()
-        features = {FEATURE: feature_spec(shape, dtype, False, FEATURE, str(self._root))}
-        return CacheIndex(None, (self._camera,), tuple(episodes), features, {}, skipped)
+        rows = keep_usual_rows(found, lambda name: str(arrays[name][0].path), skipped, skip_bad=self._skip_bad)
+        self._arrays = [arrays[name] for name in found]
+        episodes = tuple(
+            Episode(name, frames, arrays[name][0].path.parent.parent.name) for name, (frames, _) in found.items()
+        )
+        features = {FEATURE: feature_spec(*rows[FEATURE], False, FEATURE, str(self._root))}
+        return CacheIndex(None, (self._camera,), episodes, features, {}, skipped)
 
 
 def _open(folder: Path) -> tuple[Zarr2, int]:

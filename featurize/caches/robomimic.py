@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from vla.featurize.caches.base import CacheIndex
 from vla.featurize.caches.checks import (
     SKIP,
+    Rows,
     as_feature,
     as_steps,
     digest_files,
     feature_spec,
+    keep_usual_rows,
     natural,
     require_views,
 )
@@ -103,30 +105,29 @@ class RobomimicCache:
                 expected="the observations to import",
                 fix="--set options.features.NAME=KEY",
             )
-        episodes: list[Episode] = []
+        found: dict[str, tuple[int, Rows]] = {}
         skipped: dict[str, str] = {}
-        shapes: dict[str, tuple[tuple[int, ...], str]] = {}
         for demo in demos:
             try:
-                found = self._shapes(file, demo)
-                lengths = {shape[0] for shape, _ in found.values()}
-                rows = {key: (shape[1:], dtype) for key, (shape, dtype) in found.items()}
-                if len(lengths) > 1 or (shapes and rows != shapes):
-                    what = {key: shape for key, (shape, _) in found.items()}
+                shapes = self._shapes(file, demo)
+                lengths = {shape[0] for shape, _ in shapes.values()}
+                if len(lengths) > 1:
+                    what = {key: shape for key, (shape, _) in shapes.items()}
                     raise SourceError(f"{self._path}:data/{demo} has shapes {what}", expected="one length", fix=SKIP)
             except SourceError as error:
                 if not self._skip_bad:
                     raise
                 skipped[demo] = str(error)
                 continue
-            shapes = rows
-            episodes.append(Episode(demo, lengths.pop(), self._task))
-        if not episodes:
+            found[demo] = lengths.pop(), {key: (shape[1:], dtype) for key, (shape, dtype) in shapes.items()}
+        if not found:
             raise SourceError(f"{self._path} has no sound demonstration", expected="data/demo_N")
-        fps, steps = control_frequency(file), self._step_specs(shapes)
-        return CacheIndex(fps, self._cameras, tuple(episodes), self._specs(shapes), steps, skipped)
+        rows = keep_usual_rows(found, lambda demo: f"{self._path}:data/{demo}", skipped, skip_bad=self._skip_bad)
+        episodes = tuple(Episode(demo, length, self._task) for demo, (length, _) in found.items())
+        fps, steps = control_frequency(file), self._step_specs(rows)
+        return CacheIndex(fps, self._cameras, episodes, self._specs(rows), steps, skipped)
 
-    def _shapes(self, file: h5py.File, demo: str) -> dict[str, tuple[tuple[int, ...], str]]:
+    def _shapes(self, file: h5py.File, demo: str) -> Rows:
         """Return {path below the demonstration: (shape, dtype)} of all that is imported."""
         keys = ["actions", *(f"obs/{key}" for key in (*self._features.values(), *self._state))]
         found = {}

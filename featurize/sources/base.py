@@ -54,7 +54,7 @@ class SourceIndex:
     `skipped` maps episode ids left out under `--skip-bad` to the reason.
     `mapping` is the resolved column mapping ({ours: theirs}); it enters the fingerprint. `extras` names what `views`
     gives beside the image; a source without any needs no such method (see `ViewSource`).
-    `pictures` is false where there are only extras.
+    `pictures` is false where there are only extras. `stores` are the folders or URLs of stores that are read.
     """
 
     kind: str
@@ -68,6 +68,7 @@ class SourceIndex:
     skipped: Mapping[str, str] = field(default_factory=dict)
     extras: tuple[str, ...] = ()
     pictures: bool = True
+    stores: tuple[str, ...] = ()
 
 
 class Source(Protocol):

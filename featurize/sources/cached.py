@@ -64,6 +64,7 @@ class StoreSource:
             skipped=left_out | first.skipped,
             extras=tuple(self._stores.owner),
             pictures=False,
+            stores=tuple(store.place for store in self._stores.stores),
         )
 
     def digest(self) -> str:

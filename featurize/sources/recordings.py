@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from vla.featurize.sources.base import Episode, SourceIndex, StepSpec
 from vla.featurize.sources.camera_files import CameraFiles
 from vla.featurize.sources.episode_checks import OTHER_CAMERA, SKIP
 from vla.featurize.sources.files import digest_files
+from vla.featurize.sources.usual_shape import keep_usual
 from vla.stores.errors import SourceError, UsageError
 
 CLOCK = {"timestamp": StepSpec((), "float64", "other"), "frame_index": StepSpec((), "int64", "other")}
@@ -131,15 +131,11 @@ class RecordedSource(ABC):
         if not found:
             first = next(iter(skipped.values()), "it holds no episode")
             raise SourceError(f"no episode of {self.root} is left; the first: {first}")
-        usual = Counter(recording.shape for recording in found.values()).most_common(1)[0][0]
-        model = next(name for name, recording in found.items() if recording.shape == usual)
-        for name, recording in list(found.items()):
-            if recording.shape != usual:
-                other = _other_shape(self.root / name, recording, found[model], model)
-                if not self._skip_bad:
-                    raise other
-                skipped[name] = str(other)
-                del found[name]
+
+        def differs(name: str, model: str) -> SourceError:
+            return _other_shape(self.root / name, found[name], found[model], model)
+
+        model = keep_usual(found, lambda recording: recording.shape, differs, skipped, skip_bad=self._skip_bad)
         self._recordings = list(found.values())
         return SourceIndex(
             kind=self.kind,

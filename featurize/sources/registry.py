@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from vla.featurize.options import checked_options, keywords
 from vla.featurize.sources.base import Source
 from vla.stores.errors import SourceError, UsageError
 from vla.stores.settings import nearest
@@ -73,7 +73,8 @@ def open_source(spec: str | Path, **options: Any) -> Source:
 
     `options` go to the source: `map` {our name: their column}, `cameras`, `skip_bad` for LeRobot. Those that are None
     or empty count as not given, and so does False for an option the source has not. Raises `SourceError` for a path
-    that is missing or of no known layout, saying what it holds; `UsageError` for options that the source has not.
+    that is missing or of no known layout, saying what it holds; `UsageError` for options that the source has not, or
+    of another type than it declares.
     """
     given = {key: value for key, value in options.items() if value is not None}
     given = {key: value for key, value in given.items() if value != {} and value != () and value != []}
@@ -89,9 +90,14 @@ def shipped() -> Path:
     return path
 
 
+def places(spec: str | Path) -> tuple[Path, ...]:
+    """Return the file or folder that `spec` names; none for a source that needs none. Raises as `open_source` does."""
+    return _parse(spec)[1]
+
+
 def option_names(spec: str | Path) -> list[str]:
     """Return the names of the options that the source of `spec` takes. Raises as `open_source` does."""
-    return _options_of(_class_of(_parse(spec)[0]))
+    return keywords(_class_of(_parse(spec)[0]))
 
 
 def _parse(spec: str | Path) -> tuple[str, tuple[Path, ...], dict[str, Any]]:
@@ -104,6 +110,9 @@ def _parse(spec: str | Path) -> tuple[str, tuple[Path, ...], dict[str, Any]]:
             raise SourceError(f"{text} does not exist", expected=SOURCES[kind].layout, fix=f"--source {kind}:PATH")
         return kind, (Path(text),), {}
     path = Path(spec)
+    if isinstance(spec, str) and colon and re.fullmatch(r"[A-Za-z][\w-]*", kind) and not path.exists():
+        known = f"KIND:PATH with one of {', '.join(SOURCES)}, or a path that exists"
+        raise UsageError(f"no kind of source {kind!r}{nearest(kind, SOURCES)}", expected=known)
     return _kind_of(path), (path,), {}
 
 
@@ -162,16 +171,8 @@ def _class_of(kind: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _options_of(source: Any) -> list[str]:
-    return [key for key, p in inspect.signature(source).parameters.items() if p.kind is p.KEYWORD_ONLY]
-
-
 def _make(kind: str, place: tuple[Path, ...], options: dict[str, Any]) -> Source:
     source = _class_of(kind)
-    known = _options_of(source)
+    known = keywords(source)
     options = {key: value for key, value in options.items() if key in known or value is not False}
-    for key in options:
-        if key not in known:
-            hint = nearest(key, known)
-            raise UsageError(f"a {kind} source has no option {key!r}{hint}", expected=f"one of {', '.join(known)}")
-    return cast(Source, source(*place, **options))
+    return cast(Source, source(*place, **checked_options(source, options, f"{kind} source")))

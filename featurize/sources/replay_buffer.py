@@ -22,6 +22,7 @@ from vla.featurize.caches.zarr2 import Zarr2, open_zarr2
 from vla.featurize.image import Image
 from vla.featurize.sources.base import Episode, Role, SourceIndex, StepSpec
 from vla.stores.errors import SourceError, UsageError
+from vla.stores.manifest import Rate
 from vla.stores.settings import nearest
 
 ROLES: dict[str, Role] = {"action": "action", "state": "state", "privileged": "privileged"}
@@ -69,7 +70,7 @@ class ReplayBufferSource:
         state: Sequence[str] | None = None,
         privileged: Sequence[str] = (),
         picture_range: Literal[1, 255] = 255,
-        fps: float | None = None,
+        fps: Rate | None = None,
         task: str = "",
         skip_bad: bool = False,
     ) -> None:

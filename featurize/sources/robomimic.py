@@ -10,9 +10,11 @@ Layout: https://robomimic.github.io/docs/datasets/overview.html. Links out of th
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -23,7 +25,9 @@ from vla.featurize.hdf5 import SKIP, dataset, group, opened
 from vla.featurize.image import Image
 from vla.featurize.robosuite_attributes import control_frequency, instruction
 from vla.featurize.sources.base import Episode, Role, SourceIndex, StepSpec
+from vla.featurize.sources.usual_shape import keep_usual
 from vla.stores.errors import SourceError, UsageError
+from vla.stores.manifest import Rate
 from vla.stores.settings import nearest
 
 HONEST = ("eef_pos", "eef_quat", "gripper_qpos")
@@ -66,7 +70,7 @@ class RobomimicSource:
         state: Sequence[str] | None = None,
         filter: str | None = None,
         task: str | None = None,
-        fps: float | None = None,
+        fps: Rate | None = None,
         flip: bool = False,
         skip_bad: bool = False,
     ) -> None:
@@ -126,24 +130,26 @@ class RobomimicSource:
         cameras = self._choose_cameras(observed)
         columns = self._choose_columns(observed)
         task = self._task if self._task is not None else instruction(file)
-        widths: dict[str, int] = {}
-        episodes: list[Episode] = []
+        found: dict[str, dict[str, tuple[int, ...]]] = {}
         skipped: dict[str, str] = {}
         for demo in demos:
             try:
-                shapes = self._check(file, demo, cameras, columns)
-                found = {name: shapes[name][1] for name in columns}
-                if widths and found != widths:
-                    raise SourceError(f"{self._path}:data/{demo} is {found} wide", expected=f"{widths}", fix=SKIP)
+                found[demo] = self._check(file, demo, cameras, columns)
             except SourceError as error:
                 if not self._skip_bad:
                     raise
                 skipped[demo] = str(error)
-                continue
-            widths = found
-            episodes.append(Episode(demo, shapes["action"][0], task))
-        if not episodes:
+        if not found:
             raise SourceError(f"every demonstration of {self._path} is bad; the first: {next(iter(skipped.values()))}")
+
+        def differs(demo: str, model: str) -> SourceError:
+            others = {name: shape[1:] for name, shape in found[demo].items() if shape[1:] != found[model][name][1:]}
+            usual = {name: found[model][name][1:] for name in others}
+            what = f"{self._path}:data/{demo} has rows of shape {others}"
+            return SourceError(what, expected=f"{usual} as most have, such as {model}", fix=SKIP)
+
+        model = keep_usual(found, _row_shapes, differs, skipped, skip_bad=self._skip_bad)
+        widths = {name: found[model][name][1] for name in columns}
         names = {ours: "+".join(paths) for ours, paths in columns.items()}
         names |= ({"flip": "true"} if self._flip else {}) | ({"filter": self._filter} if self._filter else {})
         index = SourceIndex(
@@ -151,7 +157,7 @@ class RobomimicSource:
             root=str(self._path),
             fps=self._frequency(file),
             cameras=tuple(cameras),
-            episodes=tuple(episodes),
+            episodes=tuple(Episode(demo, shapes["action"][0], task) for demo, shapes in found.items()),
             steps={name: StepSpec((width,), "float32", ROLES[name]) for name, width in widths.items()},
             mapping=names,
             skipped=skipped,
@@ -179,17 +185,12 @@ class RobomimicSource:
         return kept
 
     def _observations(self, file: h5py.File, demos: Sequence[str]) -> dict[str, h5py.Dataset]:
-        """Return {key: data set} of the first demonstration that has observations; the others have to be alike."""
-        for demo in demos:
-            node = file["data"].get(demo, getlink=True)
-            if type(node) is not h5py.HardLink or "obs" not in file[f"data/{demo}"]:
-                continue  # `_check` says what is wrong with it
-            return {
-                key: dataset(file, f"data/{demo}/obs/{key}")
-                for key in group(file, f"data/{demo}/obs", LAYOUT)
-                if isinstance(file[f"data/{demo}/obs"].get(key, getlink=True), h5py.HardLink)
-                and file[f"data/{demo}/obs"].get(key, getclass=True) is h5py.Dataset
-            }
+        """Return {key: data set} of a demonstration whose observations are like most others'."""
+        seen = {demo: there for demo in demos if (there := _observed(file, demo))}
+        if seen:
+            usual = Counter(seen.values()).most_common(1)[0][0]
+            demo = next(demo for demo, there in seen.items() if there == usual)
+            return {key: dataset(file, f"data/{demo}/obs/{key}") for key, *_ in usual}
         raise SourceError(
             f"{self._path} has no observations",
             expected=f"{LAYOUT}, with pictures",
@@ -235,16 +236,16 @@ class RobomimicSource:
     def _check(
         self, file: h5py.File, demo: str, cameras: dict[str, str], columns: dict[str, tuple[str, ...]]
     ) -> dict[str, tuple[int, ...]]:
-        """Return {column or camera: shape} of a demonstration whose numbers hold and whose lengths agree."""
+        """Return {column or obs/KEY of a camera: shape} of a demonstration whose numbers and lengths hold."""
         shapes: dict[str, tuple[int, ...]] = {}
         for name, values in self._steps(file, demo, columns).items():
             shapes[name] = values.shape
-        for camera, key in cameras.items():
+        for key in cameras.values():
             data = dataset(file, f"data/{demo}/obs/{key}")
             if not _is_picture(data):
                 found = f"{data.dtype} {data.shape}"
                 raise SourceError(f"{self._path}:{data.name} is {found}", expected="uint8 [T, H, W, 3]", fix=SKIP)
-            shapes[camera] = data.shape
+            shapes[f"obs/{key}"] = data.shape
         if len({shape[0] for shape in shapes.values()}) > 1 or shapes["action"][0] < 1:
             raise SourceError(f"{self._path}:data/{demo} has shapes {shapes}", expected="one length", fix=SKIP)
         return shapes
@@ -272,6 +273,26 @@ class RobomimicSource:
                 f"{self._path} does not say its control frequency", expected="Hz", fix="--set source_options.fps=20"
             )
         return fps
+
+
+def _observed(file: h5py.File, demo: str) -> tuple[tuple[str, int, str], ...]:
+    """Return (key, axes, dtype) of each array among a demonstration's observations.
+
+    Nothing where there are none; `RobomimicSource._check` then says what is wrong with the demonstration.
+    """
+    there: Any = file
+    for name in ("data", demo, "obs"):
+        if not isinstance(there, h5py.Group) or type(there.get(name, getlink=True)) is not h5py.HardLink:
+            return ()
+        there = there[name]
+    if not isinstance(there, h5py.Group):
+        return ()
+    arrays = {key: there[key] for key in there if type(there.get(key, getlink=True)) is h5py.HardLink}
+    return tuple((key, data.ndim, data.dtype.str) for key, data in arrays.items() if isinstance(data, h5py.Dataset))
+
+
+def _row_shapes(shapes: dict[str, tuple[int, ...]]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((name, shape[1:]) for name, shape in shapes.items())
 
 
 def _is_picture(data: h5py.Dataset) -> bool:

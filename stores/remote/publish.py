@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vla.stores.commits import Commit
+from vla.stores.debris import CONTENTS
 from vla.stores.errors import StoreError, UsageError
 from vla.stores.filesystem import explaining, writer_lock
 from vla.stores.layout import CLAIMS, COMMITS, LOCK, commit_file
@@ -28,9 +29,6 @@ from vla.stores.remote.options import RemoteOptions
 from vla.stores.tables import EpisodeTable
 from vla.stores.unit_buffer import UnitBuffer
 from vla.stores.writer import StoreWriter, open_writer
-
-_CONTENTS = {"frames", "steps", "checksums", "stats", "scales", "episodes", "tasks", COMMITS}
-"""What may lie below the URL without a root `zarr.json`: a store whose making or deleting was cut short."""
 
 
 class RemoteWriter(StoreWriter):
@@ -115,7 +113,8 @@ def _require_usable(bucket: Bucket, objects: Mapping[str, ObjectInfo], *, resume
             fix = "--resume to go on with it, --overwrite to replace it, or another --out"
             raise UsageError(f"{bucket.url} exists", fix=fix)
         return
-    foreign = sorted(path for path in objects if path.partition("/")[0] not in _CONTENTS)
+    # Without a root `zarr.json` there may lie a store whose making or deleting was cut short, and nothing else.
+    foreign = sorted(path for path in objects if path.partition("/")[0] not in CONTENTS)
     if foreign:
         raise StoreError(f"{bucket.url} is no store and holds {foreign[0]}", fix="another --out or --name")
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from safetensors.numpy import load_file, save_file
 
 from vla.featurize.caches.job import ImportConfig, prepare, run
+from vla.featurize.caches.registry import open_cache
 from vla.stores.errors import SourceError, UsageError
 
 
@@ -192,3 +194,72 @@ def test_a_source_of_other_lengths_is_refused(make_cache, memory_path):
     made = make_cache("rgb2pc-windows")
     other = {"source_options": {"episodes": 3, "length": [3, 3]}}
     _refused(made, memory_path, "'episode_0' of .* has 13 frames; expected 3", **other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"options": {"features": 5}}, "the robomimic cache: features = 5: Input should be"),
+        ({"options": {"features": "feat"}}, "the robomimic cache: features = 'feat': Input should be"),
+        ({"options": {"features": {"c": 5}}}, "the robomimic cache: features.c = 5: Input should be"),
+        ({"options": {"cameras": 5}}, "the robomimic cache: cameras = 5: Input should be a list of names"),
+        ({"options": {"task": 5}}, "the robomimic cache: task = 5: Input should be"),
+        ({"fps": float("inf")}, "fps = inf: Input should be a finite number"),
+        ({"store": {"unit_mb": float("inf")}}, "unit_mb = inf: Input should be a finite number"),
+    ],
+)
+def test_options_of_another_type_are_refused_in_one_line(changes, match, make_cache, memory_path):
+    _refused(make_cache("robomimic"), memory_path, match, UsageError, **changes)
+
+
+def test_one_camera_may_be_named_alone_and_a_truth_written_as_text(make_cache):
+    made = make_cache("robomimic")
+    options = made.settings["options"] | {"cameras": "front", "has_views": "False"}
+    manifest = prepare(ImportConfig.build({**made.settings, "options": options})).plan.manifest
+    assert (manifest.cameras, manifest.features["embedding"].shape) == (("front",), (1, 2, 6))
+
+
+def _spoil_robomimic(path, number):
+    with h5py.File(path, "a") as file:
+        length = len(file[f"data/demo_{number}/actions"])
+        del file[f"data/demo_{number}/obs/embedding"]
+        file[f"data/demo_{number}/obs/embedding"] = np.zeros((length, 2, 7), np.float32)
+    return f"demo_{number}"
+
+
+def _spoil_arrays(path, number):
+    file = path / f"episode_{number}.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"tokens": np.zeros((len(tensors["action"]), 5, 9), np.float16)}, file)
+    return f"episode_{number}"
+
+
+@pytest.mark.parametrize("number", [8, 9, 10])
+@pytest.mark.parametrize(("kind", "spoil"), [("robomimic", _spoil_robomimic), ("arrays", _spoil_arrays)])
+def test_the_shape_of_most_episodes_counts_wherever_the_odd_one_lies(kind, spoil, number, make_cache, memory_path):
+    made = make_cache(kind)
+    odd = spoil(made.settings["path"], number)
+    _refused(made, memory_path, f"{odd}.* has rows .* as most have, such as")
+    job = prepare(ImportConfig.build({**made.settings, "skip_bad": True}))
+    assert list(job.plan.skipped) == [odd]
+    assert len(job.plan.episodes) == 2
+
+
+def test_the_grid_of_most_windows_counts_though_the_first_is_another(make_cache):
+    path = make_cache("rgb2pc-windows").settings["path"]
+    group = zarr.open_group(path / "episode_0.zarr", mode="a", zarr_format=2)
+    shape = (*group["per_frame_features"].shape[:-1], 5)
+    group.create_array("per_frame_features", shape=shape, dtype="f2", chunks=(1, *shape[1:]), overwrite=True)[:] = 1
+    with pytest.raises(SourceError, match=r"episode_0\.zarr.* has rows .* as most have, such as episode_1"):
+        open_cache("rgb2pc-windows", path).index()
+    index = open_cache("rgb2pc-windows", path, skip_bad=True).index()
+    assert list(index.skipped) == ["episode_0"]
+    assert index.features["grid"].shape == (2, 3, 4)
+
+
+def test_a_cache_of_states_without_actions_needs_a_source(tmp_path):
+    save_file(
+        {"tokens": np.zeros((4, 5), np.float16), "state": np.zeros((4, 2), np.float32)}, tmp_path / "a.safetensors"
+    )
+    with pytest.raises(UsageError, match=r"has no actions; .* Try: --source DEMONSTRATIONS"):
+        prepare(ImportConfig.build({"kind": "arrays", "path": tmp_path, "fps": 10}))

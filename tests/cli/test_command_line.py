@@ -6,13 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
 
 from vla.cli import app
 from vla.stores.errors import UsageError
+from vla.terminal import output, reports
 from vla.terminal.run_app import run_app
 
 COMMANDS = sorted(command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands)
@@ -129,3 +132,48 @@ def test_a_reader_that_has_had_enough_is_no_error(words: list[str]) -> None:
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=30, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+EVIL = "put the [red] cube [/into] the :warning: [box"
+DIMS = SimpleNamespace(task=EVIL, episodes=1, names=(EVIL,))
+PLAN = {"out": EVIL, "episodes": 1, "frames": 2, "views": 1, "features": {EVIL: [1, "float16"]}, "units": 1}
+PLAN |= {"unit_rows": 2, "bytes": 1, "files": 1, "weights_licence": EVIL}
+RAN = {"units": 1, "frames": 1, "frames_per_s": 1.0, "busy": {}, "bottleneck": EVIL}
+SHOWN: dict[str, Callable[[], None]] = {
+    "facts": lambda: output.show_facts({"tasks": EVIL, "all": [EVIL]}),
+    "rows": lambda: output.show_rows(EVIL, [{"name": EVIL, "mean": 1.0}]),
+    "plan": lambda: output.show_plan(PLAN, False),
+    "table": lambda: reports.show_table([EVIL], [[EVIL]]),
+    "made": lambda: reports.show_made(Path(EVIL), {}, EVIL, False, {EVIL: EVIL}),
+    "featurized": lambda: reports.show_featurized(Path(EVIL), RAN, {}, False),
+    "nothing missing": lambda: reports.show_featurized(Path(EVIL), RAN | {"units": 0}, {}, False),
+    "trained": lambda: reports.show_trained(Path(EVIL), 1, {EVIL: 1.0}, {}, False),
+    "groups": lambda: reports.show_groups(Path(), {"a": (Path(EVIL), 1, {EVIL: 1.0})}, False),
+    "findings": lambda: reports.show_findings([EVIL]),
+    "repair": lambda: reports.show_repair(EVIL, [EVIL], [], "", ""),
+    "check": lambda: reports.show_check({"tasks": EVIL}, [], EVIL),
+    "line": lambda: reports.print_line(EVIL),
+    "fields": lambda: reports.show_fields(EVIL, [{"name": EVIL, "default": EVIL, "text": EVIL, "type": EVIL}]),
+    "parameters": lambda: reports.show_parameters({EVIL: (1, 1)}),
+    "dims": lambda: reports.show_dims({(1, 2): [DIMS]}),
+}
+
+
+@pytest.mark.parametrize("what", SHOWN)
+def test_texts_and_paths_are_shown_as_they_are(
+    what: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An instruction may hold brackets and colons, and so may the name of a folder."""
+    monkeypatch.setenv("COLUMNS", "400")
+    SHOWN[what]()
+    shown = capsys.readouterr()
+    assert EVIL in shown.out + shown.err
+    assert "\\" not in shown.out + shown.err
+
+
+def test_a_summary_stands_dim_below_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    reports.show_heads([{"head": "fm", "summary": "a [head]", "needs": ["[V, C]"], "commands": []}])
+    shown = capsys.readouterr().out
+    assert "a [head]" in shown
+    assert "[V, C]" in shown
+    assert "dim" not in shown

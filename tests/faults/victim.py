@@ -1,4 +1,4 @@
-"""A small `featurize` that is made to fail: run by the tests of this folder, in a process of its own.
+"""A small `featurize`, its episodes labelled, that is made to fail: run by these tests, in a process of its own.
 
     victim.py crash FOLDER PHASE WHEN     the process ends at each file-system operation that changes something
     victim.py error FOLDER PHASE STRIDE   every STRIDE-th operation, reading ones too, fails with an errno
@@ -45,7 +45,7 @@ from vla.stores.writer import StoreWriter, open_writer
 FORM, TOY = os.environ.get("VLA_FAULT_FORM", "zarr"), os.environ.get("VLA_FAULT_TOY") == "1"
 SOURCE = open_source("synthetic", episodes=3, length=(5, 9), image_size=8, seed=2)
 INDEX = SOURCE.index()
-EPISODES = EpisodeTable.plan(*zip(*((e.id, e.length, e.task) for e in INDEX.episodes), strict=True))
+EPISODES = EpisodeTable.plan(*zip(*((e.id, e.length, e.task, {"whole": e.task}) for e in INDEX.episodes), strict=True))
 MANIFEST = Manifest(
     rows=EPISODES.rows,
     unit_rows=8,

@@ -8,8 +8,8 @@ import torch
 
 from vla.featurize import batch_size
 from vla.featurize.batch_size import find_batch_size, largest_batch
-from vla.featurize.job import FeaturizeConfig, prepare, run
-from vla.stores.errors import MachineError
+from vla.featurize.job import FeaturizeConfig, choose_device, prepare, run
+from vla.stores.errors import MachineError, UsageError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SOURCE = "synthetic:episodes=2,length=[5,5],cameras=2,image_size=16"
@@ -69,3 +69,15 @@ def test_auto_makes_the_same_store_on_a_cpu(tmp_path: Path) -> None:
             [path.read_bytes() for path in sorted((tmp_path / str(size) / "frames").rglob("*")) if path.is_file()]
         )
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cuda:-1", "meta", "", "CPU"])
+def test_a_device_of_no_known_name_is_refused_in_one_line(name: str) -> None:
+    with pytest.raises(UsageError, match=f"^device {name!r}; expected auto, cpu, cuda or cuda:N$"):
+        choose_device(name)
+
+
+def test_a_gpu_that_is_not_there_is_named() -> None:
+    with pytest.raises(UsageError, match=r"'cuda:99' is not there; .*--set device=cpu"):
+        choose_device("cuda:99")
+    assert choose_device("cpu").type == "cpu"

@@ -13,7 +13,10 @@ import torch
 
 from vla.featurize.backbones.base import BackboneSpec, FeatureSpec
 from vla.featurize.backbones.registry import BACKBONES
+from vla.featurize.caches import job as caches
+from vla.featurize.caches.job import ImportConfig
 from vla.featurize.job import FeaturizeConfig, prepare, rebuild_backbone, run
+from vla.featurize.launch import Where, launch
 from vla.featurize.sources.registry import open_source
 from vla.featurize.sources.synthetic import SyntheticSource
 from vla.stores.errors import FingerprintError, SourceError, UsageError
@@ -171,3 +174,34 @@ def test_episodes_left_out_of_a_store_stay_out(tmp_path: Path, monkeypatch: pyte
     assert list(index.skipped) == ["episode_000001"]
     mixed = open_store(make(tmp_path / "mix", "mix", str(toy), source_options=options))
     np.testing.assert_array_equal(mixed.steps("action")[7:], open_store(toy).steps("action")[14:])
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("place", ["source", "joined", "above", "linked"])
+@pytest.mark.parametrize("workers", [None, 1])
+def test_a_store_that_is_read_is_never_overwritten(tmp_path: Path, place: str, workers: int | None) -> None:
+    """Neither the source, nor one joined to it, nor a store in whose folder it lies, nor through a link."""
+    outer = make(tmp_path / "outer", "toy")
+    toy, colour = make(outer / "toy", "toy"), make(tmp_path / "colour", "colour")
+    (tmp_path / "link").symlink_to(toy)
+    config = {"source": str(toy), "backbone": "mix", "source_options": {"join": [str(colour)]}}
+    job = prepare(FeaturizeConfig.build(config))
+    root = {"source": toy, "joined": colour, "above": outer, "linked": tmp_path / "link"}[place]
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match=f"^--overwrite of {root} would delete {tmp_path}.*Try: another --out"):
+        launch(job, root, Where(workers), resume=False, overwrite=True, accept=True)
+    assert contents(tmp_path) == before
+
+
+def test_a_store_that_gives_an_import_its_actions_is_never_overwritten(tmp_path: Path) -> None:
+    source, before = make(tmp_path / "toy", "toy"), contents(tmp_path / "toy")
+    (tmp_path / "cache").mkdir()
+    for episode in open_source(source).index().episodes:
+        np.save(tmp_path / "cache" / f"{episode.id}.npy", np.zeros((episode.length, 3), np.float32))
+    job = caches.prepare(ImportConfig.build({"kind": "arrays", "path": tmp_path / "cache", "source": str(source)}))
+    with pytest.raises(UsageError, match=f"--overwrite of {source} would delete"):
+        caches.run(job, source, overwrite=True)
+    assert contents(source) == before

@@ -20,6 +20,7 @@ from vla.featurize.run import RunReport, featurize
 from vla.featurize.sources.base import Episode, SourceIndex, StepSpec
 from vla.stores import writer as writer_module
 from vla.stores.errors import DataError, MachineError, SourceError, VlaError
+from vla.stores.inspect import describe
 from vla.stores.store import Store, open_store
 from vla.stores.verify import verify_store
 from vla.stores.writer import open_writer
@@ -224,8 +225,8 @@ def test_resume_reads_only_the_rows_that_are_missing(
     source = FakeSource()
     report = run(tmp_path / "s", source, resume=True)
     assert report.frames == 16
-    assert source.frames_read[0] == (1, 3)
-    assert len(source.frames_read) == 16
+    assert source.frames_read[:3] == [(1, 3), (0, 0), (1, 4)]  # the source's first frame tells the size of all
+    assert len(source.frames_read) == 17
     assert files_of(tmp_path / "s") == files_of(tmp_path / "whole")
 
 
@@ -263,6 +264,18 @@ def test_an_episode_left_out_counts_in_no_statistic_of_its_unit(tmp_path: Path) 
     total = store.statistics("token")
     assert total.count == 15 * 2
     np.testing.assert_allclose(total.mean, store.read("token", rows).astype("f8").mean(axis=(0, 1, 2)), rtol=1e-12)
+
+
+def test_an_episode_that_breaks_in_its_second_unit_counts_with_its_rows_in_the_first(tmp_path: Path) -> None:
+    """Report, statistics and what is committed say the same number; only whole episodes are usable."""
+    report = run(tmp_path / "s", FakeSource(bad={1: 5}), skip_bad=True)  # rows 5 to 13, of which row 10 does not read
+    store = open_store(tmp_path / "s")
+    assert report.frames == np.count_nonzero(~store.left_out) == store.statistics("token").count / 2 == 18
+    assert describe(tmp_path / "s")["frames"] == 15
+    np.testing.assert_array_equal(
+        store.read("token", np.arange(5, 8)), [expected_token(1, frame) for frame in range(3)]
+    )
+    assert verify_store(tmp_path / "s").findings == []
 
 
 def test_several_bad_episodes_are_left_out_each_with_its_reason(tmp_path: Path) -> None:
@@ -403,6 +416,26 @@ def test_a_picture_of_another_size_is_refused(tmp_path: Path, batch_size: int) -
 
     with no_thread_left(), pytest.raises(VlaError, match="network input"):
         run(tmp_path / "s", backbone=Growing(), batch_size=batch_size)
+
+
+def test_which_pictures_are_of_another_size_does_not_depend_on_the_unit_that_comes_first(
+    tmp_path: Path, files_of: Callable[[Path], dict[str, bytes]]
+) -> None:
+    """Episode 1, in units 0 and 1, has larger pictures: alone in its unit or not, it is the one that is left out."""
+
+    class Taller(FakeBackbone):
+        def preprocess(self, image: Image) -> torch.Tensor:
+            taller = 50 <= image[0, 0, 0] < 100
+            return super().preprocess(np.pad(image, ((0, int(taller)), (0, 0), (0, 0)), mode="edge"))
+
+    plan, source = plan_of(FakeSource()), FakeSource()
+    for order in ((0, 1, 2), (1, 0, 2), (2, 1, 0)):
+        root = tmp_path / "".join(map(str, order))
+        for unit in order:  # each in a process of its own, as it were
+            with open_writer(root, plan.manifest, plan.episodes, resume=root.exists()) as writer:
+                featurize(source, Taller(), writer, plan.episodes, units=[unit], batch_size=3, skip_bad=True)
+        assert list(open_store(root).skipped) == ["episode-1"]
+        assert files_of(root) == files_of(tmp_path / "012")
 
 
 # ---- the plan's fingerprint ----

@@ -6,9 +6,11 @@ import os
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from vla.stores.errors import CorruptionError, FingerprintError, MachineError, StoreError, UsageError
@@ -108,6 +110,21 @@ def test_overwriting_replaces_the_store(
     other = make_store(memory_path / "other", lengths=(5,), source="source-b")
     write_remote(other, options, overwrite=True)
     assert content(bucket) == expected(other, files_of)
+
+
+def test_a_store_with_labels_whose_making_was_cut_short_is_made_again(
+    bucket: Any, local: Any, options: RemoteOptions, write_remote: Any, content: Any
+) -> None:
+    ids = local.episodes.ids
+    episodes = replace(local.episodes, label=np.arange(len(ids)), labels=tuple({"whole": name} for name in ids))
+    labelled = replace(local, episodes=episodes)
+    write_remote(labelled, options)
+    whole = content(bucket)
+    for path in whole:  # all but the metadata below the root
+        if path == "zarr.json" or path.startswith("commits/"):
+            del bucket.objects[f"some/s/{path}"]
+    write_remote(labelled, options)
+    assert content(bucket) == whole
 
 
 def test_a_folder_that_is_no_store_is_left_alone(

@@ -23,6 +23,7 @@ from vla.stores import writer as writer_module
 from vla.stores.errors import FingerprintError, MachineError, StoreError, UsageError
 from vla.stores.filesystem import explaining
 from vla.stores.shared_writer import SharedWriter, open_shared_writer
+from vla.stores.store import open_store
 from vla.stores.writer import open_writer
 
 SETTINGS = {"source": "synthetic:episodes=4,length=[8,8]", "backbone": "toy", "store": {"unit_rows": 8}}
@@ -254,6 +255,24 @@ def test_a_disk_that_takes_nothing_more_ends_the_run_at_once(
         run_share(job, memory_path / "s", "0/1")
     assert raised.value.exit_code == 4
     assert len(tried) == 1
+
+
+def test_a_share_counts_the_frames_that_it_committed(
+    job: Job, memory_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = SharedWriter.begin
+
+    def leave_out(writer: SharedWriter, unit: int) -> Any:
+        buffer = begin(writer, unit)
+        if unit == 1:  # one episode
+            buffer.leave_out(job.plan.episodes.ids[1], buffer.rows, "bad")
+        return buffer
+
+    monkeypatch.setattr(SharedWriter, "begin", leave_out)
+    with open_unit_maker(job, memory_path / "s") as maker:
+        report = maker.make([0, 1, 2, 3])
+    assert (report.run.frames, report.run.units) == (24, 4)
+    assert np.flatnonzero(open_store(memory_path / "s").left_out).tolist() == list(range(8, 16))
 
 
 def test_a_unit_that_fails_once_is_made(job: Job, memory_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

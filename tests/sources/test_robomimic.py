@@ -99,6 +99,37 @@ def test_flip_turns_what_libero_stores_upside_down(demo_file: Path) -> None:
     assert flipped.index().mapping != plain.index().mapping  # it enters the fingerprint
 
 
+@pytest.mark.parametrize(("said", "turned"), [("False", False), ("no", False), ("True", True), (False, False)])
+def test_a_truth_that_is_written_as_text_means_what_it_says(demo_file: Path, said: Any, turned: bool) -> None:
+    index = open_source(demo_file, flip=said).index()
+    assert ("flip" in index.mapping) == turned
+
+
+def test_one_name_alone_is_one_camera_and_one_state(demo_file: Path) -> None:
+    index = open_source(demo_file, cameras="agentview", state="robot0_eef_pos").index()
+    assert (index.cameras, index.steps["state"].shape) == (("agentview",), (3,))
+
+
+@pytest.mark.parametrize("option", [{"fps": rate} for rate in ("abc", 0, -1, float("inf"), float("nan"), True)])
+def test_a_rate_that_is_none_is_refused_in_one_line(demo_file: Path, option: dict[str, Any]) -> None:
+    for kind in ("robomimic", "replay-buffer"):
+        with pytest.raises(UsageError, match=f"^the {kind} source: fps = [^\\n]*$"):
+            open_source(f"{kind}:{demo_file}", **option)
+
+
+@pytest.mark.parametrize("option", [{name: 5} for name in ("cameras", "state", "filter", "task", "flip")])
+def test_options_of_another_type_are_refused_in_one_line(demo_file: Path, option: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"^the robomimic source: {next(iter(option))} = 5: Input [^\\n]*$"):
+        open_source(demo_file, **option)
+
+
+def test_a_file_whose_rate_is_infinite_does_not_say_its_rate(demo_file: Path) -> None:
+    with h5py.File(demo_file, "a") as file:
+        file["data"].attrs["env_args"] = '{"env_kwargs": {"control_freq": Infinity}}'
+    with pytest.raises(SourceError, match="does not say its control frequency"):
+        open_source(demo_file).index()
+
+
 def test_a_libero_file_gives_its_instruction_and_its_rgb_cameras(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "libero.hdf5", "w") as file:
         data = file.create_group("data")
@@ -144,6 +175,11 @@ def _narrow(file: h5py.File) -> None:
     file["data/demo_2/actions"] = np.zeros((5, 7))
 
 
+def _large(file: h5py.File) -> None:
+    del file["data/demo_2/obs/agentview_image"]
+    file["data/demo_2/obs/agentview_image"] = np.zeros((5, 12, 17, 3), np.uint8)
+
+
 def _floats(file: h5py.File) -> None:
     del file["data/demo_2/obs/agentview_image"]
     file["data/demo_2/obs/agentview_image"] = np.zeros((5, 3, 12, 16), np.float32)
@@ -178,7 +214,11 @@ def _elsewhere(file: h5py.File) -> None:
 BAD: list[tuple[Callable[[h5py.File], None], str]] = [
     (_nan, "demo_2/actions, frame 3 is NaN or infinite"),
     (_short, r"demo_2 has shapes .*expected one length"),
-    (_narrow, r"demo_2 is \{'action': 7.*expected \{'action': 14"),
+    (
+        _narrow,
+        r"demo_2 has rows of shape \{'action': \(7,\)\}; expected \{'action': \(14,\)\} as most have, such as demo_1",
+    ),
+    (_large, r"demo_2 has rows of shape \{'obs/agentview_image': \(12, 17, 3\)\}; expected .*\(12, 16, 3\)"),
     (_floats, r"agentview_image is float32 \(5, 3, 12, 16\).*expected uint8 \[T, H, W, 3\]"),
     (_no_actions, "demo_2/actions is missing"),
     (_external, "is a ExternalLink"),
@@ -231,3 +271,39 @@ def test_a_file_without_pictures_or_frequency_says_what_to_type(demo_file: Path)
             del file[f"data/{demo}/obs"]
     with pytest.raises(SourceError, match=r"has no observations.*vla record robosuite"):
         RobomimicSource(demo_file).index()
+
+
+def _another_camera(file: h5py.File, demo: str, length: int) -> None:
+    file[f"data/{demo}/obs/overhead_image"] = np.zeros((length, 12, 16, 3), np.uint8)
+
+
+def _another_size(file: h5py.File, demo: str, length: int) -> None:
+    del file[f"data/{demo}/obs/agentview_image"]
+    file[f"data/{demo}/obs/agentview_image"] = np.zeros((length, 16, 12, 3), np.uint8)
+
+
+def _another_width(file: h5py.File, demo: str, length: int) -> None:
+    del file[f"data/{demo}/actions"]
+    file[f"data/{demo}/actions"] = np.zeros((length, 7))
+
+
+@pytest.mark.parametrize("spoil", [_another_size, _another_width])
+@pytest.mark.parametrize("odd", LENGTHS)
+def test_the_shape_of_most_demonstrations_counts_wherever_the_odd_one_lies(
+    demo_file: Path, spoil: Callable[[h5py.File, str, int], None], odd: str
+) -> None:
+    with h5py.File(demo_file, "a") as file:
+        spoil(file, odd, LENGTHS[odd])
+    with pytest.raises(SourceError, match=f"{odd} has rows of shape"):
+        RobomimicSource(demo_file).index()
+    index = RobomimicSource(demo_file, skip_bad=True).index()
+    assert list(index.skipped) == [odd]
+    assert index.steps["action"].shape == (14,)
+
+
+@pytest.mark.parametrize("odd", LENGTHS)
+def test_cameras_are_those_of_most_demonstrations(demo_file: Path, odd: str) -> None:
+    wanted = RobomimicSource(demo_file).index().cameras
+    with h5py.File(demo_file, "a") as file:
+        _another_camera(file, odd, LENGTHS[odd])
+    assert RobomimicSource(demo_file).index().cameras == wanted

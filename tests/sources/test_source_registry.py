@@ -57,6 +57,9 @@ def test_synthetic_options_are_read_from_the_spec() -> None:
         ("synthetic:episodes=0", "episodes = 0"),
         ("synthetic:length=[5,3]", "least and the greatest"),
         ("synthetic:cameras=0", "cameras = 0"),
+        ("foo:/x", "no kind of source 'foo'; expected KIND:PATH with one of lerobot, "),
+        ("robomimik:demo.hdf5", "no kind of source 'robomimik', did you mean 'robomimic'"),
+        ("syntetic:episodes=3", "no kind of source 'syntetic', did you mean 'synthetic'"),
     ],
 )
 def test_wrong_options_are_usage_errors(spec: str, message: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from vla import cli
 from vla.stores import plain_zarr
 from vla.stores.convert import ConvertOptions, convert_store
 from vla.stores.errors import CorruptionError, FingerprintError, StoreError, UsageError
+from vla.stores.reader import FeatureReader
 from vla.stores.store import open_store
 from vla.stores.verify import verify_store
 from vla.stores.writer import open_writer
@@ -32,7 +35,12 @@ FORMS = [("zarr", "none"), ("zarr", "zstd"), ("h5", "none")]
 @pytest.fixture
 def made(memory_path: Path, make_store: Callable[..., Any]) -> Any:
     """A store of four features, one of each dtype, with an episode left out across two of its three units."""
-    made = make_store(memory_path / "s", features=EVERY_DTYPE, units=[])
+    return leaving_out(memory_path / "s", make_store, in_units=(0, 1))
+
+
+def leaving_out(root: Path, make_store: Callable[..., Any], in_units: tuple[int, ...]) -> Any:
+    """Make that store, the records of `in_units` leaving out the episode in rows 5 to 13."""
+    made = make_store(root, features=EVERY_DTYPE, units=[])
     with open_writer(made.root, made.manifest, made.episodes, resume=True) as writer:
         for unit in writer.pending():
             buffer = writer.begin(unit)
@@ -40,7 +48,7 @@ def made(memory_path: Path, make_store: Callable[..., Any]) -> Any:
             buffer.put(rows.start, {name: array[rows].astype(np.float32) for name, array in made.features.items()})
             for name, array in made.steps.items():
                 buffer.steps[name][: len(buffer.rows)] = array[rows]
-            if unit < 2:
+            if unit in in_units:
                 buffer.leave_out("episode-1", range(max(5, rows.start), min(14, rows.stop)), "cannot be decoded")
             writer.commit(buffer)
     return made
@@ -66,6 +74,43 @@ def test_there_and_back_again_gives_the_same_files(
     if back == ("zarr", "none"):
         assert files_of(memory_path / "b") == files_of(made.root)
     assert verify_store(memory_path / "b").findings == []
+
+
+@pytest.mark.parametrize("there", FORMS)
+def test_an_episode_left_out_in_one_of_its_units_alone_keeps_its_other_rows(
+    memory_path: Path,
+    make_store: Callable[..., Any],
+    there: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    files_of: Callable[[Path], dict[str, bytes]],
+) -> None:
+    root = leaving_out(memory_path / "s", make_store, in_units=(1,)).root
+    before, read = open_store(root), Counter[int]()
+    assert np.flatnonzero(before.left_out).tolist() == [*range(8, 14)]
+    assert not before.usable[1]
+    assert convert_store(root, memory_path / "a", options(*there)).rows == 14
+    convert_store(memory_path / "a", memory_path / "b", options("zarr"))
+    assert files_of(memory_path / "b") == files_of(root)
+    reading = FeatureReader.read
+
+    def noted(self: FeatureReader, rows: Any, out: Any) -> None:
+        read.update(rows.tolist())
+        reading(self, rows, out)
+
+    monkeypatch.setattr(FeatureReader, "read", noted)
+    assert verify_store(root).findings == []
+    assert sorted(read) == [*range(8), *range(14, 20)]  # every row that is committed is compared with its checksum
+    for name, (shape, _) in EVERY_DTYPE.items():
+        assert before.statistics(name).count == 14 * math.prod(shape[:-1])
+
+
+def test_plain_zarr_holds_the_rows_of_an_episode_left_out_elsewhere(
+    memory_path: Path, make_store: Callable[..., Any]
+) -> None:
+    store = open_store(leaving_out(memory_path / "s", make_store, in_units=(1,)).root)
+    convert_store(store.root, memory_path / "p", options("plain-zarr"))
+    plain: Any = zarr.open_array(memory_path / "p/frames/grid", mode="r")
+    np.testing.assert_array_equal(plain[:8], store.read("grid", np.arange(8)))
 
 
 def test_every_form_holds_the_same_values_and_fingerprint(memory_path: Path, made: Any) -> None:
@@ -126,13 +171,21 @@ def test_a_store_is_not_written_into_itself(memory_path: Path, made: Any, inside
     assert verify_store(made.root).findings == []
 
 
+def test_a_store_is_not_written_over_the_folder_it_lies_in(memory_path: Path, made: Any) -> None:
+    convert_store(made.root, memory_path / "o", options("h5"))
+    inner = made.root.rename(memory_path / "o" / "s")
+    with pytest.raises(UsageError, match=f"--overwrite of {memory_path / 'o'} would delete {inner}, which is read"):
+        convert_store(inner, memory_path / "o", options("h5"), overwrite=True)
+    assert verify_store(inner).findings == []
+
+
 @pytest.mark.parametrize("compression", ["none", "zstd"])
 def test_plain_zarr_holds_every_array_and_no_commit(
     memory_path: Path, made: Any, compression: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plain_zarr, "CHUNK_BYTES", 200)  # several chunks a unit
     report = convert_store(made.root, memory_path / "p", options("plain-zarr", compression))
-    assert (report.units, report.rows) == (3, 20)
+    assert (report.units, report.rows) == (3, 11)  # 20, of which 9 were left out
     store, group = open_store(made.root), zarr.open_group(memory_path / "p", mode="r")
     arrays = {path for path, member in group.members(max_depth=None) if isinstance(member, zarr.Array)}
     assert arrays == {
@@ -202,7 +255,7 @@ def test_the_command_prints_what_it_wrote(memory_path: Path, made: Any) -> None:
     command = ["convert", str(made.root), str(memory_path / "o"), "--format", "h5", "--json"]
     done = CliRunner().invoke(cli.app, command, catch_exceptions=False)
     facts = json.loads(done.stdout)
-    assert (facts["format"], facts["units"], facts["rows"]) == ("h5", 3, 20)
+    assert (facts["format"], facts["units"], facts["rows"]) == ("h5", 3, 11)
     assert facts["bytes"] == sum(path.stat().st_size for path in (memory_path / "o").rglob("*") if path.is_file())
     with pytest.raises(UsageError, match="vla convert: format = 'hdf'"):
         CliRunner().invoke(cli.app, [*command[:4], "hdf"], catch_exceptions=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,15 @@ def test_other_texts_make_another_store(tmp_path: Path) -> None:
         for name, texts in {"a": TEXTS, "b": TEXTS[::-1], "c": None}.items()
     }
     assert len(digests) == 3
+
+
+def test_plain_zarr_with_texts_is_replaced_and_recovers_like_any_other(tmp_path: Path) -> None:
+    root, options = write(tmp_path / "store", TEXTS), ConvertOptions(format="plain-zarr")
+    convert_store(root, tmp_path / "p", options)
+    shutil.copytree(tmp_path / "p", tmp_path / "p.partial")  # of a run that was killed
+    shutil.copytree(tmp_path / "p", tmp_path / "p.old.partial")
+    convert_store(root, tmp_path / "p", options, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p", "store"]
 
 
 def relabel(root: Path, path: str, values: np.ndarray[Any, Any], *, sign: bool) -> None:
