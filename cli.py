@@ -95,6 +95,7 @@ def import_(
     source: Annotated[str | None, opt.goes_in("Demonstrations that give the actions a cache lacks.")] = None,
     skip_bad: opt.SkipBad = False,
     dry_run: opt.DryRun = False,
+    yes: opt.Yes = False,
     resume: opt.Resume = False,
     overwrite: opt.Overwrite = False,
     config: opt.Config = None,
@@ -114,7 +115,7 @@ def import_(
     if dry_run:
         return
     with show_progress("import", "frames") as progress:
-        report = run(job, out, resume=resume, overwrite=overwrite, progress=progress)
+        report = run(job, out, resume=resume, overwrite=overwrite, accept=yes, progress=progress)
     left_out = {**job.plan.skipped, **report.skipped}
     said = f"{report.frames} frames in {report.units} units; {len(left_out)} episodes left out"
     reports.show_made(out, {**report.__dict__, "skipped": left_out, "out": str(out)}, said, as_json, left_out)

@@ -121,18 +121,20 @@ def run(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    accept: bool = False,
     progress: Progress = lambda done, total: None,
 ) -> ImportReport:
     """Make the store at `root`. Raises `SourceError` on a damaged cache; what is committed stays committed.
 
-    Raises `UsageError` where `overwrite` would delete the cache or the source.
+    Raises `UsageError` where `overwrite` would delete the cache or the source, and what `require_room` does where the
+    disk is too small (not with `accept`).
     """
     if overwrite:
         refuse_overwriting(root, [job.config.path])
         if job.source is not None:
             refuse_overwriting(root, [*job.source.index().stores, *places(str(job.config.source))])
     refuse_shadowing(root)
-    require_room(job.plan, root, overwrite=overwrite)
+    require_room(job.plan, root, overwrite=overwrite, accept=accept)
     report, began = ImportReport(), time.perf_counter()
     with open_writer(root, job.plan.manifest, job.plan.episodes, resume=resume, overwrite=overwrite) as writer:
         pending = writer.pending()

@@ -1,8 +1,10 @@
 """What is imported is what the cache holds, bit for bit; interrupted imports end like uninterrupted ones."""
 
 import json
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from vla.featurize.caches.job import ImportConfig, prepare, run
 from vla.featurize.caches.registry import CACHES
 from vla.featurize.job import rebuild_backbone
 from vla.featurize.sources.registry import open_source
-from vla.stores.errors import FingerprintError, UsageError
+from vla.stores.errors import FingerprintError, MachineError, UsageError
 from vla.stores.store import open_store
 from vla.stores.verify import verify_store
 
@@ -45,6 +47,17 @@ def test_a_store_holds_the_bits_of_the_cache(kind, make_cache, memory_path):
         source = open_source("synthetic", **made.settings["source_options"])
         wanted = np.concatenate([source.steps(e)["action"] for e in range(3)])
     assert np.array_equal(store.steps("action"), wanted.astype(np.float32))
+
+
+def test_an_import_wants_room_for_all_of_what_it_overwrites_unless_told_to_go_on(make_cache, memory_path, monkeypatch):
+    made = make_cache("arrays")
+    _import(made, memory_path / "store")
+    job = prepare(ImportConfig.build({**made.settings, "store": {"unit_rows": 4, "dtype": "float32"}}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=-(2**30)))
+    with pytest.raises(MachineError, match="without the old store"):
+        run(job, memory_path / "store", overwrite=True)
+    assert open_store(memory_path / "store").commits
+    assert run(job, memory_path / "store", overwrite=True, accept=True).units == job.plan.manifest.units
 
 
 @pytest.mark.parametrize("kind", CACHES)

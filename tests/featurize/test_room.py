@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from vla.featurize.caches import job as import_job
 from vla.featurize.job import FeaturizeConfig, Job, prepare, run
 from vla.featurize.room import require_room
 from vla.featurize.spread import run_on_cluster
@@ -52,7 +51,7 @@ def test_the_room_of_a_store_that_is_overwritten_is_free_unless_another_name_hol
         require_room(_job().plan, old, overwrite=True)
 
 
-@pytest.mark.parametrize("begin", [run, run_on_cluster, import_job.run])
+@pytest.mark.parametrize("begin", [run, run_on_cluster])
 def test_a_store_is_not_overwritten_where_there_is_no_room_for_the_new_one(old: Path, begin: Any) -> None:
     with pytest.raises(MachineError, match="without the old store"):
         begin(_job(8192), old, overwrite=True)
