@@ -24,7 +24,7 @@ from vla.heads.batch import Batch
 from vla.heads.checkpoint import StoreRecord, TrainedHead, load_head
 from vla.heads.storage import through_storage
 from vla.rollout.envs.base import EnvSpec, Observation
-from vla.stores.errors import UsageError
+from vla.stores.errors import DataError, UsageError
 
 CAMERA_PREFIX = "observation.images."
 """LeRobot's column prefix: its camera `observation.images.top` is the environment's `top`."""
@@ -153,7 +153,11 @@ class Policy:
         return np.array(dims)
 
     def act(self, observation: Observation) -> NDArray[np.float32]:
-        """Return the action for this control step, float32 [A], in the data's units; A is what the task really has."""
+        """Return the action for this control step, float32 [A], in the data's units; A is what the task really has.
+
+        Raises `DataError` where a decision would be made from a state that is not finite, naming the column, and where
+        the actions are not: neither ever reaches a robot.
+        """
         self._history.append(self._remember(observation))
         if not self._planned:
             self._planned.extend(self._decide())
@@ -177,15 +181,14 @@ class Policy:
         padding = self.head.config.n_obs - len(frames)
         frames = [frames[0]] * padding + frames  # as a window of the store repeats an episode's first frame
         encoded = time.perf_counter()
-        names = self.head.artefact.state
-        state = np.stack([np.concatenate([frame[name] for name in names]) for frame in frames]) if names else None
+        state = self._states(frames) if self.head.artefact.state else None
 
         def window(name: str, count: int) -> torch.Tensor:
             return torch.stack([frame["features"][name] for frame in frames[-count:]])[None]
 
         batch = Batch(
             features={name: window(name, count) for name, count in self._reads.items()},
-            state=torch.from_numpy(state.astype(np.float32))[None] if state is not None else None,
+            state=None if state is None else torch.from_numpy(state)[None],
             task=torch.tensor([self._task]),
             obs_valid=torch.tensor([[False] * padding + [True] * (len(frames) - padding)]),
             action_dims=None if self._dims is None else torch.from_numpy(self._dims)[None],
@@ -197,9 +200,25 @@ class Policy:
         batch = replace(batch, plan=self._plan)
         chunk = self._model.act(batch, generator=self._generator)[0, : self._n_action].cpu().numpy()
         chunk = chunk if self._dims is None else chunk[:, self._dims]
+        if not np.isfinite(chunk).all():
+            raise DataError(f"{self.head.folder} made actions that are not finite", expected="finite numbers")
         self.latency.backbone.append(encoded - began)
         self.latency.head.append(time.perf_counter() - encoded)
         return list(chunk.astype(np.float32))
+
+    def _states(self, frames: list[dict[str, Any]]) -> NDArray[np.float32]:
+        """Return the states of some frames, float32 [n_obs, S]. Raises `DataError` naming a column that is read and is
+        not finite there."""
+        names = self.head.artefact.state
+        states = np.stack([np.concatenate([frame[name] for name in names]) for frame in frames]).astype(np.float32)
+        if states.shape[1] == self._io.state_dim:  # another width is refused by the head itself
+            read = list(self._model.columns)
+            bad = [column for column in read if not np.isfinite(states[:, column]).all()]
+            if bad:
+                column = self._io.state_names[bad[0]] if self._io.state_names else str(bad[0])
+                values = ", ".join(f"{value:g}" for value in states[:, bad[0]])
+                raise DataError(f"the live state's column {column} is {values}", expected="finite numbers")
+        return states
 
     def _encode(self, frames: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return the features of the last of some remembered frames, `{name: [V, *shape]}`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from vla.rollout.envs.base import EnvSpec, LiveImages, Observation, StepResult
 from vla.rollout.evaluate import roll_out
 from vla.rollout.policy import Policy
 from vla.rollout.success import SuccessRate
-from vla.stores.errors import FingerprintError, UsageError
+from vla.stores.errors import DataError, FingerprintError, UsageError
 from vla.stores.store import open_store
 
 SOURCE = "synthetic:episodes=4,length=[6,9],cameras=2"
@@ -168,6 +169,26 @@ class OneCameraEnv:
 def test_an_environment_without_the_cameras_is_refused_before_the_first_episode(trained: tuple[Path, Path]) -> None:
     with pytest.raises(UsageError, match="camera1"):
         roll_out(OneCameraEnv(), Policy.from_run(trained[1], device="cpu"), 1)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_live_state_that_is_not_finite_is_refused_by_column(trained: tuple[Path, Path], value: float) -> None:
+    policy, seen = Policy.from_run(trained[1], device="cpu", n_action=1), _observations(0)
+    state = seen[1].state.copy()
+    state[1] = value
+    policy.reset(seed=0, task=_task(0))
+    policy.act(seen[0])
+    with pytest.raises(DataError, match=rf"column {re.escape(policy._io.state_names[1])} is \S+, {value:g}"):
+        policy.act(Observation(seen[1].images, state, seen[1].privileged))
+
+
+def test_actions_that_are_not_finite_reach_nobody(trained: tuple[Path, Path]) -> None:
+    policy = Policy.from_run(trained[1], device="cpu")
+    with torch.no_grad():
+        next(policy._model.parameters()).fill_(torch.nan)
+    policy.reset(seed=0, task=_task(0))
+    with pytest.raises(DataError, match="actions that are not finite"):
+        policy.act(_observations(0)[0])
 
 
 def test_more_actions_than_predicted_are_refused(trained: tuple[Path, Path]) -> None:
