@@ -145,6 +145,8 @@ def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData, onlin
             cameras=store.manifest.cameras,
             random_weights=store.manifest.random_weights,
             scales=largest_scales(store, data.io.features),
+            fps=store.manifest.fps,
+            picture_sizes=store.manifest.picture_sizes,
         )
         for store in (*data.stores.stores, *texts)
     ]

@@ -6,6 +6,8 @@ of the store is, so that a policy sees live exactly what its head was trained on
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -25,6 +27,8 @@ from vla.heads.checkpoint import StoreRecord, TrainedHead, load_head
 from vla.heads.storage import through_storage
 from vla.rollout.envs.base import EnvSpec, Observation
 from vla.stores.errors import DataError, UsageError
+
+log = logging.getLogger(__name__)
 
 CAMERA_PREFIX = "observation.images."
 """LeRobot's column prefix: its camera `observation.images.top` is the environment's `top`."""
@@ -55,8 +59,10 @@ class Policy:
     """Acts in an environment: decides on a chunk of actions, executes `n_action` of them, decides again.
 
     A head that plans (`HeadModel.plan_interval`) is asked for another plan after that many environment steps, with the
-    next decision. Not thread-safe. Call `reset` at the start of every episode. Raises `UsageError` for a head whose
-    label is a chunk that rows hold as a whole, such as waypoints: none of its steps is an action.
+    next decision. Not thread-safe. Call `reset` at the start of every episode. Pictures have the size that those of
+    the demonstrations had, or their features are not those of the training: backbones resize, and say nothing. `check`
+    compares an environment; a robot's own pictures are taken as they are. Raises `UsageError` for a head whose label is
+    a chunk that rows hold as a whole, such as waypoints: none of its steps is an action.
     """
 
     def __init__(self, head: TrainedHead, *, device: str = "auto", n_action: int | None = None) -> None:
@@ -102,18 +108,49 @@ class Policy:
         return cls(load_head(run, settings=settings), device=device, n_action=n_action)
 
     def env_options(self) -> dict[str, Any]:
-        """Return what an environment has to be made with: the cameras that the backbones look through."""
+        """Return what an environment has to be made with: the cameras that the backbones look through, and the size of
+        their pictures and the steps a second of the demonstrations, where the checkpoint knows them."""
         cameras = [camera.removeprefix(CAMERA_PREFIX) for _, store in self._backbones for camera in store.cameras]
-        return {"cameras": tuple(dict.fromkeys(cameras))}
+        options: dict[str, Any] = {"cameras": tuple(dict.fromkeys(cameras))}
+        sides = {side for size in self._sizes().values() for side in size}
+        if len(sides) == 1:  # an environment draws squares of one size: `check` names others
+            options["image_size"] = sides.pop()
+        options |= {"fps": fps for fps in self._fps()}
+        return options
+
+    def _sizes(self) -> dict[str, tuple[int, int]]:
+        """Return (height, width) of the demonstrations' pictures, by the environment's names of the cameras."""
+        known = (store.picture_sizes for _, store in self._backbones)
+        return {camera.removeprefix(CAMERA_PREFIX): size for sizes in known for camera, size in sizes.items()}
+
+    def _fps(self) -> set[float]:
+        return {store.fps for store in self.head.artefact.stores if store.fps is not None}
 
     def check(self, spec: EnvSpec) -> None:
-        """Compare with an environment. Raises `UsageError` naming cameras, actions or tasks that do not fit."""
+        """Compare with an environment.
+
+        Raises `UsageError` naming cameras, sizes of pictures, steps a second, actions or tasks that do not fit.
+        Checkpoints and stores made before sizes were kept are not compared by them: a warning is logged.
+        """
         for _, store in self._backbones:
             missing = [camera for camera in store.cameras if camera.removeprefix(CAMERA_PREFIX) not in spec.cameras]
             if missing:
                 raise UsageError(
                     f"{spec.name} has no camera {', '.join(missing)}", expected=f"{', '.join(spec.cameras)}"
                 )
+        sizes = self._sizes()
+        for camera, (height, width) in sizes.items():
+            if (height, width) != (spec.image_size, spec.image_size):
+                raise UsageError(
+                    f"{spec.name} draws pictures of {spec.image_size} x {spec.image_size}",
+                    expected=f"{width} x {height}, as {camera} in the demonstrations",
+                )
+        if self._backbones and not sizes:
+            log.warning("how large the demonstrations' pictures were is not known: %s px are drawn", spec.image_size)
+        for fps in self._fps():
+            if not math.isclose(fps, spec.fps, rel_tol=1e-6):
+                found = f"{spec.name} takes {spec.fps:g} steps a second"
+                raise UsageError(found, expected=f"{fps:g}, as in the demonstrations")
         wanted = self._io.action_dim if self._dims is None else int(self._dims_of(spec.task).sum())
         if len(spec.action_names) != wanted:
             raise UsageError(f"{spec.name} takes {len(spec.action_names)} actions", expected=f"{wanted}")

@@ -54,7 +54,8 @@ class SourceIndex:
     `skipped` maps episode ids left out under `--skip-bad` to the reason.
     `mapping` is the resolved column mapping ({ours: theirs}); it enters the fingerprint. `extras` names what `views`
     gives beside the image; a source without any needs no such method (see `ViewSource`).
-    `pictures` is false where there are only extras.
+    `pictures` is false where there are only extras. `sizes` is (height, width) of each camera's pictures, of those
+    cameras whose metadata say it.
     """
 
     kind: str
@@ -68,6 +69,7 @@ class SourceIndex:
     skipped: Mapping[str, str] = field(default_factory=dict)
     extras: tuple[str, ...] = ()
     pictures: bool = True
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class Source(Protocol):

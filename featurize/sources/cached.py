@@ -64,6 +64,7 @@ class StoreSource:
             skipped=left_out | first.skipped,
             extras=tuple(self._stores.owner),
             pictures=False,
+            sizes=first.manifest.picture_sizes,
         )
 
     def digest(self) -> str:

@@ -191,6 +191,42 @@ def test_actions_that_are_not_finite_reach_nobody(trained: tuple[Path, Path]) ->
         policy.act(_observations(0)[0])
 
 
+def _env_spec(policy: Policy, image_size: int, fps: float) -> EnvSpec:
+    names = tuple(f"a{number}" for number in range(policy._io.action_dim))
+    return EnvSpec("fake:task", _task(0), policy.env_options()["cameras"], image_size, fps, ("s",) * 4, names, 3)
+
+
+def test_an_environment_draws_what_the_demonstrations_were_recorded_with(trained: tuple[Path, Path]) -> None:
+    """The synthetic source: two cameras, 32 px, 10 steps a second."""
+    policy = Policy.from_run(trained[1], device="cpu")
+    assert policy.env_options() == {"cameras": ("camera0", "camera1"), "image_size": 32, "fps": 10.0}
+    policy.check(_env_spec(policy, 32, 10.0))
+    with pytest.raises(UsageError, match="pictures of 64 x 64; expected 32 x 32, as camera0 in the demonstrations"):
+        policy.check(_env_spec(policy, 64, 10.0))
+    with pytest.raises(UsageError, match="20 steps a second; expected 10"):
+        policy.check(_env_spec(policy, 32, 20.0))
+
+
+def test_pictures_that_are_no_squares_are_asked_of_no_environment(trained: tuple[Path, Path]) -> None:
+    head = load_head(trained[1])
+    sizes = {"camera0": (24, 32), "camera1": (24, 32)}
+    records = tuple(record.model_copy(update={"picture_sizes": sizes}) for record in head.artefact.stores)
+    object.__setattr__(head.artefact, "stores", records)
+    policy = Policy(head, device="cpu")
+    assert "image_size" not in policy.env_options()
+    with pytest.raises(UsageError, match="pictures of 32 x 32; expected 32 x 24"):
+        policy.check(_env_spec(policy, 32, 10.0))
+
+
+def test_a_checkpoint_that_knows_no_sizes_acts_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """One that was made before stores and checkpoints kept them."""
+    policy = Policy.from_run(Path(__file__).parents[1] / "golden" / "schema-1" / "head", device="cpu")
+    assert policy.env_options().keys() == {"cameras"}
+    names = policy._io.action_names
+    policy.check(EnvSpec("fake:task", "", policy.env_options()["cameras"], 64, 20.0, (), names, 3))
+    assert "how large the demonstrations' pictures were is not known: 64 px are drawn" in caplog.text
+
+
 def test_more_actions_than_predicted_are_refused(trained: tuple[Path, Path]) -> None:
     with pytest.raises(UsageError, match="1 to 4"):
         Policy.from_run(trained[1], device="cpu", n_action=5)
