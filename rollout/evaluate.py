@@ -17,6 +17,8 @@ from vla.rollout.envs.registry import evaluation_seed
 from vla.rollout.policy import Latency
 from vla.rollout.success import SuccessRate
 from vla.rollout.video_writer import VideoFile
+from vla.stores.errors import UsageError
+from vla.stores.filesystem import explaining
 
 
 class Actor(Protocol):
@@ -70,9 +72,14 @@ def roll_out(
     """Play `episodes` evaluation scenes of run seed `seed` and count successes.
 
     An episode ends with success or when the environment's time is over. `video`: an .mp4 of the first
-    `video_episodes` episodes, cameras side by side. Raises `UsageError` where policy and environment do not fit.
+    `video_episodes` episodes, cameras side by side. Raises `UsageError` before the first episode where policy and
+    environment do not fit, where there is nothing to film, for another name of a video, and for no episode at all.
     """
+    if episodes < 1:
+        raise UsageError(f"{episodes} episodes", expected="at least 1")
     actor.check(env.spec)
+    if video is not None:
+        _require_video(video, env.spec)
     report = RolloutReport(env.spec.name, SuccessRate(0, 0))
     frames: list[Image] = []
     for number in range(episodes):
@@ -98,6 +105,17 @@ def roll_out(
         _write_video(video, frames, env.spec.fps)
         report.video = str(video)
     return report
+
+
+def _require_video(video: Path, spec: EnvSpec) -> None:
+    """See to it that what is filmed can be written: after the last episode its refusal would cost the report."""
+    if video.suffix != ".mp4":
+        raise UsageError(f"--video {video}", expected="a file .mp4")
+    if not spec.cameras:
+        found = f"{spec.name} has no camera to film with: the head looks at no pictures"
+        raise UsageError(found, expected="a head that reads features", fix="no --video")
+    with explaining(video):
+        video.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _side_by_side(observation: Observation) -> Image:

@@ -28,6 +28,9 @@ from vla.heads.storage import through_storage
 from vla.rollout.envs.base import EnvSpec, Observation
 from vla.stores.errors import DataError, UsageError
 
+LIVE_STATES = ("state", "privileged")
+"""Step columns that an `Observation` has."""
+
 log = logging.getLogger(__name__)
 
 CAMERA_PREFIX = "observation.images."
@@ -79,6 +82,13 @@ class Policy:
         self._io = head.artefact.io
         if not self._model.acts:
             raise UsageError(f"{head.folder} makes no actions", expected="a head with an action branch")
+        unseen = [name for name in head.artefact.state if name not in LIVE_STATES]
+        if unseen and self._model.columns:
+            raise UsageError(
+                f"{head.folder} reads the step column {', '.join(unseen)}, which no robot or simulator tells",
+                expected=f"a state of {' and '.join(LIVE_STATES)}",
+                fix="a head trained with --set 'data.state=[\"state\"]'",
+            )
         self._backbones: list[tuple[Backbone, StoreRecord]] = []
         self._reads = self._model.reads
         self._masks = {name: f"{name}_mask" for name in self._reads if self._io.features[name].masked}
@@ -90,7 +100,7 @@ class Policy:
                 self._backbones.append((backbone, store))
         # Frames whose pictures a decision reads: its observations, and what their features look back on.
         self._reach = head.config.n_obs + max((backbone.spec().context for backbone, _ in self._backbones), default=0)
-        self._n_action = n_action or head.config.n_action
+        self._n_action = head.config.n_action if n_action is None else n_action
         if not 1 <= self._n_action <= head.config.n_action_max:
             raise UsageError(f"{self._n_action} actions a decision", expected=f"1 to {head.config.n_action_max}")
         self.reset(seed=0, task=self._first_task())
@@ -115,7 +125,8 @@ class Policy:
         sides = {side for size in self._sizes().values() for side in size}
         if len(sides) == 1:  # an environment draws squares of one size: `check` names others
             options["image_size"] = sides.pop()
-        options |= {"fps": fps for fps in self._fps()}
+        if self._fps is not None:
+            options["fps"] = self._fps
         return options
 
     def _sizes(self) -> dict[str, tuple[int, int]]:
@@ -123,8 +134,9 @@ class Policy:
         known = (store.picture_sizes for _, store in self._backbones)
         return {camera.removeprefix(CAMERA_PREFIX): size for sizes in known for camera, size in sizes.items()}
 
-    def _fps(self) -> set[float]:
-        return {store.fps for store in self.head.artefact.stores if store.fps is not None}
+    @property
+    def _fps(self) -> float | None:
+        return self.head.artefact.stores[0].fps  # all of one source, but for a text store, the last
 
     def check(self, spec: EnvSpec) -> None:
         """Compare with an environment.
@@ -147,10 +159,9 @@ class Policy:
                 )
         if self._backbones and not sizes:
             log.warning("how large the demonstrations' pictures were is not known: %s px are drawn", spec.image_size)
-        for fps in self._fps():
-            if not math.isclose(fps, spec.fps, rel_tol=1e-6):
-                found = f"{spec.name} takes {spec.fps:g} steps a second"
-                raise UsageError(found, expected=f"{fps:g}, as in the demonstrations")
+        if self._fps is not None and not math.isclose(self._fps, spec.fps, rel_tol=1e-6):
+            found = f"{spec.name} takes {spec.fps:g} steps a second"
+            raise UsageError(found, expected=f"{self._fps:g}, as in the demonstrations")
         wanted = self._io.action_dim if self._dims is None else int(self._dims_of(spec.task).sum())
         if len(spec.action_names) != wanted:
             raise UsageError(f"{spec.name} takes {len(spec.action_names)} actions", expected=f"{wanted}")
@@ -218,7 +229,7 @@ class Policy:
         padding = self.head.config.n_obs - len(frames)
         frames = [frames[0]] * padding + frames  # as a window of the store repeats an episode's first frame
         encoded = time.perf_counter()
-        state = self._states(frames) if self.head.artefact.state else None
+        state = self._states(frames) if self._model.columns else None
 
         def window(name: str, count: int) -> torch.Tensor:
             return torch.stack([frame["features"][name] for frame in frames[-count:]])[None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -152,10 +153,11 @@ def test_a_changed_backbone_is_refused_by_field(trained: tuple[Path, Path], tmp_
         Policy(head, device="cpu")
 
 
-class OneCameraEnv:
-    """An environment that lacks the second camera."""
+class UnplayedEnv:
+    """An environment whose episodes are never begun."""
 
-    spec = EnvSpec("fake:task", "follow the blob", ("camera0",), 32, 20.0, ("s",) * 4, ("a",) * 4, 3)
+    def __init__(self, spec: EnvSpec) -> None:
+        self.spec = spec
 
     def reset(self, seed: int) -> Observation:
         raise AssertionError("an episode was begun")
@@ -167,8 +169,9 @@ class OneCameraEnv:
 
 
 def test_an_environment_without_the_cameras_is_refused_before_the_first_episode(trained: tuple[Path, Path]) -> None:
+    spec = EnvSpec("fake:task", "follow the blob", ("camera0",), 32, 10.0, ("s",) * 4, ("a",) * 4, 3)
     with pytest.raises(UsageError, match="camera1"):
-        roll_out(OneCameraEnv(), Policy.from_run(trained[1], device="cpu"), 1)
+        roll_out(UnplayedEnv(spec), Policy.from_run(trained[1], device="cpu"), 1)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -189,6 +192,36 @@ def test_actions_that_are_not_finite_reach_nobody(trained: tuple[Path, Path]) ->
     policy.reset(seed=0, task=_task(0))
     with pytest.raises(DataError, match="actions that are not finite"):
         policy.act(_observations(0)[0])
+
+
+def test_a_state_that_no_environment_tells_is_refused_before_anything_is_played(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    values = {
+        "head": "mlp",
+        "data": {"stores": [str(trained[0])], "validation": 0.25, "state": ["state", "timestamp"]},
+        "model": {"horizon": 4, "n_action": 2, "encoder": {"components": 8, "dim": 32}, "hidden": 32},
+        "train": {"steps": 1, "batch_size": 4, "device": "cpu"},
+    }
+    train_head(HeadTrainConfig.build(values), tmp_path / "run")
+    with pytest.raises(UsageError, match=r"reads the step column timestamp.*state and privileged"):
+        Policy.from_run(tmp_path / "run", device="cpu")
+
+
+def test_what_cannot_be_filmed_or_counted_is_refused_before_the_first_episode(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    policy = Policy.from_run(trained[1], device="cpu")
+    env = UnplayedEnv(_env_spec(policy, 32, 10.0))
+    with pytest.raises(UsageError, match=r"--video .*v\.xyz; expected a file \.mp4"):
+        roll_out(env, policy, 1, video=tmp_path / "v.xyz")
+    for episodes in (0, -3):
+        with pytest.raises(UsageError, match=f"{episodes} episodes; expected at least 1"):
+            roll_out(env, policy, episodes)
+    policy._backbones = []  # as of a head that reads the state alone
+    with pytest.raises(UsageError, match="fake:task has no camera to film with"):
+        roll_out(UnplayedEnv(replace(env.spec, cameras=())), policy, 1, video=tmp_path / "v.mp4")
+    assert list(tmp_path.iterdir()) == []
 
 
 def _env_spec(policy: Policy, image_size: int, fps: float) -> EnvSpec:
@@ -227,9 +260,10 @@ def test_a_checkpoint_that_knows_no_sizes_acts_and_says_so(caplog: pytest.LogCap
     assert "how large the demonstrations' pictures were is not known: 64 px are drawn" in caplog.text
 
 
-def test_more_actions_than_predicted_are_refused(trained: tuple[Path, Path]) -> None:
-    with pytest.raises(UsageError, match="1 to 4"):
-        Policy.from_run(trained[1], device="cpu", n_action=5)
+@pytest.mark.parametrize("n_action", [0, 5])
+def test_no_action_and_more_than_predicted_are_refused(trained: tuple[Path, Path], n_action: int) -> None:
+    with pytest.raises(UsageError, match=f"{n_action} actions a decision; expected 1 to 4"):
+        Policy.from_run(trained[1], device="cpu", n_action=n_action)
 
 
 @pytest.mark.parametrize(("successes", "low", "high"), [(0, 0.0, 0.161), (20, 0.839, 1.0), (10, 0.299, 0.701)])
