@@ -371,7 +371,7 @@ def evaluate(
     head = load_head(run, settings=read_model_settings(set_))
     error = evaluate_head(head, tuple(store) if store else None, seed=seed)
     facts = {"checkpoint": str(head.folder), "step": head.step, **error.to_json()}
-    emit(facts) if as_json else reports.show_errors(facts)
+    emit(facts) if as_json else reports.show_errors(facts, error.extra)
 
 
 @command()
@@ -396,9 +396,9 @@ def export(
 def rollout(
     run: opt.Run,
     env: Annotated[str, opt.goes_in("Such as metaworld:push-v3.")],
-    episodes: Annotated[int, opt.runs("Unseen scenes to play.")] = 20,
-    seed: Annotated[int, opt.runs("Which unseen scenes.")] = 0,
-    n_action: Annotated[int | None, opt.runs("Actions executed per decision. Left out: the head's.")] = None,
+    episodes: Annotated[int, opt.runs("Unseen scenes to play.", min=1)] = 20,
+    seed: Annotated[int, opt.runs("Which unseen scenes.", min=0)] = 0,
+    n_action: Annotated[int | None, opt.runs("Actions executed per decision. Left out: the head's.", min=1)] = None,
     video: Annotated[Path | None, opt.comes_out(".mp4 of the first three episodes.")] = None,
     set_: opt.ModelSet = None,
     as_json: opt.Json = False,

@@ -44,7 +44,8 @@ class Artefact(Settings):
 
     `frozen`: digests of the networks that the head runs without training them, whose weights stay where they were.
     `init_from`: the run that it started from. `online`: how pictures were shown to the backbones in the loop; empty
-    where features came from the stores.
+    where features came from the stores. `action_mean` [A]: the mean of the training actions, the baseline of every
+    evaluation; () of checkpoints made before it was kept.
     """
 
     head: str
@@ -57,6 +58,7 @@ class Artefact(Settings):
     frozen: dict[str, str] = {}
     init_from: str | None = None
     online: dict[str, Any] = {}
+    action_mean: tuple[float, ...] = ()
     vla_version: str
 
 

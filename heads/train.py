@@ -14,7 +14,7 @@ from vla import __version__
 from vla.heads.batch import Batch
 from vla.heads.checkpoint import Artefact, StoreRecord, build_head
 from vla.heads.data import DataConfig, HeadData, open_data
-from vla.heads.evaluate import action_error
+from vla.heads.evaluate import action_error, mean_action
 from vla.heads.model import HeadModel
 from vla.heads.registry import head_class
 from vla.heads.start import start_from
@@ -162,4 +162,5 @@ def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData, onlin
         vla_version=__version__,
         frozen={name: frozen.digest for name, frozen in model.frozen.items()},
         online=dict(online),
+        action_mean=tuple(mean_action(data).tolist()),
     )
