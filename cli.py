@@ -379,6 +379,7 @@ def export(
     run: opt.Run,
     out: Annotated[Path, opt.comes_out("File .pt2; what its inputs are goes to the .json beside it.")],
     batch: Annotated[int, opt.comes_out("Observations at once.", min=1)] = 1,
+    overwrite: opt.Overwrite = False,
     set_: opt.ModelSet = None,
     as_json: opt.Json = False,
 ) -> None:
@@ -387,7 +388,7 @@ def export(
     from vla.heads.export import export_head
     from vla.stores.settings import read_model_settings
 
-    made = export_head(load_head(run, settings=read_model_settings(set_)), out, batch=batch)
+    made = export_head(load_head(run, settings=read_model_settings(set_)), out, batch=batch, overwrite=overwrite)
     said = f"inputs {', '.join(made['inputs'])}; largest difference to the live head {made['largest_difference']:.1g}"
     reports.show_made(out, made, said, as_json)
 
@@ -400,6 +401,7 @@ def rollout(
     seed: Annotated[int, opt.runs("Which unseen scenes.", min=0)] = 0,
     n_action: Annotated[int | None, opt.runs("Actions executed per decision. Left out: the head's.", min=1)] = None,
     video: Annotated[Path | None, opt.comes_out(".mp4 of the first three episodes.")] = None,
+    overwrite: opt.Overwrite = False,
     set_: opt.ModelSet = None,
     as_json: opt.Json = False,
 ) -> None:
@@ -415,7 +417,8 @@ def rollout(
     world = make_env(env, **policy.env_options())
     try:
         with show_progress("rollout", "episodes") as progress:
-            report = roll_out(world, policy, episodes, seed=seed, video=video, progress=progress)
+            how: dict[str, Any] = {"seed": seed, "video": video, "overwrite": overwrite, "progress": progress}
+            report = roll_out(world, policy, episodes, **how)
     finally:
         world.close()
     said = f"success {report.success} (95 % Wilson interval); {figures(report.latency)}"

@@ -222,6 +222,9 @@ def test_what_cannot_be_filmed_or_counted_is_refused_before_the_first_episode(
     with pytest.raises(UsageError, match="fake:task has no camera to film with"):
         roll_out(UnplayedEnv(replace(env.spec, cameras=())), policy, 1, video=tmp_path / "v.mp4")
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "v.mp4").write_text("mine")
+    with pytest.raises(UsageError, match=r"v\.mp4 exists\. Try: --overwrite"):
+        roll_out(env, Policy.from_run(trained[1], device="cpu"), 1, video=tmp_path / "v.mp4")
 
 
 def _env_spec(policy: Policy, image_size: int, fps: float) -> EnvSpec:
