@@ -190,7 +190,8 @@ def mean_action(data: HeadData) -> NDArray[np.float64]:
     actions, dims = data.actions(data.training).astype(np.float64), data.action_dims(data.training)
     real = np.ones(actions.shape, bool) if dims is None else dims
     total, count = np.where(real, actions, 0.0).sum(axis=0), real.sum(axis=0)
-    return (total / np.maximum(count, 1)).astype(np.float32).astype(np.float64)
+    mean: NDArray[np.float64] = (total / np.maximum(count, 1)).astype(np.float32).astype(np.float64)
+    return mean
 
 
 def _require_backbones(head: TrainedHead, data: HeadData, *, others: bool) -> None:
