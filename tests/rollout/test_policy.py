@@ -153,11 +153,10 @@ def test_a_changed_backbone_is_refused_by_field(trained: tuple[Path, Path], tmp_
         Policy(head, device="cpu")
 
 
-class UnplayedEnv:
-    """An environment whose episodes are never begun."""
+class OneCameraEnv:
+    """An environment that lacks the second camera."""
 
-    def __init__(self, spec: EnvSpec) -> None:
-        self.spec = spec
+    spec = EnvSpec("fake:task", "follow the blob", ("camera0",), 32, 20.0, ("s",) * 4, ("a",) * 4, 3)
 
     def reset(self, seed: int) -> Observation:
         raise AssertionError("an episode was begun")
@@ -169,9 +168,8 @@ class UnplayedEnv:
 
 
 def test_an_environment_without_the_cameras_is_refused_before_the_first_episode(trained: tuple[Path, Path]) -> None:
-    spec = EnvSpec("fake:task", "follow the blob", ("camera0",), 32, 10.0, ("s",) * 4, ("a",) * 4, 3)
     with pytest.raises(UsageError, match="camera1"):
-        roll_out(UnplayedEnv(spec), Policy.from_run(trained[1], device="cpu"), 1)
+        roll_out(OneCameraEnv(), Policy.from_run(trained[1], device="cpu"), 1)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -206,6 +204,13 @@ def test_a_state_that_no_environment_tells_is_refused_before_anything_is_played(
     train_head(HeadTrainConfig.build(values), tmp_path / "run")
     with pytest.raises(UsageError, match=r"reads the step column timestamp.*state and privileged"):
         Policy.from_run(tmp_path / "run", device="cpu")
+
+
+class UnplayedEnv(OneCameraEnv):
+    """An environment of any kind, whose episodes are never begun."""
+
+    def __init__(self, spec: EnvSpec) -> None:
+        self.spec = spec
 
 
 def test_what_cannot_be_filmed_or_counted_is_refused_before_the_first_episode(
