@@ -372,7 +372,7 @@ def evaluate(
     head = load_head(run, settings=read_model_settings(set_))
     error = evaluate_head(head, tuple(store) if store else None, seed=seed)
     facts = {"checkpoint": str(head.folder), "step": head.step, **error.to_json()}
-    emit(facts) if as_json else reports.show_errors(facts)
+    emit(facts) if as_json else reports.show_errors(facts, error.extra)
 
 
 @command()
@@ -380,6 +380,7 @@ def export(
     run: opt.Run,
     out: Annotated[Path, opt.comes_out("File .pt2; what its inputs are goes to the .json beside it.")],
     batch: Annotated[int, opt.comes_out("Observations at once.", min=1)] = 1,
+    overwrite: opt.Overwrite = False,
     set_: opt.ModelSet = None,
     as_json: opt.Json = False,
 ) -> None:
@@ -388,7 +389,7 @@ def export(
     from vla.heads.export import export_head
     from vla.stores.settings import read_model_settings
 
-    made = export_head(load_head(run, settings=read_model_settings(set_)), out, batch=batch)
+    made = export_head(load_head(run, settings=read_model_settings(set_)), out, batch=batch, overwrite=overwrite)
     said = f"inputs {', '.join(made['inputs'])}; largest difference to the live head {made['largest_difference']:.1g}"
     reports.show_made(out, made, said, as_json)
 
@@ -397,10 +398,11 @@ def export(
 def rollout(
     run: opt.Run,
     env: Annotated[str, opt.goes_in("Such as metaworld:push-v3.")],
-    episodes: Annotated[int, opt.runs("Unseen scenes to play.")] = 20,
-    seed: Annotated[int, opt.runs("Which unseen scenes.")] = 0,
-    n_action: Annotated[int | None, opt.runs("Actions executed per decision. Left out: the head's.")] = None,
+    episodes: Annotated[int, opt.runs("Unseen scenes to play.", min=1)] = 20,
+    seed: Annotated[int, opt.runs("Which unseen scenes.", min=0)] = 0,
+    n_action: Annotated[int | None, opt.runs("Actions executed per decision. Left out: the head's.", min=1)] = None,
     video: Annotated[Path | None, opt.comes_out(".mp4 of the first three episodes.")] = None,
+    overwrite: opt.Overwrite = False,
     set_: opt.ModelSet = None,
     as_json: opt.Json = False,
 ) -> None:
@@ -416,7 +418,8 @@ def rollout(
     world = make_env(env, **policy.env_options())
     try:
         with show_progress("rollout", "episodes") as progress:
-            report = roll_out(world, policy, episodes, seed=seed, video=video, progress=progress)
+            how: dict[str, Any] = {"seed": seed, "video": video, "overwrite": overwrite, "progress": progress}
+            report = roll_out(world, policy, episodes, **how)
     finally:
         world.close()
     said = f"success {report.success} (95 % Wilson interval); {figures(report.latency)}"

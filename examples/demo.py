@@ -64,7 +64,8 @@ def evaluate() -> None:
 
 def roll_out() -> None:
     """Let backbone and head act in the simulator."""
-    vla("rollout", RUN, "--env", ENV, "--episodes", EPISODES, "--video", VIDEO, "--json", into=ROLLOUT)
+    filmed = ("--video", VIDEO, "--overwrite")
+    vla("rollout", RUN, "--env", ENV, "--episodes", EPISODES, *filmed, "--json", into=ROLLOUT)
 
 
 def report() -> None:

@@ -142,6 +142,8 @@ def make_plan(
             "versions": {name: metadata.version(name) for name in ("vla-feature-cache", "torch", "zarr", "numpy")},
             "python": platform.python_version(),
             "skipped_episodes": dict(index.skipped),
+            # Not in the fingerprint: the source's digest decides it already, and older stores keep theirs.
+            "picture_sizes": {name: list(index.sizes[name]) for name in index.cameras if name in index.sizes},
         },
     )
     size = (

@@ -23,7 +23,8 @@ class StoreRecord(Settings):
     """What a checkpoint keeps of a store that its head was trained on: enough to rebuild the backbone and compare.
 
     `recipe` is {"name", "weights", "options"} of the backbone; `fingerprint` the store's; `scales` those that a live
-    policy quantises int8 features with, [C] each (storage.py).
+    policy quantises int8 features with, [C] each (storage.py). `fps`: time steps a second. `picture_sizes`: (height,
+    width) of each camera's pictures. Checkpoints and stores made before these were kept know neither.
     """
 
     path: str
@@ -34,6 +35,8 @@ class StoreRecord(Settings):
     cameras: tuple[str, ...]
     random_weights: bool
     scales: dict[str, tuple[float, ...]] = {}
+    fps: float | None = None
+    picture_sizes: dict[str, tuple[int, int]] = {}
 
 
 class Artefact(Settings):
@@ -41,7 +44,8 @@ class Artefact(Settings):
 
     `frozen`: digests of the networks that the head runs without training them, whose weights stay where they were.
     `init_from`: the run that it started from. `online`: how pictures were shown to the backbones in the loop; empty
-    where features came from the stores.
+    where features came from the stores. `action_mean` [A]: the mean of the training actions, the baseline of every
+    evaluation; () of checkpoints made before it was kept.
     """
 
     head: str
@@ -54,6 +58,7 @@ class Artefact(Settings):
     frozen: dict[str, str] = {}
     init_from: str | None = None
     online: dict[str, Any] = {}
+    action_mean: tuple[float, ...] = ()
     vla_version: str
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from vla.heads.checkpoint import TrainedHead
 from vla.heads.data import DataConfig, HeadData, open_data
 from vla.heads.model import HeadModel
-from vla.stores.errors import DataError
+from vla.stores.errors import DataError, UsageError
 from vla.stores.fingerprint import require_equal
 
 BATCH = 64
@@ -25,10 +25,10 @@ class ActionError:
     """Errors over the valid steps and real dimensions of all windows, from the present on.
 
     `mae`, `mse` per dimension [A], in the data's units; `executed_mae` [A] over the `n_action` steps that a robot would
-    execute; `baseline_mae` [A] of always predicting the training actions' mean. `windows` and `steps` count what was
-    compared; `extra` is what the head itself measures (`HeadModel.measure`), `per_task` the executed MAE of each
-    instruction over its real dimensions, where there are several. `predicted` and `true` [W, A] are the
-    first action of every window, in order.
+    execute; `baseline_mae` [A] of always predicting the training actions' mean over the same steps, NaN where a
+    checkpoint does not know it. `windows` and `steps` count what was compared; `extra` is what the head itself measures
+    (`HeadModel.measure`), `per_task` the executed MAE of each instruction over its real dimensions, where there are
+    several. `predicted` and `true` [W, A] are the first action of every window, in order.
     """
 
     names: tuple[str, ...]
@@ -52,13 +52,18 @@ class ActionError:
         """Return the means over dimensions; of a head that makes no actions, what it measures itself alone."""
         if not self.acted:
             return dict(self.extra)
+        baseline = {"baseline_mae": float(self.baseline_mae.mean())} if self._has_baseline else {}
         return {
             "action_mae": float(self.executed_mae.mean()),
             "horizon_mae": float(self.mae.mean()),
             "horizon_mse": float(self.mse.mean()),
-            "baseline_mae": float(self.baseline_mae.mean()),
+            **baseline,
             **self.extra,
         }
+
+    @property
+    def _has_baseline(self) -> bool:
+        return not np.isnan(self.baseline_mae).any()
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the predictions as JSON-able values, per dimension by name."""
@@ -66,8 +71,7 @@ class ActionError:
             "mae": self.mae,
             "mse": self.mse,
             "executed_mae": self.executed_mae,
-            "baseline_mae": self.baseline_mae,
-        }
+        } | ({"baseline_mae": self.baseline_mae} if self._has_baseline else {})
         table = {
             key: dict(zip(self.names, map(float, values), strict=True)) for key, values in columns.items() if self.acted
         }
@@ -84,18 +88,19 @@ def action_error(
     seed: int = 0,
     tasks: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,
+    mean: NDArray[np.float64] | None = None,
 ) -> ActionError:
     """Sample a chunk for every window of `episodes` and compare it with the demonstrated one. Seeded.
 
     `tasks` int64 takes the data's numbers of instructions to the head's; None: they are the same. `labels` likewise,
-    only that with `tasks` and without `labels` the head is told none.
+    only that with `tasks` and without `labels` the head is told none. `mean` [A]: what the baseline predicts; None: the
+    mean of the data's training actions.
     """
     if not len(episodes):
-        raise DataError("no episode to evaluate on", expected="at least one", fix="--set data.validation=0.1")
+        raise DataError("no episode to evaluate on", expected="at least one")
     generator = torch.Generator(device).manual_seed(seed)
     A, start = data.io.action_dim, -model.config.action_offset
-    dims = data.action_dims(data.training)
-    mean = torch.from_numpy(data.actions(data.training).mean(axis=0, where=True if dims is None else dims))
+    always = torch.from_numpy(mean_action(data) if mean is None else mean)
     sums = {key: torch.zeros(A, dtype=torch.float64) for key in ("mae", "mse", "executed_mae", "baseline_mae")}
     count, executed = torch.zeros(A, dtype=torch.float64), torch.zeros(A, dtype=torch.float64)
     steps, measured = 0, collections.defaultdict(list)
@@ -116,19 +121,23 @@ def action_error(
         chunk = chunk.cpu()
         wanted, stepped = batch.action[:, start:], batch.action_valid[:, start:]
         real = torch.ones(len(batch), A, dtype=torch.bool) if batch.action_dims is None else batch.action_dims
-        valid = (stepped[..., None] & real[:, None]).double()
-        error = (chunk - wanted).abs().double() * valid
+        counted = stepped[..., None] & real[:, None]
+        # Selected, not multiplied: whatever stands in padding, NaN too, is no error.
+        error, valid = torch.where(counted, (chunk - wanted).abs().double(), 0.0), counted.double()
         near = slice(0, model.config.n_action)
         sums["mae"] += error.sum((0, 1))
         sums["mse"] += (error**2).sum((0, 1))
         sums["executed_mae"] += error[:, near].sum((0, 1))
         by_task.index_add_(1, batch.task, torch.stack([error[:, near].sum((1, 2)), valid[:, near].sum((1, 2))]))
-        sums["baseline_mae"] += ((mean - wanted).abs().double() * valid)[:, near].sum((0, 1))
+        sums["baseline_mae"] += torch.where(counted, (always - wanted).abs(), 0.0)[:, near].sum((0, 1))
         count += valid.sum((0, 1))
         executed += valid[:, near].sum((0, 1))
         steps += int(stepped.sum())
         predicted.append(chunk[:, 0].numpy())
         true.append(wanted[:, 0].numpy().copy())
+    if not model.acts:
+        for name in ("mae", "mse", "executed_mae"):
+            sums[name].fill_(math.nan)
     return ActionError(
         data.io.action_names or tuple(str(index) for index in range(A)),
         (sums["mae"] / count.clamp(min=1)).numpy(),
@@ -153,23 +162,63 @@ def _per_task(tasks: tuple[str, ...], errors: list[float], counts: list[float]) 
 def evaluate_head(head: TrainedHead, stores: tuple[str, ...] | None = None, *, seed: int = 0) -> ActionError:
     """Evaluate a trained head on its held-out episodes, or on all episodes of other `stores` of the same recipe.
 
-    Raises `FingerprintError` naming the field where a store was made with other settings than the head's.
+    Raises `FingerprintError` naming the field where a store was made with other settings than the head's, `UsageError`
+    where the head reads features that no store has.
     """
     trained = head.artefact.data
     config = trained if stores is None else DataConfig(**{**trained.model_dump(), "stores": stores, "validation": 0.0})
     data = open_data(config)
-    for store, record in zip(data.stores.stores, head.artefact.stores, strict=False):
-        ours, theirs = dict(store.manifest.fingerprint), dict(record.fingerprint)
-        if stores is not None:  # other demonstrations through the same backbone are what this is for
-            ours.pop("source", None), theirs.pop("source", None)
-        fix = "a store made with the settings that the head was trained with"
-        require_equal(ours, theirs, what=store.place, fix=fix)
+    _require_backbones(head, data, others=stores is not None)
     episodes = data.validation if stores is None else data.training
+    if not len(episodes):
+        found = f"{head.folder}: its training held no episode out"
+        raise DataError(found, expected="other demonstrations", fix="--store STORE")
+    known = head.artefact.action_mean or [math.nan] * data.io.action_dim
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tasks = _task_numbers(data.io.tasks, head.artefact.io.tasks)
     labels = _label_numbers(data.io.labels, head.artefact.io.labels)
     model = head.model.to(device)
-    return action_error(model, data, episodes, device=device, seed=seed, tasks=tasks, labels=labels)
+    mean = None if stores is None else np.array(known, np.float64)
+    return action_error(model, data, episodes, device=device, seed=seed, tasks=tasks, labels=labels, mean=mean)
+
+
+def mean_action(data: HeadData) -> NDArray[np.float64]:
+    """Return the mean of the training actions over real dimensions [A]; 0 where no episode has one.
+
+    To float32's precision: a resumed run compares it, and the last bit of a sum may be the machine's.
+    """
+    actions, dims = data.actions(data.training).astype(np.float64), data.action_dims(data.training)
+    real = np.ones(actions.shape, bool) if dims is None else dims
+    total, count = np.where(real, actions, 0.0).sum(axis=0), real.sum(axis=0)
+    mean: NDArray[np.float64] = (total / np.maximum(count, 1)).astype(np.float32).astype(np.float64)
+    return mean
+
+
+def _require_backbones(head: TrainedHead, data: HeadData, *, others: bool) -> None:
+    """Raise where features that the head reads are missing or were made otherwise than those of its training.
+
+    `others`: the stores are not those of the training, and hold other demonstrations, in any order.
+    """
+    owner, records = data.stores.owner, head.artefact.stores
+    lacking = [name for name in head.model.reads if name not in owner]
+    if lacking:
+        made = [record.path for record in records if record.features.keys() & lacking]
+        raise UsageError(
+            f"{', '.join(store.place for store in data.stores.stores)}: no {', '.join(lacking)}, which the head reads",
+            expected=f"stores of all its features, as {', '.join(made)} in training",
+            fix="--store once for each",
+        )
+    if others:
+        held = [(owner[name], record) for record in records for name in record.features if name in owner]
+        pairs = [(data.stores.stores[position], record) for position, record in dict(held).items()]
+    else:
+        pairs = list(zip(data.stores.stores, records, strict=False))  # the record of a text store stands last
+    for store, record in pairs:
+        ours, theirs = dict(store.manifest.fingerprint), dict(record.fingerprint)
+        if others:
+            ours.pop("source", None), theirs.pop("source", None)
+        fix = "a store made with the settings that the head was trained with"
+        require_equal(ours, theirs, what=store.place, fix=fix)
 
 
 def _label_numbers(theirs: tuple[dict[str, str], ...], trained: tuple[dict[str, str], ...]) -> torch.Tensor | None:

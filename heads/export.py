@@ -28,7 +28,7 @@ from vla.heads.exported_prompt import ExportedPrompt, PromptForm, describe_promp
 from vla.heads.model import GivenNoise, HeadModel
 from vla.heads.registry import head_name
 from vla.stores.errors import MachineError, UsageError
-from vla.stores.filesystem import explaining, write_atomic
+from vla.stores.filesystem import explaining, refuse_file, write_atomic
 
 TOLERANCE = 1e-4
 """Largest difference to the live head, in the actions' normalised units: float32 sums in another order."""
@@ -59,15 +59,19 @@ class ExportedAct(nn.Module):
         return self.head.decide(batch, GivenNoise(drawn))
 
 
-def export_head(head: TrainedHead, out: Path, *, batch: int = 1) -> dict[str, Any]:
+def export_head(head: TrainedHead, out: Path, *, batch: int = 1, overwrite: bool = False) -> dict[str, Any]:
     """Write a head to `out` (.pt2) and its description to the .json beside it; return the description.
 
     `batch`: how many observations it takes at once, fixed. The program is run once beside the live head before it is
     written, with prompts made as the description says. Raises `UsageError` for heads without actions of a fixed number
-    of steps, for those that torch.export cannot trace, and where the exported head would act otherwise.
+    of steps, for those that torch.export cannot trace, where the exported head would act otherwise, and where either
+    file exists and is not to be replaced (`overwrite`).
     """
     if out.suffix != ".pt2":
         raise UsageError(f"--out {out}", expected="a file .pt2, as torch.export.save writes")
+    description = out.with_suffix(".json")
+    for file in (out, description):
+        refuse_file(file, overwrite=overwrite)
     if head.model.not_exported:
         raise UsageError(f"{head.artefact.head!r} is not exported: {head.model.not_exported}")
     model = head.model.cpu().eval()
@@ -103,7 +107,7 @@ def export_head(head: TrainedHead, out: Path, *, batch: int = 1) -> dict[str, An
     with explaining(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, content.getvalue())
-    write_atomic(out.with_suffix(".json"), json.dumps(described, indent=1).encode())
+    write_atomic(description, json.dumps(described, indent=1).encode())
     return described
 
 

@@ -14,7 +14,7 @@ from vla import __version__
 from vla.heads.batch import Batch
 from vla.heads.checkpoint import Artefact, StoreRecord, build_head
 from vla.heads.data import DataConfig, HeadData, open_data
-from vla.heads.evaluate import action_error
+from vla.heads.evaluate import action_error, mean_action
 from vla.heads.model import HeadModel
 from vla.heads.registry import head_class
 from vla.heads.start import start_from
@@ -145,6 +145,8 @@ def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData, onlin
             cameras=store.manifest.cameras,
             random_weights=store.manifest.random_weights,
             scales=largest_scales(store, data.io.features),
+            fps=store.manifest.fps,
+            picture_sizes=store.manifest.picture_sizes,
         )
         for store in (*data.stores.stores, *texts)
     ]
@@ -160,4 +162,5 @@ def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData, onlin
         vla_version=__version__,
         frozen={name: frozen.digest for name, frozen in model.frozen.items()},
         online=dict(online),
+        action_mean=tuple(mean_action(data).tolist()),
     )

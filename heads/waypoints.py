@@ -91,11 +91,14 @@ def waypoint_velocities(waypoints: NDArray[np.floating], dt: float) -> NDArray[n
     Waypoints [..., H, 3] (x, y, heading: m, m, rad) start at the origin and are `dt` seconds a step apart, i standing
     for the pose of number round(i * H / (H - 1)); where that leaves a pose out (1.0 between 3 and 5 of 8) the velocity
     is the mean over both steps. Of poses that velocities were integrated to (explicit Euler, as the source `trackvla`
-    does) these are the velocities again. The first one is what to execute now; then plan again.
+    does) these are the velocities again. The first one is what to execute now; then plan again. Raises `DataError` for
+    another shape, and for waypoints that are not finite: a base would be told to drive at NaN.
     """
     waypoints = np.asarray(waypoints, np.float64)
     if waypoints.ndim < 2 or waypoints.shape[-1] != 3 or waypoints.shape[-2] < 2 or not dt > 0:
         raise DataError(f"waypoints {waypoints.shape} every {dt} s", expected="[..., H >= 2, 3] and dt above 0")
+    if not np.isfinite(waypoints).all():
+        raise DataError("waypoints that are not finite", expected="finite numbers")
     H = waypoints.shape[-2]
     seconds = dt * np.diff(np.round(np.linspace(0, H, H)))[:, None]
     heading, step = waypoints[..., :-1, 2], np.diff(waypoints, axis=-2)

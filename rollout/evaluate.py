@@ -17,6 +17,8 @@ from vla.rollout.envs.registry import evaluation_seed
 from vla.rollout.policy import Latency
 from vla.rollout.success import SuccessRate
 from vla.rollout.video_writer import VideoFile
+from vla.stores.errors import UsageError
+from vla.stores.filesystem import explaining, refuse_file
 
 
 class Actor(Protocol):
@@ -65,14 +67,21 @@ def roll_out(
     seed: int = 0,
     video: Path | None = None,
     video_episodes: int = 3,
+    overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> RolloutReport:
     """Play `episodes` evaluation scenes of run seed `seed` and count successes.
 
     An episode ends with success or when the environment's time is over. `video`: an .mp4 of the first
-    `video_episodes` episodes, cameras side by side. Raises `UsageError` where policy and environment do not fit.
+    `video_episodes` episodes, cameras side by side; one that exists is replaced with `overwrite` alone. Raises
+    `UsageError` before the first episode where policy and environment do not fit, where there is nothing to film, for
+    another name of a video, and for no episode at all.
     """
+    if episodes < 1:
+        raise UsageError(f"{episodes} episodes", expected="at least 1")
     actor.check(env.spec)
+    if video is not None:
+        _require_video(video, env.spec, overwrite=overwrite)
     report = RolloutReport(env.spec.name, SuccessRate(0, 0))
     frames: list[Image] = []
     for number in range(episodes):
@@ -98,6 +107,18 @@ def roll_out(
         _write_video(video, frames, env.spec.fps)
         report.video = str(video)
     return report
+
+
+def _require_video(video: Path, spec: EnvSpec, *, overwrite: bool) -> None:
+    """See to it that what is filmed can be written: after the last episode its refusal would cost the report."""
+    if video.suffix != ".mp4":
+        raise UsageError(f"--video {video}", expected="a file .mp4")
+    if not spec.cameras:
+        found = f"{spec.name} has no camera to film with: the head looks at no pictures"
+        raise UsageError(found, expected="a head that reads features", fix="no --video")
+    refuse_file(video, overwrite=overwrite)
+    with explaining(video):
+        video.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _side_by_side(observation: Observation) -> Image:

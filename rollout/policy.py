@@ -6,6 +6,8 @@ of the store is, so that a policy sees live exactly what its head was trained on
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -24,7 +26,12 @@ from vla.heads.batch import Batch
 from vla.heads.checkpoint import StoreRecord, TrainedHead, load_head
 from vla.heads.storage import through_storage
 from vla.rollout.envs.base import EnvSpec, Observation
-from vla.stores.errors import UsageError
+from vla.stores.errors import DataError, UsageError
+
+LIVE_STATES = ("state", "privileged")
+"""Step columns that an `Observation` has."""
+
+log = logging.getLogger(__name__)
 
 CAMERA_PREFIX = "observation.images."
 """LeRobot's column prefix: its camera `observation.images.top` is the environment's `top`."""
@@ -55,8 +62,10 @@ class Policy:
     """Acts in an environment: decides on a chunk of actions, executes `n_action` of them, decides again.
 
     A head that plans (`HeadModel.plan_interval`) is asked for another plan after that many environment steps, with the
-    next decision. Not thread-safe. Call `reset` at the start of every episode. Raises `UsageError` for a head whose
-    label is a chunk that rows hold as a whole, such as waypoints: none of its steps is an action.
+    next decision. Not thread-safe. Call `reset` at the start of every episode. Pictures have the size that those of
+    the demonstrations had, or their features are not those of the training: backbones resize, and say nothing. `check`
+    compares an environment; a robot's own pictures are taken as they are. Raises `UsageError` for a head whose label is
+    a chunk that rows hold as a whole, such as waypoints: none of its steps is an action.
     """
 
     def __init__(self, head: TrainedHead, *, device: str = "auto", n_action: int | None = None) -> None:
@@ -73,6 +82,13 @@ class Policy:
         self._io = head.artefact.io
         if not self._model.acts:
             raise UsageError(f"{head.folder} makes no actions", expected="a head with an action branch")
+        unseen = [name for name in head.artefact.state if name not in LIVE_STATES]
+        if unseen and self._model.columns:
+            raise UsageError(
+                f"{head.folder} reads the step column {', '.join(unseen)}, which no robot or simulator tells",
+                expected=f"a state of {' and '.join(LIVE_STATES)}",
+                fix="a head trained with --set 'data.state=[\"state\"]'",
+            )
         self._backbones: list[tuple[Backbone, StoreRecord]] = []
         self._reads = self._model.reads
         self._masks = {name: f"{name}_mask" for name in self._reads if self._io.features[name].masked}
@@ -84,7 +100,7 @@ class Policy:
                 self._backbones.append((backbone, store))
         # Frames whose pictures a decision reads: its observations, and what their features look back on.
         self._reach = head.config.n_obs + max((backbone.spec().context for backbone, _ in self._backbones), default=0)
-        self._n_action = n_action or head.config.n_action
+        self._n_action = head.config.n_action if n_action is None else n_action
         if not 1 <= self._n_action <= head.config.n_action_max:
             raise UsageError(f"{self._n_action} actions a decision", expected=f"1 to {head.config.n_action_max}")
         self.reset(seed=0, task=self._first_task())
@@ -102,18 +118,50 @@ class Policy:
         return cls(load_head(run, settings=settings), device=device, n_action=n_action)
 
     def env_options(self) -> dict[str, Any]:
-        """Return what an environment has to be made with: the cameras that the backbones look through."""
+        """Return what an environment has to be made with: the cameras that the backbones look through, and the size of
+        their pictures and the steps a second of the demonstrations, where the checkpoint knows them."""
         cameras = [camera.removeprefix(CAMERA_PREFIX) for _, store in self._backbones for camera in store.cameras]
-        return {"cameras": tuple(dict.fromkeys(cameras))}
+        options: dict[str, Any] = {"cameras": tuple(dict.fromkeys(cameras))}
+        sides = {side for size in self._sizes().values() for side in size}
+        if len(sides) == 1:  # an environment draws squares of one size: `check` names others
+            options["image_size"] = sides.pop()
+        if self._fps is not None:
+            options["fps"] = self._fps
+        return options
+
+    def _sizes(self) -> dict[str, tuple[int, int]]:
+        """Return (height, width) of the demonstrations' pictures, by the environment's names of the cameras."""
+        known = (store.picture_sizes for _, store in self._backbones)
+        return {camera.removeprefix(CAMERA_PREFIX): size for sizes in known for camera, size in sizes.items()}
+
+    @property
+    def _fps(self) -> float | None:
+        return self.head.artefact.stores[0].fps  # all of one source, but for a text store, the last
 
     def check(self, spec: EnvSpec) -> None:
-        """Compare with an environment. Raises `UsageError` naming cameras, actions or tasks that do not fit."""
+        """Compare with an environment.
+
+        Raises `UsageError` naming cameras, sizes of pictures, steps a second, actions or tasks that do not fit.
+        Checkpoints and stores made before sizes were kept are not compared by them: a warning is logged.
+        """
         for _, store in self._backbones:
             missing = [camera for camera in store.cameras if camera.removeprefix(CAMERA_PREFIX) not in spec.cameras]
             if missing:
                 raise UsageError(
                     f"{spec.name} has no camera {', '.join(missing)}", expected=f"{', '.join(spec.cameras)}"
                 )
+        sizes = self._sizes()
+        for camera, (height, width) in sizes.items():
+            if (height, width) != (spec.image_size, spec.image_size):
+                raise UsageError(
+                    f"{spec.name} draws pictures of {spec.image_size} x {spec.image_size}",
+                    expected=f"{width} x {height}, as {camera} in the demonstrations",
+                )
+        if self._backbones and not sizes:
+            log.warning("how large the demonstrations' pictures were is not known: %s px are drawn", spec.image_size)
+        if self._fps is not None and not math.isclose(self._fps, spec.fps, rel_tol=1e-6):
+            found = f"{spec.name} takes {spec.fps:g} steps a second"
+            raise UsageError(found, expected=f"{self._fps:g}, as in the demonstrations")
         wanted = self._io.action_dim if self._dims is None else int(self._dims_of(spec.task).sum())
         if len(spec.action_names) != wanted:
             raise UsageError(f"{spec.name} takes {len(spec.action_names)} actions", expected=f"{wanted}")
@@ -153,7 +201,11 @@ class Policy:
         return np.array(dims)
 
     def act(self, observation: Observation) -> NDArray[np.float32]:
-        """Return the action for this control step, float32 [A], in the data's units; A is what the task really has."""
+        """Return the action for this control step, float32 [A], in the data's units; A is what the task really has.
+
+        Raises `DataError` where a decision would be made from a state that is not finite, naming the column, and where
+        the actions are not: neither ever reaches a robot.
+        """
         self._history.append(self._remember(observation))
         if not self._planned:
             self._planned.extend(self._decide())
@@ -177,15 +229,14 @@ class Policy:
         padding = self.head.config.n_obs - len(frames)
         frames = [frames[0]] * padding + frames  # as a window of the store repeats an episode's first frame
         encoded = time.perf_counter()
-        names = self.head.artefact.state
-        state = np.stack([np.concatenate([frame[name] for name in names]) for frame in frames]) if names else None
+        state = self._states(frames) if self._model.columns else None
 
         def window(name: str, count: int) -> torch.Tensor:
             return torch.stack([frame["features"][name] for frame in frames[-count:]])[None]
 
         batch = Batch(
             features={name: window(name, count) for name, count in self._reads.items()},
-            state=torch.from_numpy(state.astype(np.float32))[None] if state is not None else None,
+            state=None if state is None else torch.from_numpy(state)[None],
             task=torch.tensor([self._task]),
             obs_valid=torch.tensor([[False] * padding + [True] * (len(frames) - padding)]),
             action_dims=None if self._dims is None else torch.from_numpy(self._dims)[None],
@@ -197,9 +248,25 @@ class Policy:
         batch = replace(batch, plan=self._plan)
         chunk = self._model.act(batch, generator=self._generator)[0, : self._n_action].cpu().numpy()
         chunk = chunk if self._dims is None else chunk[:, self._dims]
+        if not np.isfinite(chunk).all():
+            raise DataError(f"{self.head.folder} made actions that are not finite", expected="finite numbers")
         self.latency.backbone.append(encoded - began)
         self.latency.head.append(time.perf_counter() - encoded)
         return list(chunk.astype(np.float32))
+
+    def _states(self, frames: list[dict[str, Any]]) -> NDArray[np.float32]:
+        """Return the states of some frames, float32 [n_obs, S]. Raises `DataError` naming a column that is read and is
+        not finite there."""
+        names = self.head.artefact.state
+        states = np.stack([np.concatenate([frame[name] for name in names]) for frame in frames]).astype(np.float32)
+        if states.shape[1] == self._io.state_dim:  # another width is refused by the head itself
+            read = list(self._model.columns)
+            bad = [column for column in read if not np.isfinite(states[:, column]).all()]
+            if bad:
+                column = self._io.state_names[bad[0]] if self._io.state_names else str(bad[0])
+                values = ", ".join(f"{value:g}" for value in states[:, bad[0]])
+                raise DataError(f"the live state's column {column} is {values}", expected="finite numbers")
+        return states
 
     def _encode(self, frames: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Return the features of the last of some remembered frames, `{name: [V, *shape]}`."""

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vla.stores.errors import MachineError, StoreError
+from vla.stores.errors import MachineError, StoreError, UsageError
 from vla.stores.layout import LOCK
 
 PARTIAL = ".partial"
@@ -40,6 +40,13 @@ def explaining(path: Path) -> Iterator[None]:
     except OSError as error:
         cause, fix = _CAUSES.get(error.errno or 0, (str(error.strerror or error), ""))
         raise MachineError(f"{error.filename or path}: {cause}", fix=fix) from error
+
+
+def refuse_file(path: Path, *, overwrite: bool) -> None:
+    """Raise `UsageError` where there is a file at `path` that nobody said to replace, and for anything but a file."""
+    if path.exists() and not (overwrite and path.is_file()):
+        fix = "--overwrite to replace it, or another name" if path.is_file() else "another name"
+        raise UsageError(f"{path} exists{'' if path.is_file() else ' and is no file'}", fix=fix)
 
 
 def write_atomic(path: Path, data: bytes | memoryview) -> str:

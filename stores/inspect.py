@@ -23,6 +23,7 @@ def describe(root: Path | str) -> dict[str, Any]:
         "frames": int(rows.sum()),
         "fps": manifest.fps,
         "cameras": list(manifest.cameras),
+        "picture_sizes": {camera: f"{w} x {h}" for camera, (h, w) in manifest.picture_sizes.items()} or "not known",
         "tasks": list(store.episodes.tasks),
         "features": {
             name: {"shape": list(info.shape), "dims": list(info.dims), "dtype": info.dtype, "bytes": info.row_bytes}

@@ -141,6 +141,13 @@ class Manifest(Settings):
         """Whether the backbone's weights were random: such features test a pipeline, never a policy."""
         return bool(self.provenance.get("random_weights", False))
 
+    @property
+    def picture_sizes(self) -> dict[str, tuple[int, int]]:
+        """(height, width) of the pictures that each camera's features were made from; {} where nobody knew, as in
+        stores made before this was kept."""
+        sizes = self.provenance.get("picture_sizes", {})
+        return {camera: (int(height), int(width)) for camera, (height, width) in sizes.items()}
+
     def sha256(self) -> str:
         """Digest of the canonical form; commit records carry it."""
         return digest(self.model_dump(mode="json"))
@@ -190,6 +197,11 @@ class Manifest(Settings):
             if feature.row_bytes > MAX_ROW_BYTES or len(shape) != len(feature.dims) or min(shape, default=0) < 1:
                 raise StoreError(f"{path}: feature {name!r} declares shape {shape}, dims {feature.dims}")
         self._require_copies(path)
+        try:
+            _ = self.picture_sizes
+        except (AttributeError, TypeError, ValueError):
+            found = f"{path}: provenance.picture_sizes is {self.provenance['picture_sizes']!r}"
+            raise StoreError(found, expected="[height, width] by camera") from None
         for name, step in self.steps.items():
             if min(step.shape, default=1) < 1 or 8 * math.prod(step.shape) > MAX_ROW_BYTES:
                 raise StoreError(f"{path}: steps {name!r} declare shape {step.shape}")

@@ -85,13 +85,24 @@ def show_repair(store: str, found: Iterable[str], removed: Iterable[object], dro
     open_log().print(f"{store}: {what}; free of damage{lacking}")
 
 
-def show_errors(facts: Mapping[str, Any]) -> None:
-    """Print the table of `vla evaluate`: a row a dimension of the action."""
+def show_errors(facts: Mapping[str, Any], extra: Mapping[str, float]) -> None:
+    """Print what `vla evaluate` found: a row a dimension of the action, none of a head that makes no actions; a row a
+    task, where there are several; and what the head itself measures, `extra`."""
     by_name = facts["per_dimension"]
-    columns = ("executed_mae", "mae", "baseline_mae")
-    rows = [(name, *(f"{by_name[column][name]:.4f}" for column in columns)) for name in by_name["mae"]]
-    show_table(("dimension", "error, executed steps", "error, whole horizon", "always the mean action"), rows)
-    print_line(f"mean absolute error over {facts['windows']} windows; {facts['checkpoint']}, step {facts['step']}")
+    what = "figures"
+    if by_name:
+        titles = {"executed_mae": "error, executed steps", "mae": "error, whole horizon"}
+        titles |= {"baseline_mae": "always the mean action"} if "baseline_mae" in by_name else {}
+        rows = [(name, *(f"{by_name[column][name]:.4f}" for column in titles)) for name in by_name["mae"]]
+        show_table(("dimension", *titles.values()), rows)
+        what = "mean absolute error"
+    if "per_task" in facts:
+        # A bracket in an instruction is no markup.
+        tasks = [(task.replace("[", "\\["), f"{error:.4f}") for task, error in facts["per_task"].items()]
+        show_table(("task", "error, executed steps"), tasks)
+    if extra:
+        print_line(figures(extra))
+    print_line(f"{what} over {facts['windows']} windows; {facts['checkpoint']}, step {facts['step']}")
 
 
 def show_check(facts: Mapping[str, Any], findings: Sequence[str], source: str) -> None:

@@ -51,6 +51,7 @@ class SourceIndex:
     """Everything about a source that is known without decoding pixels.
 
     `steps` always has exactly one column of role `action`, named `action`; at most one of role `state`, named `state`.
+    `sizes` is (height, width) of each camera's pictures, of those cameras whose metadata say it.
     `skipped` maps episode ids left out under `--skip-bad` to the reason.
     `mapping` is the resolved column mapping ({ours: theirs}); it enters the fingerprint. `extras` names what `views`
     gives beside the image; a source without any needs no such method (see `ViewSource`).
@@ -64,6 +65,7 @@ class SourceIndex:
     episodes: tuple[Episode, ...]
     steps: Mapping[str, StepSpec]
     licence: str = "unknown"
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     mapping: Mapping[str, str] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
     extras: tuple[str, ...] = ()

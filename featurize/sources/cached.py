@@ -51,6 +51,7 @@ class StoreSource:
             root=", ".join(str(store.root) for store in self._stores.stores),
             fps=first.manifest.fps,
             cameras=first.manifest.cameras,
+            sizes=first.manifest.picture_sizes,
             episodes=tuple(
                 Episode(table.ids[at], int(table.length[at]), table.tasks[int(table.task[at])], table.texts(int(at)))
                 for at in self._episodes

@@ -53,6 +53,7 @@ class Instructions:
             skipped={},
             extras=(),
             pictures=False,
+            sizes={},
         )
 
     def digest(self) -> str:

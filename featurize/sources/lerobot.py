@@ -152,6 +152,7 @@ class LeRobotSource:
                 skipped[row.id] = str(error)
         if not kept:
             raise SourceError(f"every episode of {self.root} is bad; the first: {next(iter(skipped.values()))}")
+        sizes = {column: info.columns[column].size for column in columns.cameras.values()}
         index = SourceIndex(
             kind=f"lerobot-{info.version}",
             root=str(self.root),
@@ -162,11 +163,11 @@ class LeRobotSource:
             licence=info.licence,
             mapping=columns.names,
             skipped=skipped,
+            sizes={camera: size for camera, column in columns.cameras.items() if (size := sizes[column]) is not None},
         )
         used = {checked.row.data for checked in kept} | {
             checked.row.videos[column].path for checked in kept for column in checked.clips
         }
-        sizes = {column: info.columns[column].size for column in columns.cameras.values()}
         return _Indexed(index, columns, sizes, tuple(kept), frozenset(used | set(layout.files)))
 
     def _resolve(self, info: Info, videos: Sequence[str]) -> tuple[ColumnMap, Layout]:

@@ -164,6 +164,7 @@ class ReplayBufferSource:
             steps={name: StepSpec((width,), "float32", ROLES[name]) for name, width in widths.items()},
             mapping=mapping | {"white": str(self._range)},
             skipped=skipped,
+            sizes={camera: (array.shape[1], array.shape[2]) for camera, array in cameras.items()},
         )
         return _Indexed(index, tuple(cameras.values()), columns, tuple(rows))
 

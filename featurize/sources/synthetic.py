@@ -106,6 +106,7 @@ class SyntheticSource:
             },
             licence="CC0-1.0",
             extras=GEOMETRY if s.depth else (),
+            sizes={f"camera{view}": (s.image_size, s.image_size) for view in range(s.cameras)},
         )
 
     def digest(self) -> str:

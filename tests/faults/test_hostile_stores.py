@@ -164,6 +164,8 @@ STEP = {"shape": [2], "dtype": "float32", "role": "action", "names": []}
         {"steps": {"action": STEP | {"shape": [-1]}}},
         {"steps": {"action": STEP | {"shape": [2**40]}}},
         {"tables": {}},
+        {"provenance": {"picture_sizes": {"front": "large"}}},
+        {"provenance": {"picture_sizes": [64, 64]}},
         {"unknown": 1},
     ],
     ids=lambda changes: canonical(changes).decode()[:60],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,21 @@ def test_a_head_that_draws_noise_behind_the_back_of_the_export_is_refused(
     with pytest.raises(UsageError, match="noise_like"):
         export_head(as_trained(model, "mlp"), tmp_path / "head.pt2")
     assert not list(tmp_path.iterdir())
+
+
+def test_neither_file_of_an_export_is_replaced_unasked(
+    awake_head: Callable[..., HeadModel], as_trained: AsTrained, tmp_path: Path
+) -> None:
+    head, out, beside = as_trained(awake_head("mlp"), "mlp"), tmp_path / "head.pt2", tmp_path / "head.json"
+    for taken in (out, beside):
+        taken.write_text("mine")
+        with pytest.raises(UsageError, match=rf"{re.escape(taken.name)} exists\. Try: --overwrite"):
+            export_head(head, out)
+        assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+        taken.unlink()
+    beside.write_text("mine")
+    export_head(head, out, overwrite=True)
+    assert json.loads(beside.read_text())["head"] == "mlp"
 
 
 def test_a_trained_head_takes_another_sampler_and_nothing_else(

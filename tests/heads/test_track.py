@@ -256,6 +256,13 @@ def test_gap_8_velocities_of_waypoints_are_those_that_they_were_integrated_from(
         waypoint_velocities(waypoints[0], 0.0)
 
 
+def test_a_base_is_never_told_to_drive_at_nan() -> None:
+    waypoints = np.zeros((8, 3))
+    waypoints[4, 1] = np.nan
+    with pytest.raises(DataError, match="not finite"):
+        waypoint_velocities(waypoints, 0.1)
+
+
 # What it reads.
 
 

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from vla.cli import app
 from vla.featurize.job import FeaturizeConfig, prepare, run
 from vla.heads.checkpoint import load_head
 from vla.heads.data import DataConfig
@@ -116,6 +118,9 @@ def test_high_level_mode_is_measured_by_what_it_says_and_acts_nowhere(trained: T
     assert json.loads(json.dumps(error.to_json(), allow_nan=False))["per_dimension"] == {}
     with pytest.raises(UsageError, match="makes no actions"):
         Policy.from_run(run_dir, device="cpu")
+    told = CliRunner().invoke(app, ["evaluate", str(run_dir)], catch_exceptions=False).stdout
+    assert "figures over" in told
+    assert all(f"{name} {value:.4g}" in told for name, value in error.extra.items())
 
 
 def test_fast_ids_are_fitted_trained_on_and_loaded_again(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from vla.rollout.envs.base import EnvSpec, LiveImages, Observation, StepResult
 from vla.rollout.evaluate import roll_out
 from vla.rollout.policy import Policy
 from vla.rollout.success import SuccessRate
-from vla.stores.errors import FingerprintError, UsageError
+from vla.stores.errors import DataError, FingerprintError, UsageError
 from vla.stores.store import open_store
 
 SOURCE = "synthetic:episodes=4,length=[6,9],cameras=2"
@@ -170,9 +172,106 @@ def test_an_environment_without_the_cameras_is_refused_before_the_first_episode(
         roll_out(OneCameraEnv(), Policy.from_run(trained[1], device="cpu"), 1)
 
 
-def test_more_actions_than_predicted_are_refused(trained: tuple[Path, Path]) -> None:
-    with pytest.raises(UsageError, match="1 to 4"):
-        Policy.from_run(trained[1], device="cpu", n_action=5)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_live_state_that_is_not_finite_is_refused_by_column(trained: tuple[Path, Path], value: float) -> None:
+    policy, seen = Policy.from_run(trained[1], device="cpu", n_action=1), _observations(0)
+    state = seen[1].state.copy()
+    state[1] = value
+    policy.reset(seed=0, task=_task(0))
+    policy.act(seen[0])
+    with pytest.raises(DataError, match=rf"column {re.escape(policy._io.state_names[1])} is \S+, {value:g}"):
+        policy.act(Observation(seen[1].images, state, seen[1].privileged))
+
+
+def test_actions_that_are_not_finite_reach_nobody(trained: tuple[Path, Path]) -> None:
+    policy = Policy.from_run(trained[1], device="cpu")
+    with torch.no_grad():
+        next(policy._model.parameters()).fill_(torch.nan)
+    policy.reset(seed=0, task=_task(0))
+    with pytest.raises(DataError, match="actions that are not finite"):
+        policy.act(_observations(0)[0])
+
+
+def test_a_state_that_no_environment_tells_is_refused_before_anything_is_played(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    values = {
+        "head": "mlp",
+        "data": {"stores": [str(trained[0])], "validation": 0.25, "state": ["state", "timestamp"]},
+        "model": {"horizon": 4, "n_action": 2, "encoder": {"components": 8, "dim": 32}, "hidden": 32},
+        "train": {"steps": 1, "batch_size": 4, "device": "cpu"},
+    }
+    train_head(HeadTrainConfig.build(values), tmp_path / "run")
+    with pytest.raises(UsageError, match=r"reads the step column timestamp.*state and privileged"):
+        Policy.from_run(tmp_path / "run", device="cpu")
+
+
+class UnplayedEnv(OneCameraEnv):
+    """An environment of any kind, whose episodes are never begun."""
+
+    def __init__(self, spec: EnvSpec) -> None:
+        self.spec = spec
+
+
+def test_what_cannot_be_filmed_or_counted_is_refused_before_the_first_episode(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    policy = Policy.from_run(trained[1], device="cpu")
+    env = UnplayedEnv(_env_spec(policy, 32, 10.0))
+    with pytest.raises(UsageError, match=r"--video .*v\.xyz; expected a file \.mp4"):
+        roll_out(env, policy, 1, video=tmp_path / "v.xyz")
+    for episodes in (0, -3):
+        with pytest.raises(UsageError, match=f"{episodes} episodes; expected at least 1"):
+            roll_out(env, policy, episodes)
+    policy._backbones = []  # as of a head that reads the state alone
+    with pytest.raises(UsageError, match="fake:task has no camera to film with"):
+        roll_out(UnplayedEnv(replace(env.spec, cameras=())), policy, 1, video=tmp_path / "v.mp4")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "v.mp4").write_text("mine")
+    with pytest.raises(UsageError, match=r"v\.mp4 exists\. Try: --overwrite"):
+        roll_out(env, Policy.from_run(trained[1], device="cpu"), 1, video=tmp_path / "v.mp4")
+
+
+def _env_spec(policy: Policy, image_size: int, fps: float) -> EnvSpec:
+    names = tuple(f"a{number}" for number in range(policy._io.action_dim))
+    return EnvSpec("fake:task", _task(0), policy.env_options()["cameras"], image_size, fps, ("s",) * 4, names, 3)
+
+
+def test_an_environment_draws_what_the_demonstrations_were_recorded_with(trained: tuple[Path, Path]) -> None:
+    """The synthetic source: two cameras, 32 px, 10 steps a second."""
+    policy = Policy.from_run(trained[1], device="cpu")
+    assert policy.env_options() == {"cameras": ("camera0", "camera1"), "image_size": 32, "fps": 10.0}
+    policy.check(_env_spec(policy, 32, 10.0))
+    with pytest.raises(UsageError, match="pictures of 64 x 64; expected 32 x 32, as camera0 in the demonstrations"):
+        policy.check(_env_spec(policy, 64, 10.0))
+    with pytest.raises(UsageError, match="20 steps a second; expected 10"):
+        policy.check(_env_spec(policy, 32, 20.0))
+
+
+def test_pictures_that_are_no_squares_are_asked_of_no_environment(trained: tuple[Path, Path]) -> None:
+    head = load_head(trained[1])
+    sizes = {"camera0": (24, 32), "camera1": (24, 32)}
+    records = tuple(record.model_copy(update={"picture_sizes": sizes}) for record in head.artefact.stores)
+    object.__setattr__(head.artefact, "stores", records)
+    policy = Policy(head, device="cpu")
+    assert "image_size" not in policy.env_options()
+    with pytest.raises(UsageError, match="pictures of 32 x 32; expected 32 x 24"):
+        policy.check(_env_spec(policy, 32, 10.0))
+
+
+def test_a_checkpoint_that_knows_no_sizes_acts_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """One that was made before stores and checkpoints kept them."""
+    policy = Policy.from_run(Path(__file__).parents[1] / "golden" / "schema-1" / "head", device="cpu")
+    assert policy.env_options().keys() == {"cameras"}
+    names = policy._io.action_names
+    policy.check(EnvSpec("fake:task", "", policy.env_options()["cameras"], 64, 20.0, (), names, 3))
+    assert "how large the demonstrations' pictures were is not known: 64 px are drawn" in caplog.text
+
+
+@pytest.mark.parametrize("n_action", [0, 5])
+def test_no_action_and_more_than_predicted_are_refused(trained: tuple[Path, Path], n_action: int) -> None:
+    with pytest.raises(UsageError, match=f"{n_action} actions a decision; expected 1 to 4"):
+        Policy.from_run(trained[1], device="cpu", n_action=n_action)
 
 
 @pytest.mark.parametrize(("successes", "low", "high"), [(0, 0.0, 0.161), (20, 0.839, 1.0), (10, 0.299, 0.701)])

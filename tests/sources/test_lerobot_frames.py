@@ -82,8 +82,10 @@ def test_views_come_in_the_order_of_the_cameras_and_show_the_same_frame(
 
 
 def test_pictures_are_rgb_bytes_of_the_declared_size(tmp_path: Path, write_lerobot: Write) -> None:
-    image = next(LeRobotSource(write_lerobot(tmp_path)).frames(0, 0, 1))[0]
+    source = LeRobotSource(write_lerobot(tmp_path, cameras=TWO_CAMERAS))
+    image = next(source.frames(0, 0, 1))[0]
     assert (image.shape, image.dtype) == ((64, 64, 3), np.uint8)
+    assert source.index().sizes == {"front": (64, 64), "wrist": (64, 64)}
 
 
 def test_the_shipped_demonstrations_read() -> None:

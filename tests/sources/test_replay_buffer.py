@@ -86,6 +86,7 @@ def test_featurize_makes_a_store_of_it(pusht: Path, tmp_path: Path) -> None:
     store = open_store(tmp_path / "store")
     assert store.complete
     np.testing.assert_array_equal(store.steps("action"), ACTION)
+    assert store.manifest.picture_sizes == {"img": PIXELS.shape[1:3]}
 
 
 def test_an_episode_with_nan_is_refused_by_row_or_left_out(pusht: Path) -> None:
