@@ -85,7 +85,7 @@ def load_head(path: Path, *, which: str = "newest", settings: Mapping[str, Any] 
     shall change, which raises `UsageError` for what training has decided."""
     found = load_checkpoint(path, which=which)
     artefact = Artefact.build(found.artefact, where=f"{found.folder / 'artefact.json'}")
-    wanted = _shapes(artefact, found.folder)
+    wanted = described_head(artefact, found.folder).state_dict()
     wrong = sorted(wanted.keys() ^ found.weights.keys())
     wrong += [name for name in wanted.keys() & found.weights.keys() if wanted[name].shape != found.weights[name].shape]
     if wrong:
@@ -103,11 +103,14 @@ def load_head(path: Path, *, which: str = "newest", settings: Mapping[str, Any] 
     return TrainedHead(model.eval(), artefact, found.step, found.folder)
 
 
-def _shapes(artefact: Artefact, folder: Path) -> dict[str, torch.Tensor]:
-    """Return the weights that a head should have, without memory: a checkpoint may claim a net of terabytes."""
+def described_head(artefact: Artefact, folder: Path) -> HeadModel:
+    """Return the head that an artefact describes, its weights without memory: a checkpoint may claim terabytes.
+
+    Raises `CheckpointError` naming `folder` where it describes none.
+    """
     try:
         with torch.device("meta"):
-            return build_head(artefact.head, artefact.config, artefact.io).state_dict()
+            return build_head(artefact.head, artefact.config, artefact.io)
     except UsageError as error:  # nobody typed it
         raise CheckpointError(f"{folder / 'artefact.json'}: {error}") from None
     except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond 64 bits

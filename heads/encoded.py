@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vla.heads.batch import HeadIO
 from vla.heads.encoders import EncoderConfig, ObservationEncoder, ProjectionReader
@@ -55,6 +55,11 @@ class EncodedHead(HeadModel):
     def columns(self) -> tuple[int, ...]:
         """See `HeadModel.columns`."""
         return self.encoder.columns
+
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """See `HeadModel.meaning`."""
+        return super().meaning | {"encoder.state_columns": list(self.columns)}
 
     @property
     def state(self) -> Normalizer | None:

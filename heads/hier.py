@@ -176,6 +176,11 @@ class HierHead(HeadModel):
         return self._columns
 
     @property
+    def meaning(self) -> dict[str, Any]:
+        """See `HeadModel.meaning`."""
+        return super().meaning | {"encoder.state_columns": list(self._columns)}
+
+    @property
     def state(self) -> Normalizer | None:
         """See `HeadModel.state`."""
         return self.proprio

@@ -138,6 +138,16 @@ class HeadModel(nn.Module):
         return None
 
     @property
+    def meaning(self) -> dict[str, Any]:
+        """Return the settings that say what the head's weights and statistics mean where no size does, {name: value}.
+
+        A run that starts from the head's weights has to have the same (start.py). Values are resolved: columns by their
+        index.
+        """
+        modes = {"action_norm": self.config.action_norm, "state_norm": self.config.state_norm}
+        return modes if self.state is not None else {"action_norm": self.config.action_norm}
+
+    @property
     def not_exported(self) -> str:
         """Return why `vla export` cannot write this head; empty where it can."""
         return ""
@@ -241,6 +251,12 @@ class HeadModel(nn.Module):
         self.fit_normalisers(
             data.actions(data.training), data.states(data.training), dims=data.action_dims(data.training)
         )
+
+    def check_reach(self, data: HeadData) -> None:
+        """Raise `UsageError` where the head, its statistics in place, could not make the actions of the training split.
+
+        Called once, before the first step of a run.
+        """
 
     def fit_normalisers(
         self, actions: NDArray[Any], states: NDArray[Any], *, dims: NDArray[np.bool_] | None = None

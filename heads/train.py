@@ -81,6 +81,7 @@ def train_head(
             model.prepare(data)
         else:
             start_from(Path(config.init_from), model, artefact_of(config, model, data, {}))
+        model.check_reach(data)
     seed_everything(config.train.seed)
     pin = config.train.device != "cpu" and torch.cuda.is_available()
     stored = supplier is None
