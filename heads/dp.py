@@ -55,9 +55,9 @@ class DiffusionConfig(EncodedConfig):
     `cond_predict_scale`: FiLM with scale and shift rather than shift alone. `hidden`, `layers`, `dropout`: of the MLP.
     `train_steps`: diffusion steps in training. `sampler`: "ddim" needs few steps, "ddpm" all of them. `sample_steps`:
     steps that it takes (None: 16, or as many as `train_steps`). `clip_sample`: keep each step's estimate of the
-    action in [-1, 1], where `action_norm` "limits" alone puts every action. `weights`: start the U-Net from a published checkpoint
-    of Diffusion Policy, a workspace's .ckpt or a state dict (pretrained/diffusion_policy.py); what it is conditioned on
-    has to be as wide: `n_obs` times `encoder.dim`.
+    action in [-1, 1], where `action_norm` "limits" alone puts every action. `weights`: start the U-Net from a published
+    checkpoint of Diffusion Policy, a workspace's .ckpt or a state dict (pretrained/diffusion_policy.py); what it is
+    conditioned on has to be as wide: `n_obs` times `encoder.dim`.
     """
 
     n_obs: int = Field(2, ge=1)

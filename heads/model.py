@@ -331,13 +331,15 @@ def real_dims(batch: Batch, x: Tensor) -> Tensor:
 def repeat_edges(action: Tensor, valid: Tensor) -> Tensor:
     """Replace padded steps of [B, H, A] by the last valid step before them, or the first valid one; valid bool [B, H].
 
-    Convolutions and attention mix steps: what stands in padded ones has to be the same whoever made the batch.
+    Convolutions and attention mix steps: what stands in padded ones has to be the same whoever made the batch. A window
+    without any valid step is 0: NaN would come through the mask of the loss into every gradient, as 0 times NaN.
     """
     step = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
     latest = torch.where(valid, step, -1).cummax(dim=1).values
     first = valid.to(torch.uint8).argmax(dim=1, keepdim=True)
     source = torch.where(latest >= 0, latest, first)
-    return action.gather(1, source[..., None].expand_as(action))
+    repeated = action.gather(1, source[..., None].expand_as(action))
+    return torch.where(valid.any(dim=1)[:, None, None], repeated, 0.0)
 
 
 class GivenNoise(torch.Generator):
