@@ -207,6 +207,12 @@ class HierHead(HeadModel):
             check_backbones(data, self.config.weights, None)
         load_full(self.language, self.actor)
 
+    def check_reach(self, data: HeadData) -> None:
+        """See `HeadModel.check_reach`: FAST ids say actions in the range that they were fitted to."""
+        if self.fast is not None:
+            centre, scale = self.action.centre.cpu().numpy(), self.action.scale.cpu().numpy()
+            self.fast.require_statistics(centre, scale, Path(str(self.config.fast)))
+
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return L_text + alpha L_action, or what of it the mode trains, and its parts. Raises `DataError` where the
         batch lacks actions or labels that the mode needs."""
@@ -229,6 +235,7 @@ class HierHead(HeadModel):
             if self.fast is not None:
                 fast = self._teach_fast(batch, observed)
                 total, metrics["fast_loss"] = total + fast.mean(), fast.mean().detach()
+                metrics["fast_saturated"] = self._saturated(batch)
         if self.actor is not None:
             action = self.errors(batch, self.labels(batch))
             mean, share = masked_mean(action, batch)
@@ -349,6 +356,15 @@ class HierHead(HeadModel):
         if batch.action_valid is not None:
             answer = answer & batch.action_valid.all(dim=1)[:, None]
         return teach(self.language.model, observed, (row[0], row[1]), answer)
+
+    def _saturated(self, batch: Batch) -> Tensor:
+        """Return the share of coefficients that FAST ids cannot say, of chunks that are trained on."""
+        assert self.fast is not None
+        beyond = torch.from_numpy(self.fast.saturated(self.labels(batch).cpu().numpy())).to(batch.task.device)
+        whole = torch.ones(len(batch), dtype=torch.bool, device=batch.task.device)
+        if batch.action_valid is not None:
+            whole = batch.action_valid.all(dim=1)
+        return beyond[whole].float().sum() / (whole.sum() * beyond[0].numel()).clamp(min=1)
 
     def _say_fast(self, batch: Batch, subtasks: Sequence[str]) -> Tensor:
         assert self.language is not None
