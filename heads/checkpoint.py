@@ -39,7 +39,9 @@ class StoreRecord(Settings):
 class Artefact(Settings):
     """What a checkpoint keeps beside the weights: the resolved configuration and the stores' fingerprints.
 
-    `frozen`: digests of the networks that the head runs without training them, whose weights stay where they were.
+    `trained_tasks`: of `HeadModel.instructions` those that an episode of the training split has; None where a
+    checkpoint was made before they were kept. `frozen`: digests of the networks that the head runs without training
+    them, whose weights stay where they were.
     `init_from`: the run that it started from. `online`: how pictures were shown to the backbones in the loop; empty
     where features came from the stores.
     """
@@ -51,6 +53,7 @@ class Artefact(Settings):
     state: tuple[str, ...]
     stores: tuple[StoreRecord, ...]
     training_episodes: int
+    trained_tasks: tuple[str, ...] | None = None
     frozen: dict[str, str] = {}
     init_from: str | None = None
     online: dict[str, Any] = {}
@@ -70,6 +73,13 @@ class TrainedHead:
     def config(self) -> HeadConfig:
         """The head's configuration."""
         return self.model.config
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """What the head can be told to do. `HeadModel.instructions` has those of held-out episodes too, to evaluate on:
+        a row of an embedding that no step has trained."""
+        trained = self.artefact.trained_tasks
+        return self.model.instructions if trained is None else trained
 
 
 def build_head(name: str, values: dict[str, Any], io: HeadIO) -> HeadModel:

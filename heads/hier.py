@@ -267,9 +267,22 @@ class HierHead(HeadModel):
 
     @torch.inference_mode()
     def plan(self, batch: Batch) -> Tensor | None:
-        """Say each window's subtask: its ids [B, K] int64, -1 behind the end. None in mode "expert"."""
+        """Say each window's subtask, unless it is what the instruction is: its ids [B, K] int64, -1 behind the end.
+        None in mode "expert"."""
         if self.language is None:
             return None
+        ordered = self.texts.ordered(batch)
+        said = self._say_subtasks(batch) if None in ordered else [[] for _ in ordered]
+        said = [
+            ids if text is None else self.tokenizer.encode(clean(text)) for ids, text in zip(said, ordered, strict=True)
+        ]
+        plan = torch.full((len(said), max(1, *map(len, said))), -1)
+        for row, ids in zip(plan, said, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        return plan.to(batch.task.device)
+
+    def _say_subtasks(self, batch: Batch) -> list[list[int]]:
+        assert self.language is not None
         prompt = self._prompt(batch, subtask_prompt, self._told(batch, "high_level_task"))
         ends = {self.tokenizer.pad, self.tokenizer.bos}
         silent = torch.tensor(sorted(ends), device=batch.task.device)
@@ -283,11 +296,7 @@ class HierHead(HeadModel):
             return words.argmax(dim=1)
 
         model, limit = self.language.model, self.config.max_subtask
-        said = say(model, self.language.observe(batch), prompt, choose, self.tokenizer.eos, limit)
-        plan = torch.full((len(said), max(1, *map(len, said))), -1)
-        for row, ids in zip(plan, said, strict=True):
-            row[: len(ids)] = torch.tensor(ids)
-        return plan.to(batch.task.device)
+        return say(model, self.language.observe(batch), prompt, choose, self.tokenizer.eos, limit)
 
     def subtasks(self, batch: Batch) -> list[str]:
         """Return the subtask of each window as text: that of `Batch.plan`, else the one that the language model says;

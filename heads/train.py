@@ -131,6 +131,15 @@ def with_head_defaults(config: HeadTrainConfig) -> HeadTrainConfig:
     return config.model_copy(update={"train": train})
 
 
+def _trained_tasks(model: HeadModel, data: HeadData) -> tuple[str, ...]:
+    """Return the instructions of a head that an episode of the training split has, as its task or by its labels."""
+    table = data.stores.first.episodes
+    told = {table.tasks[number] for number in table.task[data.training].tolist()}
+    if table.labels:
+        told |= {text for number in table.label[data.training].tolist() for text in table.labels[number].values()}
+    return tuple(text for text in model.instructions if text in told)
+
+
 def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData, online: Mapping[str, Any]) -> Artefact:
     """Collect what the checkpoint keeps beside the weights. `online`: the identity of a supplier; {} without one."""
     masks = {f"{name}_mask" for name, feature in data.io.features.items() if feature.masked}
@@ -157,6 +166,7 @@ def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData, onlin
         state=data.state,
         stores=tuple(records),
         training_episodes=len(data.training),
+        trained_tasks=_trained_tasks(model, data),
         init_from=config.init_from,
         vla_version=__version__,
         frozen={name: frozen.digest for name, frozen in model.frozen.items()},
