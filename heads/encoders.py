@@ -74,7 +74,14 @@ class ObservationEncoder(nn.Module):
         self.columns = io.state_columns(config.state_columns) if config.use_state and io.state_dim else ()
         self.names = tuple(io.features) if config.use_features else ()
         if not self.names and not self.columns:
-            raise UsageError("the head has no input", expected="features, a state, or both")
+            unread = io.state_dim > 0 and not config.use_state
+            raise UsageError(
+                f"the head has no input{': there is no feature, and no state is read here' if unread else ''}",
+                expected="a feature" if unread else "features, a state, or both",
+                fix="--set model.encoder.use_features=true"
+                if io.features
+                else "--features NAME, or a --store with some",
+            )
         self.state = Normalizer(io.state_dim) if self.columns else None
         fused = [name for name in self.names if config.kind == "fusion" and not io.features[name].layout]
         self.fusion = (

@@ -292,7 +292,13 @@ class HeadModel(nn.Module):
 
 
 def check_lengths(config: HeadConfig) -> None:
-    """Raise `UsageError` where more actions would be executed than are predicted."""
+    """Raise `UsageError` where more actions would be executed than are predicted, or none lies ahead."""
+    if config.n_action_max < 1:
+        raise UsageError(
+            f"a horizon of {config.horizon} that begins with the first of {config.n_obs} observed frames",
+            expected=f"at least {1 - config.action_offset}, so that an action is left from the present on",
+            fix="--set model.n_obs=1, or a longer --set model.horizon",
+        )
     if config.n_action > config.n_action_max:
         found = f"n_action {config.n_action} of horizon {config.horizon}"
         fix = f"--set model.n_action={config.n_action_max}"

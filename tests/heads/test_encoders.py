@@ -245,3 +245,20 @@ def test_a_single_instruction_is_not_read(toy_io: HeadIO, toy_head: MakeHead) ->
     assert toy_head("mlp", fitted=False).encoder.task is not None
     assert toy_head("mlp", fitted=False, io=toy_io.model_copy(update={"tasks": ("go",)})).encoder.task is None
     assert toy_head("mlp", fitted=False, encoder={"use_task": False}).encoder.task is None
+
+
+@pytest.mark.parametrize(
+    ("head", "features", "encoder", "says"),
+    [
+        ("hier-expert", False, {}, r"no feature, and no state is read here; expected a feature.*--features NAME"),
+        ("mlp", False, {"use_state": False}, r"no feature, and no state is read here.*--features NAME"),
+        ("mlp", True, {"use_state": False, "use_features": False}, r"--set model\.encoder\.use_features=true"),
+    ],
+)
+def test_a_head_without_input_says_which_one_it_lacks(
+    head: str, features: bool, encoder: dict[str, Any], says: str, toy_head: MakeHead, toy_io: HeadIO
+) -> None:
+    """`hier` reads the state in its prompt: a state alone was called no input at all."""
+    io = toy_io if features else toy_io.model_copy(update={"features": {}})
+    with pytest.raises(UsageError, match=says):
+        toy_head(head, io=io, encoder=encoder, fitted=False)
