@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from vla.heads.checkpoint import load_head
-from vla.heads.train import HeadTrainConfig, train_head
+from vla.heads.train import HeadTrainConfig, train_head, with_head_defaults
 from vla.stores.errors import UsageError
 
 ZSCORE = {"action_norm": "zscore", "clip_sample": False}
@@ -102,3 +103,32 @@ def test_stores_are_compared_by_their_features_and_the_order_of_features_is_told
     config = config_of(far, near, start=start)
     told = config.model_copy(update={"data": config.data.model_copy(update={"features": ("near", "far")})})
     train_head(told, tmp_path / "two")
+
+
+# ---- going on with the same run --------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_from_a_store_that_was_moved(stores: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(stores["near"], tmp_path / "here")
+    train_head(config_of(tmp_path / "here"), tmp_path / "run")
+    (tmp_path / "here").rename(tmp_path / "there")
+    report = train_head(config_of(tmp_path / "there"), tmp_path / "run", resume=True)
+    assert report.resumed_from is not None
+    with pytest.raises(UsageError, match="begun with other settings"):
+        train_head(config_of(stores["longer"]), tmp_path / "run", resume=True)
+
+
+def test_a_constant_run_that_goes_on_takes_no_warmup_of_its_heads_own() -> None:
+    """A head's warm-up of 100 steps is left out of runs that are shorter, and came back with more steps."""
+    train = {"steps": 120, "schedule": "constant"}
+    config = HeadTrainConfig.build({"head": "mlp", "data": {"stores": ["stores/x"]}, "train": train})
+    assert with_head_defaults(config).train.warmup_steps == 100
+    assert with_head_defaults(config, begun=True).train.warmup_steps is None
+
+
+def test_a_best_metric_without_a_validation_is_refused(stores: dict[str, Path], tmp_path: Path) -> None:
+    """It was accepted, whatever its name, and no best checkpoint was ever told."""
+    settings = config_of(stores["near"]).model_dump(exclude_unset=True)
+    settings["train"]["best_metric"] = "nonsense"
+    with pytest.raises(UsageError, match=r"best_metric 'nonsense' of a validation that there is not"):
+        train_head(HeadTrainConfig.build(settings), tmp_path / "run")
