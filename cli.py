@@ -277,7 +277,7 @@ def train_head(
     from vla.stores.memory import keep_freed_memory
 
     head_class(head)
-    named = features.split(",") if features else None
+    named = None if features is None else features.split(",")
     short = {"train.steps": steps, "data.stores": store, "data.features": named, "data.remote.cache": cache}
     kind: Any = train.HeadTrainConfig
     run: Any = train.train_head

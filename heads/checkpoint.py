@@ -42,7 +42,9 @@ class StoreRecord(Settings):
 class Artefact(Settings):
     """What a checkpoint keeps beside the weights: the resolved configuration and the stores' fingerprints.
 
-    `frozen`: digests of the networks that the head runs without training them, whose weights stay where they were.
+    `trained_tasks`: of `HeadModel.instructions` those that an episode of the training split has; None where a
+    checkpoint was made before they were kept. `frozen`: digests of the networks that the head runs without training
+    them, whose weights stay where they were.
     `init_from`: the run that it started from. `online`: how pictures were shown to the backbones in the loop; empty
     where features came from the stores. `action_mean` [A]: the mean of the training actions, the baseline of every
     evaluation; () of checkpoints made before it was kept.
@@ -55,6 +57,7 @@ class Artefact(Settings):
     state: tuple[str, ...]
     stores: tuple[StoreRecord, ...]
     training_episodes: int
+    trained_tasks: tuple[str, ...] | None = None
     frozen: dict[str, str] = {}
     init_from: str | None = None
     online: dict[str, Any] = {}
@@ -76,6 +79,13 @@ class TrainedHead:
         """The head's configuration."""
         return self.model.config
 
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """What the head can be told to do. `HeadModel.instructions` has those of held-out episodes too, to evaluate on:
+        a row of an embedding that no step has trained."""
+        trained = self.artefact.trained_tasks
+        return self.model.instructions if trained is None else trained
+
 
 def build_head(name: str, values: dict[str, Any], io: HeadIO) -> HeadModel:
     """Build an untrained head. Raises `UsageError` for unknown names, keys and values."""
@@ -90,7 +100,7 @@ def load_head(path: Path, *, which: str = "newest", settings: Mapping[str, Any] 
     shall change, which raises `UsageError` for what training has decided."""
     found = load_checkpoint(path, which=which)
     artefact = Artefact.build(found.artefact, where=f"{found.folder / 'artefact.json'}")
-    wanted = _shapes(artefact, found.folder)
+    wanted = described_head(artefact, found.folder).state_dict()
     wrong = sorted(wanted.keys() ^ found.weights.keys())
     wrong += [name for name in wanted.keys() & found.weights.keys() if wanted[name].shape != found.weights[name].shape]
     if wrong:
@@ -108,11 +118,14 @@ def load_head(path: Path, *, which: str = "newest", settings: Mapping[str, Any] 
     return TrainedHead(model.eval(), artefact, found.step, found.folder)
 
 
-def _shapes(artefact: Artefact, folder: Path) -> dict[str, torch.Tensor]:
-    """Return the weights that a head should have, without memory: a checkpoint may claim a net of terabytes."""
+def described_head(artefact: Artefact, folder: Path) -> HeadModel:
+    """Return the head that an artefact describes, its weights without memory: a checkpoint may claim terabytes.
+
+    Raises `CheckpointError` naming `folder` where it describes none.
+    """
     try:
         with torch.device("meta"):
-            return build_head(artefact.head, artefact.config, artefact.io).state_dict()
+            return build_head(artefact.head, artefact.config, artefact.io)
     except UsageError as error:  # nobody typed it
         raise CheckpointError(f"{folder / 'artefact.json'}: {error}") from None
     except (RuntimeError, OverflowError, TypeError) as error:  # sizes beyond 64 bits

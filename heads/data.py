@@ -132,12 +132,17 @@ class HeadData:
         `reads`: the features to read and how many frames of each; None: all of them, n_obs frames.
         """
         if self.io.chunk is not None:
-            if window.horizon != self.io.chunk or window.action_offset:
-                fix = f"--set model.horizon={self.io.chunk}"
+            if window.action_offset:
+                raise UsageError(
+                    f"actions from {-window.action_offset} steps before the present on, over {self.config.target!r}",
+                    expected="steps from the present on: they are all that a row holds",
+                    fix=f"--set model.n_obs=1 --set model.horizon={self.io.chunk}",
+                )
+            if window.horizon != self.io.chunk:
                 raise UsageError(
                     f"a horizon of {window.horizon} over {self.config.target!r}",
                     expected=f"{self.io.chunk}, the steps that each row holds",
-                    fix=fix,
+                    fix=f"--set model.horizon={self.io.chunk}",
                 )
             window = window.model_copy(update={"horizon": 1})
         index = WindowIndex(self.stores.first.episodes, episodes, window)

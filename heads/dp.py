@@ -39,6 +39,9 @@ DDIM_STEPS = 16
 MIN_VARIANCE = 1e-20
 """Least variance of a DDPM step that draws (diffusers, `_get_variance`)."""
 
+CLIP_ROUNDING = 1e-3
+"""Beyond 1 by less than this is float32's rounding of the limits, not an action that is cut."""
+
 EPS_STEPS = 5
 """Diffusion steps, evenly spaced, at which validation compares noise: the same ones for every checkpoint."""
 
@@ -52,9 +55,9 @@ class DiffusionConfig(EncodedConfig):
     `cond_predict_scale`: FiLM with scale and shift rather than shift alone. `hidden`, `layers`, `dropout`: of the MLP.
     `train_steps`: diffusion steps in training. `sampler`: "ddim" needs few steps, "ddpm" all of them. `sample_steps`:
     steps that it takes (None: 16, or as many as `train_steps`). `clip_sample`: keep each step's estimate of the
-    action in [-1, 1], where `action_norm` "limits" puts actions. `weights`: start the U-Net from a published checkpoint
-    of Diffusion Policy, a workspace's .ckpt or a state dict (pretrained/diffusion_policy.py); what it is conditioned on
-    has to be as wide: `n_obs` times `encoder.dim`.
+    action in [-1, 1], where `action_norm` "limits" alone puts every action. `weights`: start the U-Net from a published
+    checkpoint of Diffusion Policy, a workspace's .ckpt or a state dict (pretrained/diffusion_policy.py); what it is
+    conditioned on has to be as wide: `n_obs` times `encoder.dim`.
     """
 
     n_obs: int = Field(2, ge=1)
@@ -96,11 +99,12 @@ class DiffusionHead(EncodedHead):
     def __init__(self, config: DiffusionConfig, io: HeadIO) -> None:
         super().__init__(config, io)
         _require_steps(config)
-        if config.clip_sample and config.action_norm in ("zscore", "none"):
+        if config.clip_sample and config.action_norm != "limits":
             raise UsageError(
                 f"clip_sample with action_norm {config.action_norm!r} would cut actions off at 1",
                 expected="actions in [-1, 1]",
-                fix="--set model.action_norm=limits, or model.clip_sample=false",
+                fix="--set model.clip_sample=false"
+                + (", or model.action_norm=limits" if config.norm_stats is None else ""),
             )
         if config.weights is not None and config.net != "unet":
             raise UsageError(
@@ -130,6 +134,25 @@ class DiffusionHead(EncodedHead):
         super().prepare(data)
         if self.config.weights is not None:
             load_strictly(self.net, read_unet(Path(self.config.weights)), Path(self.config.weights))
+
+    def check_reach(self, data: HeadData) -> None:
+        """See `HeadModel.check_reach`: limits that came from another run may be narrower than these actions."""
+        if not self.config.clip_sample:
+            return
+        actions, dims = data.actions(data.training), data.action_dims(data.training)
+        beyond = (self.action(torch.from_numpy(actions)).abs() > 1 + CLIP_ROUNDING).numpy()
+        share = beyond.mean(where=True if dims is None else dims)
+        if share:
+            raise UsageError(
+                f"clip_sample would cut {share:.2%} of the actions off: they exceed the limits of the run's statistics",
+                expected="actions in [-1, 1]",
+                fix="--set model.clip_sample=false",
+            )
+
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """See `HeadModel.meaning`."""
+        return super().meaning | {"train_steps": self.config.train_steps}
 
     def adjust(self, values: Mapping[str, Any]) -> None:
         """See `HeadModel.adjust`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vla.heads.batch import HeadIO
 from vla.heads.encoders import EncoderConfig, ObservationEncoder, ProjectionReader
@@ -57,6 +57,11 @@ class EncodedHead(HeadModel):
         return self.encoder.columns
 
     @property
+    def meaning(self) -> dict[str, Any]:
+        """See `HeadModel.meaning`."""
+        return super().meaning | {"encoder.state_columns": list(self.columns)}
+
+    @property
     def state(self) -> Normalizer | None:
         """See `HeadModel.state`."""
         return self.encoder.state
@@ -82,14 +87,14 @@ class EncodedHead(HeadModel):
 
 def projections(encoder: ObservationEncoder) -> dict[str, ProjectionReader]:
     """Return `{feature: reader}` of an encoder's projections."""
-    return {name: r for name, r in encoder.readers.items() if isinstance(r, ProjectionReader)}
+    return {name: reader for name, reader in encoder.named_readers().items() if isinstance(reader, ProjectionReader)}
 
 
 def fit_encoders(model: HeadModel, data: HeadData) -> None:
     """Fit the feature scales and the projections of every observation encoder in a head, on the training split."""
     for encoder in (module for module in model.modules() if isinstance(module, ObservationEncoder)):
-        for name, reader in encoder.readers.items():
-            reader.scaler.fit(*data.channel_statistics(name))  # type: ignore[union-attr, operator]
+        for name, each in encoder.named_readers().items():
+            each.scaler.fit(*data.channel_statistics(name))
         for name, reader in projections(encoder).items():
             window = model.config.window.model_copy(update={"n_obs": 1})
             batches = data.batches(data.training, window, PROJECTION_BATCH, pin=False, reads={name: 1})

@@ -74,7 +74,14 @@ class ObservationEncoder(nn.Module):
         self.columns = io.state_columns(config.state_columns) if config.use_state and io.state_dim else ()
         self.names = tuple(io.features) if config.use_features else ()
         if not self.names and not self.columns:
-            raise UsageError("the head has no input", expected="features, a state, or both")
+            unread = io.state_dim > 0 and not config.use_state
+            raise UsageError(
+                f"the head has no input{': there is no feature, and no state is read here' if unread else ''}",
+                expected="a feature" if unread else "features, a state, or both",
+                fix="--set model.encoder.use_features=true"
+                if io.features
+                else "--features NAME, or a --store with some",
+            )
         self.state = Normalizer(io.state_dim) if self.columns else None
         fused = [name for name in self.names if config.kind == "fusion" and not io.features[name].layout]
         self.fusion = (
@@ -82,11 +89,12 @@ class ObservationEncoder(nn.Module):
             if config.kind == "fusion"
             else None
         )
-        self.readers = nn.ModuleDict({n: _reader(config, io.features[n]) for n in self.names if n not in fused})
+        self._keys = {name: module_key(name) for name in self.names if name not in fused}
+        self.readers = nn.ModuleDict({key: _reader(config, io.features[name]) for name, key in self._keys.items()})
         self.task = nn.Embedding(len(io.tasks), config.dim) if config.use_task and len(io.tasks) > 1 else None
         if tokens:
             self.to_token = nn.ModuleDict(
-                {name: nn.Linear(reader.token_width, config.dim) for name, reader in self.readers.items()}  # type: ignore[arg-type]
+                {key: nn.Linear(reader.token_width, config.dim) for key, reader in self.readers.items()}  # type: ignore[arg-type]
             )
             self.fused_token = nn.Linear(config.fusion_dim, config.dim) if self.fusion is not None else None
             self.state_token = nn.Linear(len(self.columns), config.dim) if self.columns else None
@@ -100,9 +108,13 @@ class ObservationEncoder(nn.Module):
             width += 0 if self.fusion is None else self.fusion.views * config.fusion_dim
             self.mix = nn.Sequential(nn.Linear(width, config.dim), nn.SiLU(), nn.Dropout(config.dropout))
 
+    def named_readers(self) -> dict[str, _Standardised]:
+        """Return what reads each feature, by its name; fused features have none."""
+        return {name: self.readers[key] for name, key in self._keys.items()}  # type: ignore[misc]
+
     def frames(self, batch: Batch) -> Tensor:
         """Return [B, N, dim]."""
-        parts = [self._read(name, batch).flatten(2) for name in self.readers]
+        parts = [self._read(name, batch).flatten(2) for name in self._keys]
         if self.fusion is not None:
             parts.append(self._fused(batch).flatten(2))
         if self.columns:
@@ -113,7 +125,7 @@ class ObservationEncoder(nn.Module):
     def tokens(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return tokens [B, L, dim] of all frames, state and task among them, and which are real, bool [B, L]."""
         B, N = batch.obs_valid.shape
-        parts = [self.to_token[name](self._read(name, batch)) for name in self.readers]
+        parts = [self.to_token[key](self._read(name, batch)) for name, key in self._keys.items()]
         if self.fused_token is not None:
             parts.append(self.fused_token(self._fused(batch)))
         if self.state_token is not None:
@@ -126,7 +138,7 @@ class ObservationEncoder(nn.Module):
         return sequence, valid
 
     def _read(self, name: str, batch: Batch) -> Tensor:
-        read: Tensor = self.readers[name](batch.feature(name), batch.feature_valid.get(name))
+        read: Tensor = self.readers[self._keys[name]](batch.feature(name), batch.feature_valid.get(name))
         return read
 
     def _fused(self, batch: Batch) -> Tensor:
@@ -243,6 +255,14 @@ class KeypointReader(_Standardised):
 def _scores(x: Tensor, weight: Tensor) -> Tensor:
     """Score cells [B, N, V, P, C] by each view's weights [V, Q, C]: [B, N, V, Q, P]."""
     return weight @ x.transpose(-1, -2)
+
+
+def module_key(feature: str) -> str:
+    """Return a feature's key in a ModuleDict, whose keys are attributes of a module: its name, unless that has a dot or
+    is one that modules have already ("values", "type")."""
+    if not hasattr(nn.ModuleDict(), feature) and "." not in feature and not feature.startswith("%"):
+        return feature
+    return "%" + feature.replace("%", "%25").replace(".", "%2E")
 
 
 def _reader(config: EncoderConfig, io: FeatureIO) -> _Standardised:

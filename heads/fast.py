@@ -3,8 +3,9 @@
 The orthonormal DCT-II over the steps of a normalised chunk [H, A], times `scale`, rounded; the coefficients in the
 order (frequency, dimension), each the character of code point `coefficient - min_token`; byte-pair encoding of that
 text. On disk in the layout of physical-intelligence/fast: `tokenizer.json` and `processor_config.json` with scale,
-min_token, vocab_size, time_horizon and action_dim (null where the caller says them). The published tokenizer works on
-the text's UTF-8 bytes; those fitted here on its characters, so that every token is one or more whole coefficients.
+min_token, vocab_size, time_horizon and action_dim (null where the caller says them); ours also hold the centre and
+scale of the normalisation that they were fitted behind. The published tokenizer works on the text's UTF-8 bytes; those
+fitted here on its characters, so that every token is one or more whole coefficients.
 
 Unlike the published processor, decoding never turns a damaged sequence into zeros: it raises, and says why.
 """
@@ -26,10 +27,13 @@ from tokenizers.trainers import BpeTrainer
 from vla.stores.errors import DataError, UsageError
 
 SETTINGS, TOKENIZER = "processor_config.json", "tokenizer.json"
+STATISTICS = ("action_centre", "action_scale")
 HIGHEST = 0xD7FF
 """Last code point before the surrogates, which are no characters."""
 
 NOTHING = (-1, -1, -1)
+SAME = 1e-4
+"""Relative: statistics that are nearer were fitted on the same actions."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class FastTokenizer:
     """Actions to ids and back. `horizon` and `action_dim` are those of the chunks; `scale` coefficients a unit.
 
     `max_token`: largest coefficient that was fitted; None: whatever the vocabulary holds. Coefficients outside of
-    min_token..max_token saturate. `action_norm`: the normalisation that it was fitted behind, None where nobody said.
+    min_token..max_token saturate. `action_norm`: the normalisation that it was fitted behind, and `statistics` its
+    centre and scale [A] each in the data's units; None where nobody said.
     """
 
     tokenizer: Tokenizer
@@ -47,6 +52,7 @@ class FastTokenizer:
     action_dim: int
     max_token: int | None = None
     action_norm: str | None = None
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
     @property
     def size(self) -> int:
@@ -81,8 +87,32 @@ class FastTokenizer:
         if not np.isfinite(actions).all():
             raise DataError("actions that are not finite", fix="vla verify on the store")
         rounded = np.rint(dct(actions) * self.scale)
-        top = HIGHEST + self.min_token if self.max_token is None else self.max_token
-        return np.clip(rounded, self.min_token, top).astype(np.int64)
+        return np.clip(rounded, self.min_token, self._top).astype(np.int64)
+
+    def saturated(self, actions: NDArray[Any]) -> NDArray[np.bool_]:
+        """Return which coefficients [..., H, A] of normalised actions [..., H, A] are out of range."""
+        rounded = np.rint(dct(actions) * self.scale)
+        beyond: NDArray[np.bool_] = (rounded < self.min_token) | (rounded > self._top)
+        return beyond
+
+    @property
+    def _top(self) -> int:
+        return HIGHEST + self.min_token if self.max_token is None else self.max_token
+
+    def require_statistics(self, centre: NDArray[Any], scale: NDArray[Any], folder: Path) -> None:
+        """Raise `UsageError` where a head normalises by another centre and scale [A] than these ids were fitted behind:
+        its coefficients would have another range, and saturate."""
+        if self.statistics is None:
+            return
+        for name, ours, theirs in zip(("centre", "scale"), self.statistics, (centre, scale), strict=True):
+            wrong = np.flatnonzero(~np.isclose(ours, theirs, rtol=SAME, atol=SAME * float(np.abs(scale).max())))
+            if len(wrong):
+                d = wrong[0]
+                raise UsageError(
+                    f"{folder} was fitted behind another normalisation: {name} {ours[d]:g} in dimension {d}",
+                    expected=f"{theirs[d]:g}, as the head's",
+                    fix="vla fit-fast with the --store, data.*, action_norm and norm_stats of the head",
+                )
 
     def encode(self, actions: NDArray[Any]) -> list[list[int]]:
         """Return the ids of each chunk of normalised actions [N, H, A]. Raises `DataError` as `coefficients` does."""
@@ -125,10 +155,16 @@ class FastTokenizer:
 
     @classmethod
     def fit(
-        cls, chunks: NDArray[Any], *, scale: float = 10.0, vocab_size: int = 1024, action_norm: str | None = None
+        cls,
+        chunks: NDArray[Any],
+        *,
+        scale: float = 10.0,
+        vocab_size: int = 1024,
+        action_norm: str | None = None,
+        statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
     ) -> FastTokenizer:
-        """Fit to normalised chunks [N, H, A], N >= 1, finite. Raises `DataError`, and `UsageError` for a vocabulary
-        that is smaller than the range of the coefficients."""
+        """Fit to normalised chunks [N, H, A], N >= 1, finite; the rest is kept. Raises `DataError`, and `UsageError`
+        for a vocabulary that is smaller than the range of the coefficients."""
         if chunks.ndim != 3 or not len(chunks) or not np.isfinite(chunks).all():
             raise DataError(f"FAST over chunks of shape {chunks.shape}", expected="finite [N >= 1, H, A]")
         coefficients = np.rint(dct(chunks) * scale).astype(np.int64)
@@ -152,7 +188,7 @@ class FastTokenizer:
         texts = ("".join(map(chr, chunk)) for chunk in (coefficients.reshape(len(chunks), -1) - low).tolist())
         tokenizer.train_from_iterator(texts, trainer=trainer, length=len(chunks))
         H, A = chunks.shape[1:]
-        return cls(tokenizer, scale, low, H, A, max_token=high, action_norm=action_norm)
+        return cls(tokenizer, scale, low, H, A, max_token=high, action_norm=action_norm, statistics=statistics)
 
     def save(self, folder: Path) -> None:
         """Write both files into a folder, which is made."""
@@ -168,6 +204,8 @@ class FastTokenizer:
             "max_token": self.max_token,
             "action_norm": self.action_norm,
         }
+        if self.statistics is not None:
+            settings |= dict(zip(STATISTICS, self.statistics, strict=True))
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -189,7 +227,8 @@ class FastTokenizer:
             raise DataError(f"{folder / TOKENIZER} gives one id to several tokens")
         top = settings.get("max_token")
         norm = settings.get("action_norm")
-        return cls(tokenizer, settings["scale"], settings["min_token"], horizon, action_dim, top, norm)
+        statistics = _statistics(settings, folder / SETTINGS, action_dim)
+        return cls(tokenizer, settings["scale"], settings["min_token"], horizon, action_dim, top, norm, statistics)
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -210,6 +249,21 @@ def _settings(folder: Path) -> dict[str, Any]:
     if not 0 < found["scale"] < float("inf"):
         raise DataError(f"{path}: scale is {found['scale']}", expected="above 0")
     return found
+
+
+def _statistics(
+    settings: dict[str, Any], path: Path, action_dim: int
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return centre and scale [A] each of a folder of `save`; None of one of the published layout."""
+    found = [settings.get(name) for name in STATISTICS]
+    if found == [None, None]:
+        return None
+    for name, values in zip(STATISTICS, found, strict=True):
+        plain = isinstance(values, list) and all(type(value) in (int, float) for value in values)
+        if not plain or len(values) != action_dim or not np.isfinite(values).all():  # type: ignore[arg-type]
+            raise DataError(f"{path}: {name} is {values!r}", expected=f"{action_dim} numbers")
+    centre, scale = (tuple(map(float, values or ())) for values in found)
+    return centre, scale
 
 
 def read_mapping(path: Path, size: int) -> NDArray[np.int64]:

@@ -15,6 +15,7 @@ from vla.heads.data import DataConfig, HeadData, open_data
 from vla.heads.fast import SETTINGS, FastTokenizer
 from vla.heads.normalize import Mode, Normalizer
 from vla.stores.errors import DataError, UsageError
+from vla.stores.norm_stats import read_norm_stats
 from vla.stores.settings import Settings
 from vla.stores.windows import WindowIndex, WindowSpec
 
@@ -23,8 +24,8 @@ class FitFastConfig(Settings):
     """What `vla fit-fast` can be told.
 
     `horizon`: steps of a chunk, the head's. `scale`: quantisation steps a unit of normalised DCT coefficient.
-    `vocab_size`: tokens at most. `action_norm`: the head's; FAST's paper takes quantiles. `max_chunks`: chunks to fit
-    on, drawn by `seed` where there are more.
+    `vocab_size`: tokens at most. `action_norm` and `norm_stats`: the head's; FAST's paper takes quantiles.
+    `max_chunks`: chunks to fit on, drawn by `seed` where there are more.
     """
 
     data: DataConfig
@@ -32,6 +33,7 @@ class FitFastConfig(Settings):
     scale: float = Field(10.0, gt=0, allow_inf_nan=False)
     vocab_size: int = Field(1024, ge=2)
     action_norm: Mode = "quantile"
+    norm_stats: str | None = None
     max_chunks: int = Field(100_000, ge=1)
     seed: int = Field(0, ge=0)
 
@@ -62,22 +64,45 @@ def fit_fast(config: FitFastConfig, out: Path, *, overwrite: bool = False) -> Fi
         fix = "another --out" if overwrite else "--overwrite to replace it, or another --out"
         raise UsageError(f"{out} exists{' and is no FAST folder' if overwrite else ''}", fix=fix)
     data = open_data(config.data)
-    normaliser = Normalizer(data.io.action_dim)
-    normaliser.fit(data.actions(data.training), config.action_norm)
-    actions = training_chunks(data, config.horizon, config.max_chunks, config.seed)
-    chunks = normaliser(torch.from_numpy(actions)).numpy()
-    fast = FastTokenizer.fit(chunks, scale=config.scale, vocab_size=config.vocab_size, action_norm=config.action_norm)
+    normaliser = fit_normaliser(config, data)
+    actions, dims = training_chunks(data, config.horizon, config.max_chunks, config.seed)
+    # 0 in padded dimensions, as the head's labels are.
+    real = np.ones((len(actions), 1, 1), bool) if dims is None else dims[:, None]
+    chunks = np.where(real, normaliser(torch.from_numpy(actions)).numpy(), np.float32(0))
+    fast = FastTokenizer.fit(
+        chunks,
+        scale=config.scale,
+        vocab_size=config.vocab_size,
+        action_norm=config.action_norm,
+        statistics=(tuple(normaliser.centre.tolist()), tuple(normaliser.scale.tolist())),
+    )
     fast.save(out)
     ids = fast.encode(chunks)
     back = normaliser.inverse(torch.from_numpy(np.stack([fast.decode(each) for each in ids]))).numpy()
-    error = np.abs(back - actions)
+    error = np.abs(back - actions)[np.broadcast_to(real, actions.shape)]
     return FitFastReport(
         len(chunks), fast.size, float(np.mean([len(each) for each in ids])), float(error.max()), float(error.mean())
     )
 
 
-def training_chunks(data: HeadData, horizon: int, most: int, seed: int) -> NDArray[np.float32]:
-    """Return chunks of actions of the training split that no episode's end cuts, float32 [N <= most, H, A]."""
+def fit_normaliser(config: FitFastConfig, data: HeadData) -> Normalizer:
+    """Return what `HeadModel.fit_normalisers` would make of the actions."""
+    normaliser = Normalizer(data.io.action_dim)
+    if config.norm_stats is None:
+        normaliser.fit(data.actions(data.training), config.action_norm, valid=data.action_dims(data.training))
+        return normaliser
+    stats = read_norm_stats(Path(config.norm_stats))
+    if "actions" not in stats:
+        raise DataError(f"{config.norm_stats} has no 'actions', only {', '.join(stats)}")
+    normaliser.fit_from(stats["actions"], config.action_norm, f"{config.norm_stats}, actions,")
+    return normaliser
+
+
+def training_chunks(
+    data: HeadData, horizon: int, most: int, seed: int
+) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
+    """Return chunks of actions of the training split that no episode's end cuts, float32 [N <= most, H, A], and which
+    dimensions of each are real, bool [N, A]; None where all are."""
     first = data.stores.first
     values = first.steps(data.config.target).astype(np.float32)
     name = f"{data.config.target}_valid"
@@ -99,4 +124,7 @@ def training_chunks(data: HeadData, horizon: int, most: int, seed: int) -> NDArr
     if len(whole) > most:
         whole = whole[np.sort(np.random.default_rng(seed).choice(len(whole), most, replace=False))]
     chunks: NDArray[np.float32] = values[whole] if data.io.chunk is None else values[whole[:, 0]]
-    return chunks
+    name = f"{data.config.target}_dims"
+    if data.config.dims is not None:
+        return chunks[..., list(data.config.dims)], None
+    return chunks, first.steps(name)[whole[:, 0]].astype(bool) if name in first.manifest.steps else None

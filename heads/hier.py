@@ -176,6 +176,11 @@ class HierHead(HeadModel):
         return self._columns
 
     @property
+    def meaning(self) -> dict[str, Any]:
+        """See `HeadModel.meaning`."""
+        return super().meaning | {"encoder.state_columns": list(self._columns)}
+
+    @property
     def state(self) -> Normalizer | None:
         """See `HeadModel.state`."""
         return self.proprio
@@ -202,6 +207,12 @@ class HierHead(HeadModel):
             check_backbones(data, self.config.weights, None)
         load_full(self.language, self.actor)
 
+    def check_reach(self, data: HeadData) -> None:
+        """See `HeadModel.check_reach`: FAST ids say actions in the range that they were fitted to."""
+        if self.fast is not None:
+            centre, scale = self.action.centre.cpu().numpy(), self.action.scale.cpu().numpy()
+            self.fast.require_statistics(centre, scale, Path(str(self.config.fast)))
+
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return L_text + alpha L_action, or what of it the mode trains, and its parts. Raises `DataError` where the
         batch lacks actions or labels that the mode needs."""
@@ -224,6 +235,7 @@ class HierHead(HeadModel):
             if self.fast is not None:
                 fast = self._teach_fast(batch, observed)
                 total, metrics["fast_loss"] = total + fast.mean(), fast.mean().detach()
+                metrics["fast_saturated"] = self._saturated(batch)
         if self.actor is not None:
             action = self.errors(batch, self.labels(batch))
             mean, share = masked_mean(action, batch)
@@ -255,9 +267,22 @@ class HierHead(HeadModel):
 
     @torch.inference_mode()
     def plan(self, batch: Batch) -> Tensor | None:
-        """Say each window's subtask: its ids [B, K] int64, -1 behind the end. None in mode "expert"."""
+        """Say each window's subtask, unless it is what the instruction is: its ids [B, K] int64, -1 behind the end.
+        None in mode "expert"."""
         if self.language is None:
             return None
+        ordered = self.texts.ordered(batch)
+        said = self._say_subtasks(batch) if None in ordered else [[] for _ in ordered]
+        said = [
+            ids if text is None else self.tokenizer.encode(clean(text)) for ids, text in zip(said, ordered, strict=True)
+        ]
+        plan = torch.full((len(said), max(1, *map(len, said))), -1)
+        for row, ids in zip(plan, said, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        return plan.to(batch.task.device)
+
+    def _say_subtasks(self, batch: Batch) -> list[list[int]]:
+        assert self.language is not None
         prompt = self._prompt(batch, subtask_prompt, self._told(batch, "high_level_task"))
         ends = {self.tokenizer.pad, self.tokenizer.bos}
         silent = torch.tensor(sorted(ends), device=batch.task.device)
@@ -271,11 +296,7 @@ class HierHead(HeadModel):
             return words.argmax(dim=1)
 
         model, limit = self.language.model, self.config.max_subtask
-        said = say(model, self.language.observe(batch), prompt, choose, self.tokenizer.eos, limit)
-        plan = torch.full((len(said), max(1, *map(len, said))), -1)
-        for row, ids in zip(plan, said, strict=True):
-            row[: len(ids)] = torch.tensor(ids)
-        return plan.to(batch.task.device)
+        return say(model, self.language.observe(batch), prompt, choose, self.tokenizer.eos, limit)
 
     def subtasks(self, batch: Batch) -> list[str]:
         """Return the subtask of each window as text: that of `Batch.plan`, else the one that the language model says;
@@ -344,6 +365,15 @@ class HierHead(HeadModel):
         if batch.action_valid is not None:
             answer = answer & batch.action_valid.all(dim=1)[:, None]
         return teach(self.language.model, observed, (row[0], row[1]), answer)
+
+    def _saturated(self, batch: Batch) -> Tensor:
+        """Return the share of coefficients that FAST ids cannot say, of chunks that are trained on."""
+        assert self.fast is not None
+        beyond = torch.from_numpy(self.fast.saturated(self.labels(batch).cpu().numpy())).to(batch.task.device)
+        whole = torch.ones(len(batch), dtype=torch.bool, device=batch.task.device)
+        if batch.action_valid is not None:
+            whole = batch.action_valid.all(dim=1)
+        return beyond[whole].float().sum() / (whole.sum() * beyond[0].numel()).clamp(min=1)
 
     def _say_fast(self, batch: Batch, subtasks: Sequence[str]) -> Tensor:
         assert self.language is not None

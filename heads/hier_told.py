@@ -40,6 +40,8 @@ class HierTexts:
         further = tuple(dict.fromkeys(high for high in highs.values() if high not in self.tasks)) if speaks else ()
         self.instructions = self.tasks + further
         self._high = [highs.get(task, task) for task in self.tasks] + list(further)
+        # A text that is also the name of a whole task is that task.
+        self._told_alone = {task for task in self.tasks if task in highs and task not in highs.values()}
         self.tokenizer: PromptTokenizer
         self.source: str | tuple[str, ...]
         if config.variant == "light":
@@ -65,6 +67,14 @@ class HierTexts:
             return [self._labels[number][name] for number in batch.label.tolist()]
         told = self._high if name == "high_level_task" else self.instructions
         return [told[number] for number in batch.task.tolist()]
+
+    def ordered(self, batch: Batch) -> list[str | None]:
+        """Return the subtask that each window's instruction is; None for a high-level task, and for windows of
+        demonstrations, whose labels say what to compare with."""
+        if batch.label is not None:
+            return [None] * len(batch)
+        told = [self.instructions[number] for number in batch.task.tolist()]
+        return [text if text in self._told_alone else None for text in told]
 
     def tokens(
         self,

@@ -138,6 +138,16 @@ class HeadModel(nn.Module):
         return None
 
     @property
+    def meaning(self) -> dict[str, Any]:
+        """Return the settings that say what the head's weights and statistics mean where no size does, {name: value}.
+
+        A run that starts from the head's weights has to have the same (start.py). Values are resolved: columns by their
+        index.
+        """
+        modes = {"action_norm": self.config.action_norm, "state_norm": self.config.state_norm}
+        return modes if self.state is not None else {"action_norm": self.config.action_norm}
+
+    @property
     def not_exported(self) -> str:
         """Return why `vla export` cannot write this head; empty where it can."""
         return ""
@@ -242,6 +252,12 @@ class HeadModel(nn.Module):
             data.actions(data.training), data.states(data.training), dims=data.action_dims(data.training)
         )
 
+    def check_reach(self, data: HeadData) -> None:
+        """Raise `UsageError` where the head, its statistics in place, could not make the actions of the training split.
+
+        Called once, before the first step of a run.
+        """
+
     def fit_normalisers(
         self, actions: NDArray[Any], states: NDArray[Any], *, dims: NDArray[np.bool_] | None = None
     ) -> None:
@@ -276,7 +292,13 @@ class HeadModel(nn.Module):
 
 
 def check_lengths(config: HeadConfig) -> None:
-    """Raise `UsageError` where more actions would be executed than are predicted."""
+    """Raise `UsageError` where more actions would be executed than are predicted, or none lies ahead."""
+    if config.n_action_max < 1:
+        raise UsageError(
+            f"a horizon of {config.horizon} that begins with the first of {config.n_obs} observed frames",
+            expected=f"at least {1 - config.action_offset}, so that an action is left from the present on",
+            fix="--set model.n_obs=1, or a longer --set model.horizon",
+        )
     if config.n_action > config.n_action_max:
         found = f"n_action {config.n_action} of horizon {config.horizon}"
         fix = f"--set model.n_action={config.n_action_max}"
@@ -315,13 +337,15 @@ def real_dims(batch: Batch, x: Tensor) -> Tensor:
 def repeat_edges(action: Tensor, valid: Tensor) -> Tensor:
     """Replace padded steps of [B, H, A] by the last valid step before them, or the first valid one; valid bool [B, H].
 
-    Convolutions and attention mix steps: what stands in padded ones has to be the same whoever made the batch.
+    Convolutions and attention mix steps: what stands in padded ones has to be the same whoever made the batch. A window
+    without any valid step is 0: NaN would come through the mask of the loss into every gradient, as 0 times NaN.
     """
     step = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
     latest = torch.where(valid, step, -1).cummax(dim=1).values
     first = valid.to(torch.uint8).argmax(dim=1, keepdim=True)
     source = torch.where(latest >= 0, latest, first)
-    return action.gather(1, source[..., None].expand_as(action))
+    repeated = action.gather(1, source[..., None].expand_as(action))
+    return torch.where(valid.any(dim=1)[:, None, None], repeated, 0.0)
 
 
 class GivenNoise(torch.Generator):

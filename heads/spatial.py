@@ -102,6 +102,11 @@ class SpatialHead(HeadModel):
         return self._columns
 
     @property
+    def meaning(self) -> dict[str, Any]:
+        """See `HeadModel.meaning`."""
+        return super().meaning | {"state_columns": list(self._columns)}
+
+    @property
     def state(self) -> Normalizer | None:
         """See `HeadModel.state`."""
         return self._state

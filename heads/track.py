@@ -122,6 +122,13 @@ class TrackHead(HeadModel):
         return self._columns
 
     @property
+    def meaning(self) -> dict[str, Any]:
+        """See `HeadModel.meaning`."""
+        scale = {"alpha_xy": self.config.alpha_xy} if self.waypoints else super().meaning
+        angle = next(iter(self._columns), None)
+        return {"waypoints": self.waypoints, **scale, "tanh": self.config.tanh, "angle": angle}
+
+    @property
     def net(self) -> nn.Module:
         """The last layers: what they give is the normalised plan [B, H, A]."""
         return self.planner

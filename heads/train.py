@@ -20,11 +20,15 @@ from vla.heads.registry import head_class
 from vla.heads.start import start_from
 from vla.heads.storage import largest_scales
 from vla.heads.tensor_batches import TensorBatches
+from vla.stores.errors import UsageError
 from vla.stores.fingerprint import digest
 from vla.stores.settings import Settings
 from vla.training.config import TrainConfig
 from vla.training.loop import FitReport, Progress, fit, seed_everything
-from vla.training.run_folder import can_resume
+from vla.training.run_folder import begun_warmup, can_resume
+
+PLACES = ("data.stores", "stores.path")
+"""Entries of an artefact that say where a store is, not what it holds: a moved one goes on, for its digest is there."""
 
 
 class HeadTrainConfig(Settings):
@@ -70,10 +74,17 @@ def train_head(
     `supplier` gives the training batches their features; statistics and validation read the stores all the same.
     `begun` is called with the head before the first step.
     """
-    config = with_head_defaults(config)
+    asked = config.train
+    config = with_head_defaults(config, begun=resume and begun_warmup(run_dir) is not None)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     data = open_data(config.data)
+    if not len(data.validation) and "best_metric" in asked.model_fields_set:
+        raise UsageError(
+            f"train.best_metric {asked.best_metric!r} of a validation that there is not",
+            expected="episodes held out",
+            fix="--set data.validation=0.1, or leave train.best_metric out",
+        )
     seed_everything(config.train.seed)
     model = build_head(config.head, config.model, data.io)
     if not (resume and can_resume(run_dir)):  # a checkpoint holds every statistic
@@ -81,6 +92,7 @@ def train_head(
             model.prepare(data)
         else:
             start_from(Path(config.init_from), model, artefact_of(config, model, data, {}))
+        model.check_reach(data)
     seed_everything(config.train.seed)
     pin = config.train.device != "cpu" and torch.cuda.is_available()
     stored = supplier is None
@@ -112,6 +124,7 @@ def train_head(
         config.train,
         run_dir,
         artefact=artefact_of(config, model, data, identity).model_dump(mode="json"),
+        places=PLACES,
         validate=validate if len(data.validation) else None,
         param_groups=model.param_groups(config.train.lr),
         resume=resume,
@@ -120,14 +133,28 @@ def train_head(
     )
 
 
-def with_head_defaults(config: HeadTrainConfig) -> HeadTrainConfig:
-    """Fill in what the head is best trained with, wherever `train` was not set explicitly."""
+def with_head_defaults(config: HeadTrainConfig, *, begun: bool = False) -> HeadTrainConfig:
+    """Fill in what the head is best trained with, wherever `train` was not set explicitly.
+
+    `begun`: the run goes on. Where its schedule is constant it keeps the warm-up that it was begun with (`fit`).
+    """
     explicit = config.train.model_dump(include=config.train.model_fields_set)
     defaults = head_class(config.head).defaults(config.model)
     if explicit.get("steps", math.inf) <= (explicit.get("warmup_steps", defaults.get("warmup_steps")) or 0):
         defaults = {key: value for key, value in defaults.items() if key != "warmup_steps"}
+    if begun and (defaults | explicit).get("schedule") == "constant":
+        defaults = {key: value for key, value in defaults.items() if key != "warmup_steps"}
     train = TrainConfig.build({**defaults, **explicit}, where="train")
     return config.model_copy(update={"train": train})
+
+
+def _trained_tasks(model: HeadModel, data: HeadData) -> tuple[str, ...]:
+    """Return the instructions of a head that an episode of the training split has, as its task or by its labels."""
+    table = data.stores.first.episodes
+    told = {table.tasks[number] for number in table.task[data.training].tolist()}
+    if table.labels:
+        told |= {text for number in table.label[data.training].tolist() for text in table.labels[number].values()}
+    return tuple(text for text in model.instructions if text in told)
 
 
 def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData, online: Mapping[str, Any]) -> Artefact:
@@ -158,6 +185,7 @@ def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData, onlin
         state=data.state,
         stores=tuple(records),
         training_episodes=len(data.training),
+        trained_tasks=_trained_tasks(model, data),
         init_from=config.init_from,
         vla_version=__version__,
         frozen={name: frozen.digest for name, frozen in model.frozen.items()},

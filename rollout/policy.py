@@ -182,13 +182,16 @@ class Policy:
     def _first_task(self) -> str:
         """Return the first instruction that the head can act on: of a group of tasks, not every one is."""
         dims, tasks = self._io.task_dims, self._model.instructions
-        return next((text for text, has in zip(tasks, dims, strict=False) if has), tasks[0])
+        can = [text for text, has in zip(tasks, dims, strict=False) if has and text in self.head.instructions]
+        return next(iter(can or self.head.instructions), "")
 
     def _number(self, task: str) -> int:
-        tasks = self._model.instructions
-        if task not in tasks and len(tasks) > 1:
-            raise UsageError(f"the head was not trained on {task!r}", expected=f"one of {'; '.join(tasks)}")
-        return tasks.index(task) if task in tasks else 0
+        tasks, trained = self._model.instructions, self.head.instructions
+        if task in trained:
+            return tasks.index(task)
+        if any(trained):
+            raise UsageError(f"the head was not trained on {task!r}", expected=f"one of {'; '.join(trained)}")
+        return 0  # demonstrations without instructions: whatever is told, it does what it knows
 
     def _dims_of(self, task: str) -> NDArray[np.bool_]:
         """Return which action dimensions a task has, bool [A]. Raises `UsageError` where training does not tell."""

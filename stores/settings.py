@@ -127,7 +127,11 @@ def _explained(cls: type[BaseModel], error: ValidationError, where: str, under: 
         name = under + ".".join([*loc[:-1], name])
         return UsageError(f"{name} is not given", fix=flag or f"--set {name}=VALUE")
     if first["type"] != "extra_forbidden":
-        return UsageError(f"{where}: {key} = {first['input']!r}: {first['msg'].removeprefix('Value error, ')}")
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "value_error" and isinstance(first["input"], (Mapping, BaseModel)):
+            # What a whole table contradicts itself in: the message names the keys, and the table would hide it.
+            return UsageError(": ".join(part for part in (where, key, message) if part))
+        return UsageError(f"{where}: {key} = {first['input']!r}: {message}")
     known = sorted(_model_at(cls, loc[:-1]).model_fields)
     hint = nearest(loc[-1], known) or f" (known: {', '.join(known)})"
     return UsageError(f"{where}: unknown key {key!r}{hint}")

@@ -31,7 +31,8 @@ class TrainConfig(Settings):
     `steps`: optimiser steps; each takes `accumulate` batches of `batch_size` windows in every process.
     `lr`, `betas`, `eps`, `weight_decay`: AdamW's learning rate after the warm-up, and its other numbers.
     `schedule`: "cosine" falls to zero at `steps`, so that a resumed run cannot raise `steps`; "constant" can.
-    `warmup_steps`: linear warm-up from zero; None: 500, or a tenth of `steps` where that is less.
+    `warmup_steps`: linear warm-up from zero; None: 500, or a tenth of `steps` where that is less; a resumed constant
+    run keeps what it was begun with.
     `grad_clip`: largest norm of the gradient of all trained weights together.
     `precision`: autocast of the forward pass; the weights stay float32.
     `ema`: keep an exponential moving average of the weights, used for validation and saved beside them, with decay

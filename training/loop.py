@@ -11,7 +11,7 @@ up a package in every step, which costs 0.17 ms, 3 % of a 6 ms step.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from vla.training.devices import accelerated
 from vla.training.feed import Feed
 from vla.training.interrupt import Interrupt
 from vla.training.metrics import Clock, MetricsLog
-from vla.training.run_folder import prepare_run
+from vla.training.run_folder import begun_warmup, prepare_run
 from vla.training.seeding import random_aside, seed_everything
 from vla.training.state import TrainState
 
@@ -72,6 +72,7 @@ def fit(
     run_dir: Path,
     *,
     artefact: Mapping[str, Any],
+    places: Sequence[str] = (),
     validate: Validate | None = None,
     param_groups: list[dict[str, Any]] | None = None,
     resume: bool = False,
@@ -81,10 +82,11 @@ def fit(
     """Train `module`, a `Trainable`, with AdamW, and write checkpoints.
 
     `artefact` (JSON-able) is kept in every checkpoint, and has to be equal on resuming; leave `config` out of it, whose
-    neutral settings may change. `param_groups` are AdamW's, of the module's own parameters; None: all that require
-    a gradient. `validate(module, step)` returns figures of the averaged weights (of the weights, where averaging is
-    off), under no_grad and in evaluation mode; the random numbers that it draws do not change the training.
-    `progress(step, total, latest figures)` is called after every step.
+    neutral settings may change; `places` names the entries in it that only say where something is ("stores.path": the
+    `path` of every one of `stores`), which may be another then. `param_groups` are AdamW's, of the module's own
+    parameters; None: all that require a gradient. `validate(module, step)` returns figures of the averaged weights (of
+    the weights, where averaging is off), under no_grad and in evaluation mode; the random numbers that it draws do not
+    change the training. `progress(step, total, latest figures)` is called after every step.
 
     The stream of random numbers begins at `config.seed` here, not before: on a CPU equal modules, batches and settings
     give equal checkpoints. torch's number of threads is the caller's business.
@@ -97,11 +99,17 @@ def fit(
     """
     kept = json.loads(json.dumps(artefact))
     with accelerated(config, run_dir) as accelerator:
-        decides = {"train": config.mathematics(), "processes": accelerator.num_processes, "artefact": kept}
         ready: list[Any] = [None]
         if accelerator.is_main_process:
-            ready = [prepare_run(run_dir, decides, resume=resume, overwrite=overwrite)]
-        resumed_from, passed_over = broadcast_object_list(ready)[0]
+            warmup = config.warmup_steps
+            if resume and warmup is None and config.schedule == "constant":
+                warmup = begun_warmup(run_dir)  # a tenth of the steps that it was begun with, not of these
+            train = config.model_copy(update={"warmup_steps": warmup}).mathematics()
+            decides = {"train": train, "processes": accelerator.num_processes, "artefact": kept}
+            named = [f"artefact.{place}" for place in places]
+            ready = [(warmup, *prepare_run(run_dir, decides, resume=resume, overwrite=overwrite, places=named))]
+        warmup, resumed_from, passed_over = broadcast_object_list(ready)[0]
+        config = config.model_copy(update={"warmup_steps": warmup})
         state = TrainState(accelerator, module, config, param_groups)
         if resumed_from is not None:
             state.restore(run_dir, resumed_from)

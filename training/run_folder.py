@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,23 @@ def can_resume(run_dir: Path) -> bool:
     return bool(checkpoints(run_dir))
 
 
+def begun_warmup(run_dir: Path) -> int | None:
+    """Return the steps of warm-up that a run was begun with; None where no run was. Raises `CheckpointError`."""
+    file = run_dir / "run.json"
+    train = read_object(file).get("train") if file.is_file() else None
+    steps = train.get("warmup_steps") if isinstance(train, dict) else None
+    return steps if type(steps) is int and steps >= 0 else None
+
+
 def prepare_run(
-    run_dir: Path, decides: Mapping[str, Any], *, resume: bool, overwrite: bool
+    run_dir: Path, decides: Mapping[str, Any], *, resume: bool, overwrite: bool, places: Sequence[str] = ()
 ) -> tuple[Path | None, tuple[str, ...]]:
     """Make the folder ready. Return the checkpoint to go on from (None: from step 0), and why newer ones are not it.
 
-    `decides` is everything the weights depend on, JSON-able. Raises `UsageError` where the folder exists and neither
-    flag is given, where it is not a run, and where the run was begun with something else, naming the field;
-    `CheckpointError` where there are checkpoints and all of them are damaged.
+    `decides` is everything the weights depend on, JSON-able; `places` names what of it only says where something is,
+    such as "artefact.stores.path" (of every item of a list), which may be another on resuming. Raises `UsageError`
+    where the folder exists and neither flag is given, where it is not a run, and where the run was begun with something
+    else, naming the field; `CheckpointError` where there are checkpoints and all of them are damaged.
     """
     file = run_dir / "run.json"
     with explaining(run_dir):
@@ -59,7 +68,7 @@ def prepare_run(
         if inside and not resume and not overwrite:
             raise UsageError(f"{run_dir} exists", fix="--resume to go on, --overwrite to replace it, or another --out")
         if inside and resume:
-            _require_same(file, decides)
+            _require_same(file, decides, places)
         elif inside:
             for path in inside:  # run.json stays until it is replaced: an interrupted --overwrite leaves a run of ours
                 if path != file:
@@ -100,12 +109,26 @@ def prune(run_dir: Path, keep: int, step: int, best: Best | None) -> None:
                 shutil.rmtree(partial)
 
 
-def _require_same(file: Path, decides: Mapping[str, Any]) -> None:
+def _require_same(file: Path, decides: Mapping[str, Any], places: Sequence[str]) -> None:
     begun: Any = read_object(file)
-    lines = differences(begun, json.loads(json.dumps(decides)))
+    ours: Any = json.loads(json.dumps(decides))
+    for place in places:
+        _drop(begun, place.split("."))
+        _drop(ours, place.split("."))
+    lines = differences(begun, ours)
     if lines:
         more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
         raise UsageError(
             f"{file.parent} was begun with other settings: {'; '.join(lines[:3])}{more}",
             fix="the settings it was begun with, --overwrite, or another --out",
         )
+
+
+def _drop(value: Any, path: list[str]) -> None:
+    if isinstance(value, list):
+        for item in value:
+            _drop(item, path)
+    elif isinstance(value, dict) and len(path) > 1:
+        _drop(value.get(path[0]), path[1:])
+    elif isinstance(value, dict):
+        value.pop(path[0], None)

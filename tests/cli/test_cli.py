@@ -133,6 +133,12 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     assert not out.exists()
 
 
+def test_features_that_name_nothing_are_refused(store: Path, tmp_path: Path) -> None:
+    """They were all of the store's."""
+    done = vla("train-head", "mlp", "--store", str(store), "--features", "", "--out", str(tmp_path / "run"), code=2)
+    assert "no store has feature ''; expected one of" in done.stderr
+
+
 def test_verify_of_a_damaged_store_exits_with_1_and_names_the_file(store: Path, tmp_path: Path) -> None:
     import shutil
 

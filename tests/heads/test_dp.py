@@ -112,7 +112,7 @@ def test_ddim_takes_few_steps_and_ddpm_all_unless_told(settings: dict[str, Any],
     assert DiffusionConfig.build(settings).steps == steps
 
 
-@pytest.mark.parametrize("norm", ["zscore", "none"])
+@pytest.mark.parametrize("norm", ["zscore", "quantile", "none"])
 def test_clipping_is_refused_where_actions_leave_the_range(norm: str, toy_head: MakeHead) -> None:
     with pytest.raises(UsageError, match="clip_sample"):
         toy_head("dp-mlp", action_norm=norm)

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from vla.heads.batch import Batch, FeatureIO, HeadIO
-from vla.heads.encoders import AttentionReader, EncoderConfig, KeypointReader, ObservationEncoder, ProjectionReader
+from vla.heads.encoders import (
+    AttentionReader,
+    EncoderConfig,
+    KeypointReader,
+    ObservationEncoder,
+    ProjectionReader,
+    module_key,
+)
 from vla.heads.model import HeadModel
 from vla.stores.errors import DataError, UsageError
 
@@ -245,3 +252,42 @@ def test_a_single_instruction_is_not_read(toy_io: HeadIO, toy_head: MakeHead) ->
     assert toy_head("mlp", fitted=False).encoder.task is not None
     assert toy_head("mlp", fitted=False, io=toy_io.model_copy(update={"tasks": ("go",)})).encoder.task is None
     assert toy_head("mlp", fitted=False, encoder={"use_task": False}).encoder.task is None
+
+
+@pytest.mark.parametrize(
+    ("head", "features", "encoder", "says"),
+    [
+        ("hier-expert", False, {}, r"no feature, and no state is read here; expected a feature.*--features NAME"),
+        ("mlp", False, {"use_state": False}, r"no feature, and no state is read here.*--features NAME"),
+        ("mlp", True, {"use_state": False, "use_features": False}, r"--set model\.encoder\.use_features=true"),
+    ],
+)
+def test_a_head_without_input_says_which_one_it_lacks(
+    head: str, features: bool, encoder: dict[str, Any], says: str, toy_head: MakeHead, toy_io: HeadIO
+) -> None:
+    """`hier` reads the state in its prompt: a state alone was called no input at all."""
+    io = toy_io if features else toy_io.model_copy(update={"features": {}})
+    with pytest.raises(UsageError, match=says):
+        toy_head(head, io=io, encoder=encoder, fitted=False)
+
+
+@pytest.mark.parametrize("name", ["mlp", "fm-expert"])
+@pytest.mark.parametrize("feature", ["obs.feat", "values", "type", "training", "%2E"])
+def test_a_feature_may_have_any_name(name: str, feature: str, toy_head: MakeHead, toy_batch: MakeBatch) -> None:
+    """Keys of torch's ModuleDict are attributes: a dot, or the name of a method, was a KeyError."""
+    plain = toy_head(name)
+    io = plain.io.model_copy(update={"features": {feature: plain.io.features["grid"]}})
+    model = toy_head(name, io=io, fitted=False)
+    weights = {key.replace("grid", module_key(feature)): value for key, value in plain.state_dict().items()}
+    model.load_state_dict(weights)
+    batch = toy_batch(plain)
+    named = dataclasses.replace(batch, features={feature: batch.features["grid"]})
+    acted = [one.act(seen, torch.Generator().manual_seed(0)) for one, seen in ((plain, batch), (model, named))]
+    assert torch.equal(*acted)
+
+
+def test_features_of_ordinary_names_keep_their_keys_in_checkpoints() -> None:
+    names = ("grid", "mean_croco", "obs.feat", "obs%2Efeat", "%obs%2Efeat", "values", "%values")
+    keys = [module_key(name) for name in names]
+    assert keys[:2] == ["grid", "mean_croco"]
+    assert len(set(keys)) == len(names)

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,10 @@ from numpy.typing import NDArray
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from tokenizers.trainers import BpeTrainer
 
-from vla.heads.data import DataConfig
+from vla.heads.data import DataConfig, open_data
 from vla.heads.fast import FastTokenizer, dct, inverse_dct, read_mapping
 from vla.heads.fast_speech import FastSpeaker
-from vla.heads.fit_fast import FitFastConfig, fit_fast
+from vla.heads.fit_fast import FitFastConfig, fit_fast, fit_normaliser
 from vla.stores.errors import DataError, UsageError
 
 H, A = 8, 3
@@ -227,6 +228,36 @@ def test_a_mapping_that_is_none_is_refused(found: Any, tmp_path: Path) -> None:
     path.write_text(json.dumps(found))
     with pytest.raises(DataError, match="no mapping of the 3 FAST ids"):
         read_mapping(path, 3)
+
+
+def test_a_folder_knows_the_statistics_that_it_was_fitted_behind(
+    make_store: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Of episodes whose second dimension is padding they are the real rows' alone, as the head's are."""
+    store = make_store(tmp_path / "store")
+    data = open_data(DataConfig(stores=(str(store.root),), validation=0.0))
+    config = FitFastConfig(data=data.config, horizon=4, vocab_size=128)
+    fit_fast(config, tmp_path / "fast")
+    fast = FastTokenizer.load(tmp_path / "fast", 4, 2)
+    assert fast.statistics is not None
+    centre, scale = map(np.array, fast.statistics)
+    np.testing.assert_allclose(centre, [9.5, -9.5])
+    fast.require_statistics(centre, scale, tmp_path)
+    with pytest.raises(UsageError, match=r"scale 9\.31 in dimension 1.*expected 4"):
+        fast.require_statistics(centre, np.array([scale[0], 4]), tmp_path)
+    real = np.ones((20, 2), bool)
+    real[:10, 1] = False
+    padded = SimpleNamespace(
+        io=data.io, training=data.training, actions=data.actions, action_dims=lambda episodes: real, config=data.config
+    )
+    centre = fit_normaliser(config, padded).centre  # type: ignore[arg-type]
+    np.testing.assert_allclose(centre, [9.5, -14.5])
+
+
+def test_coefficients_that_no_id_says_are_counted(fast: FastTokenizer) -> None:
+    H, A = fast.horizon, fast.action_dim
+    assert not fast.saturated(np.zeros((1, H, A))).any()
+    assert fast.saturated(np.full((1, H, A), 1e6))[0, 0].all()
 
 
 def test_fitting_reads_whole_chunks_of_the_training_split_alone(make_store: Callable[..., Any], tmp_path: Path) -> None:

@@ -314,6 +314,7 @@ def test_gap_7_the_low_level_prompt_is_rebuilt_from_what_was_said(
 ) -> None:
     model: Any = toy_head("hier-joint")
     batch = told(toy_batch(model))
+    batch = dataclasses.replace(batch, task=batch.task + 2)  # the high-level tasks
     said = model.subtasks(batch)
     heard.clear()
     model.act(batch)
@@ -399,12 +400,13 @@ def test_hier_learns_eight_windows_by_heart_and_says_their_subtasks(
     assert batch.action is not None
     assert batch.label is not None
     train(model, copies(batch, 4), 200, 5e-3)
-    sampled = model.act(told(batch), torch.Generator().manual_seed(0), whole=True)
+    high = told(batch) if mode == "expert" else dataclasses.replace(told(batch), task=batch.task + 2)
+    sampled = model.act(high, torch.Generator().manual_seed(0), whole=True)
     error = (sampled - batch.action).abs().mean()
     assert error < (batch.action.mean(dim=0) - batch.action).abs().mean() / 5
     if mode == "joint":
         wanted = [model.io.labels[label]["subtask"] for label in batch.label.tolist()]
-        assert model.subtasks(told(batch)) == wanted
+        assert model.subtasks(high) == wanted
         figures = model.summarise(model.measure(batch, sampled))
         assert figures["subtask_token_accuracy"] == 1
         assert figures["subtask_exact_match"] == 1
@@ -417,6 +419,18 @@ def test_the_high_level_task_is_an_instruction_too(toy_head: MakeHead, toy_batch
     batch = toy_batch(model)
     told_low = model.texts.told(told(batch), "high_level_task")
     assert model.texts.told(dataclasses.replace(told(batch), task=batch.task + 2), "high_level_task") == told_low
+
+
+def test_a_subtask_that_is_told_is_carried_out(awake_head: MakeHead, toy_batch: MakeBatch) -> None:
+    """It was replaced by its high-level task, of which the head then said a subtask of its own."""
+    model: Any = awake_head("hier-joint")
+    batch = told(toy_batch(model))
+    wanted = [model.instructions[number] for number in batch.task.tolist()]
+    assert model.subtasks(batch) == wanted
+    mixed = dataclasses.replace(batch, task=batch.task + 2 * (torch.arange(8) % 2))
+    said = model.subtasks(dataclasses.replace(batch, task=batch.task + 2))
+    assert model.subtasks(mixed) == [said[row] if row % 2 else wanted[row] for row in range(8)]
+    assert model.subtasks(toy_batch(model)) == said  # of demonstrations it is measured what the head says
 
 
 def test_a_plan_that_is_held_decides_the_actions(awake_head: MakeHead, toy_batch: MakeBatch) -> None:

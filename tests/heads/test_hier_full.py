@@ -197,7 +197,7 @@ def test_fast_mode_of_the_full_variant_says_chunks(full: Any, toy_batch: MakeBat
     model = full(mode="fast", fast=str(tmp_path / "fast"))
     assert model.act(dataclasses.replace(batch, label=None)).shape == (8, 4, 2)
     assert model.language.model.config.vocab_size == 259 + model.fast.size
-    assert {"text_loss", "fast_loss"} == model.loss(batch)[1].keys()
+    assert {"text_loss", "fast_loss", "fast_saturated"} == model.loss(batch)[1].keys()
     assert {"fast", "tokenizer"} == model.frozen.keys()
     mapping = tmp_path / "mapping.json"
     mapping.write_text(json.dumps([1000 + i for i in range(model.fast.size)]))

@@ -117,6 +117,22 @@ def test_a_batch_of_padding_alone_costs_nothing(every: str, toy_head: MakeHead, 
     assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
 
 
+def test_a_window_without_one_valid_step_may_hold_anything(
+    every: str, toy_head: MakeHead, toy_batch: MakeBatch
+) -> None:
+    """Its NaN labels made every gradient NaN, through the mask of the loss, which stayed finite."""
+    model = toy_head(every)
+    batch = toy_batch(model)
+    assert batch.action is not None
+    assert batch.action_valid is not None
+    action, valid = batch.action.clone(), batch.action_valid.clone()
+    action[0], valid[0] = torch.nan, False
+    loss, _ = model.loss(dataclasses.replace(batch, action=action, action_valid=valid))
+    backward(loss)
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
 def test_windows_without_masks_count_in_full(every: str, awake_head: MakeHead, toy_batch: MakeBatch) -> None:
     model = awake_head(every)
     batch = toy_batch(model)

@@ -79,6 +79,21 @@ def config_of(stores: list[str], variant: str, steps: int = 2, target: str = "wa
     return HeadTrainConfig.build({"head": "track", "data": data, "model": model, "train": train})
 
 
+@pytest.mark.parametrize(
+    ("head", "model", "says"),
+    [
+        ("dp", {"n_obs": 2, "horizon": 8, "n_action": 7}, r"actions from 1 steps before.*Try: --set model\.n_obs=1"),
+        ("fm", {"horizon": 4}, r"a horizon of 4.*Try: --set model\.horizon=8"),
+    ],
+)
+def test_waypoints_of_another_window_are_refused_with_what_mends_it(
+    head: str, model: dict[str, Any], says: str, stores: list[str], tmp_path: Path
+) -> None:
+    settings = config_of(stores, "light").model_dump(mode="json") | {"head": head, "model": model}
+    with pytest.raises(UsageError, match=says):
+        train_head(HeadTrainConfig.build(settings), tmp_path / "run")
+
+
 @pytest.mark.parametrize("variant", list(VARIANTS))
 def test_gaps_4_and_5_training_validates_saves_and_resumes_to_the_bit(
     variant: str, stores: list[str], tmp_path: Path

@@ -137,6 +137,25 @@ def test_fast_ids_are_fitted_trained_on_and_loaded_again(
         load_head(run_dir)
 
 
+def test_fast_fitted_behind_other_statistics_is_refused_and_what_saturates_is_told(
+    stores: dict[str, Path], trained: Train, tmp_path: Path
+) -> None:
+    """Labels were cut at the fitted range without a word."""
+    data = DataConfig(stores=(str(stores["toy"]),), validation=0.3, random_weights=True)
+    statistics = {"mean": [0, 0], "std": [1, 1], "q01": [-0.5, -0.5], "q99": [0.5, 0.5]}
+    (tmp_path / "stats.json").write_text(json.dumps({"norm_stats": {"actions": statistics, "state": statistics}}))
+    told = str(tmp_path / "stats.json")
+    fit_fast(FitFastConfig(data=data, horizon=4), tmp_path / "fast")
+    fit_fast(FitFastConfig(data=data, horizon=4, norm_stats=told), tmp_path / "told")
+    with pytest.raises(UsageError, match=r"another normalisation: .*Try: vla fit-fast"):
+        trained("toy", mode="fast", fast=str(tmp_path / "told"), **LIGHT)
+    settings = tmp_path / "fast" / "processor_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "max_token": 0}))
+    run_dir = trained("toy", mode="fast", fast=str(tmp_path / "fast"), **LIGHT)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < lines[-1]["fast_saturated"] < 1
+
+
 @pytest.mark.parametrize(("interval", "said"), [(1, 5), (4, 3), (5, 2), (50, 1)])
 def test_a_subtask_is_held_for_its_interval_of_steps(interval: int, said: int, trained: Train) -> None:
     """Ten steps, two actions a decision: a subtask is chosen anew with the first decision from `interval` steps on."""

@@ -14,6 +14,7 @@ import torch
 from vla.featurize.job import FeaturizeConfig, prepare, run
 from vla.heads.checkpoint import load_head
 from vla.heads.data import open_data
+from vla.heads.evaluate import evaluate_head
 from vla.heads.train import HeadTrainConfig, train_head
 from vla.rollout.envs.base import EnvSpec, LiveImages, Observation, StepResult
 from vla.rollout.evaluate import roll_out
@@ -115,7 +116,7 @@ def test_a_chunk_is_executed_before_the_next_decision(trained: tuple[Path, Path]
 
 def test_pictures_that_no_decision_reads_are_not_looked_at(trained: tuple[Path, Path]) -> None:
     policy = Policy.from_run(trained[1], device="cpu", n_action=3)
-    policy.reset(seed=0, task=_task(2))
+    policy.reset(seed=0, task=_task(0))
     drawn: list[int] = []
     for step, observation in enumerate(_observations(2)[:6]):
         images = observation.images
@@ -151,6 +152,34 @@ def test_a_changed_backbone_is_refused_by_field(trained: tuple[Path, Path], tmp_
     object.__setattr__(head.artefact, "stores", (type(record).build(changed),))
     with pytest.raises(FingerprintError, match=r"preprocess\.size"):
         Policy(head, device="cpu")
+
+
+def test_an_instruction_of_a_held_out_episode_alone_is_refused(trained: tuple[Path, Path]) -> None:
+    """Its row of the embedding is as it was drawn; evaluating on that episode stays possible."""
+    head = load_head(trained[1])
+    data = open_data(head.artefact.data)
+    assert {_task(int(episode)) for episode in data.training} == set(head.instructions)
+    held_out = _task(int(data.validation[0]))
+    assert held_out in head.model.instructions
+    assert evaluate_head(head).windows
+    policy = Policy(head, device="cpu")
+    with pytest.raises(UsageError, match="the head was not trained on"):
+        policy.reset(seed=0, task=held_out)
+    policy.reset(seed=0, task=head.instructions[0])
+
+
+def test_a_head_of_one_task_refuses_another_unless_its_demonstrations_say_none(trained: tuple[Path, Path]) -> None:
+    for only, fits in (("push the blob", False), ("", True)):
+        head = load_head(trained[1])
+        for kept, name in ((head.artefact.io, "tasks"), (head.model.io, "tasks"), (head.artefact, "trained_tasks")):
+            object.__setattr__(kept, name, (only,))
+        policy = Policy(head, device="cpu")
+        policy.reset(seed=0, task=only)
+        if fits:
+            policy.reset(seed=0, task="open the drawer")
+        else:
+            with pytest.raises(UsageError, match="not trained on 'open the drawer'; expected one of push the blob"):
+                policy.reset(seed=0, task="open the drawer")
 
 
 class OneCameraEnv:

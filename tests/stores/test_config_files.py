@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import model_validator
 
 from vla.stores.config_files import read_config
 from vla.stores.errors import UsageError
@@ -135,3 +136,28 @@ def test_a_key_of_a_table_leaves_the_fields_own_defaults_of_the_others_alone() -
     assert Tuned.from_sources(None, ["train.steps=3"]) == Tuned(train=Inner(lr=0.5, steps=3))
     assert Tuned.build({"train": {"lr": 1.0}}).train == Inner(lr=1.0, steps=9)  # the class's default, said aloud
     assert Tuned.build({"train": Inner(steps=3)}).train == Inner(steps=3)
+
+
+class Whole(Settings):
+    """Two keys that may not be equal, and a table of the same kind."""
+
+    a: int = 1
+    b: int = 2
+    part: Whole | None = None
+
+    @model_validator(mode="after")
+    def _differ(self) -> Whole:
+        if self.a == self.b:
+            raise ValueError(f"a and b are {self.a}")
+        return self
+
+
+def test_what_a_table_contradicts_itself_in_is_told_without_the_table() -> None:
+    """It was printed whole, under an empty name."""
+    for build in (lambda: Whole.build({"a": 2}, where="head"), lambda: Whole.from_sources(None, ["a=2"])):
+        with pytest.raises(UsageError, match=r"^(head|settings): a and b are 2$"):
+            build()
+    with pytest.raises(UsageError, match=r"^head: part: a and b are 2$"):
+        Whole.build({"part": {"a": 2}}, where="head")
+    with pytest.raises(UsageError, match=r"^head: a = 'x': "):
+        Whole.build({"a": "x"}, where="head")

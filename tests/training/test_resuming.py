@@ -227,6 +227,34 @@ def test_a_constant_schedule_may_be_given_more_steps(trainee: ModuleType, memory
         assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes()
 
 
+def test_a_constant_schedule_keeps_the_warmup_that_it_was_begun_with(trainee: ModuleType, memory_path: Path) -> None:
+    """Unsaid it is a tenth of the steps, so that more steps were another warm-up, and refused."""
+    settings = {"schedule": "constant", "checkpoint_every": 5}
+    short, long = (trainee.config_of(**settings, steps=steps, warmup_steps=None) for steps in (20, 40))
+    trainee.train(memory_path / "run", config=short)
+    trainee.train(memory_path / "run", config=long, resume=True)
+    trainee.train(memory_path / "run", config=long, resume=True)
+    trainee.train(memory_path / "long", config=trainee.config_of(**settings, steps=40, warmup_steps=2))
+    ends = [newest_complete(memory_path / name) / "model.safetensors" for name in ("run", "long")]
+    assert ends[0].read_bytes() == ends[1].read_bytes()
+    with pytest.raises(UsageError, match=r"train\.warmup_steps: 2 here, 4 wanted"):
+        trainee.train(memory_path / "run", config=long.model_copy(update={"warmup_steps": 4}), resume=True)
+
+
+def test_what_only_says_where_something_is_may_change(trainee: ModuleType, memory_path: Path) -> None:
+    def artefact(place: str, digest: str) -> dict[str, Any]:
+        return {
+            "data": {"stores": [place]},
+            "stores": [{"path": place, "sha256": digest}, {"path": "b", "sha256": "0"}],
+        }
+
+    places = ("data.stores", "stores.path")
+    trainee.train(memory_path / "run", artefact=artefact("a", "1"), places=places)
+    trainee.train(memory_path / "run", artefact=artefact("moved/a", "1"), places=places, resume=True)
+    with pytest.raises(UsageError, match="sha256"):
+        trainee.train(memory_path / "run", artefact=artefact("a", "2"), places=places, resume=True)
+
+
 def test_a_checkpoint_of_another_module_is_refused(trainee: ModuleType, memory_path: Path) -> None:
     trainee.train(memory_path / "run", config=trainee.config_of(steps=3, ema=False))
     other = trainee.Net()
