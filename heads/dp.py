@@ -50,7 +50,7 @@ class DiffusionConfig(EncodedConfig):
     """Diffusion Policy's settings; defaults are the published ones.
 
     `net`: "unet" (the published 1-D U-Net) or "mlp" (a residual MLP: ten times faster on a CPU). `down_dims`: channels
-    of the U-Net's levels; (64, 128, 256) has 8 M parameters instead of 84 M. `kernel_size`, `n_groups`: of its
+    of the U-Net's levels; (64, 128, 256) has 9 M parameters instead of 80 M. `kernel_size`, `n_groups`: of its
     convolutions and their group normalisation. `diffusion_step_embed_dim`: width of the embedded diffusion step.
     `cond_predict_scale`: FiLM with scale and shift rather than shift alone. `hidden`, `layers`, `dropout`: of the MLP.
     `train_steps`: diffusion steps in training. `sampler`: "ddim" needs few steps, "ddpm" all of them. `sample_steps`:
