@@ -22,9 +22,8 @@ from vla.featurize.room import require_room
 from vla.featurize.run import Progress, RunReport, featurize
 from vla.featurize.sources.base import Source
 from vla.featurize.sources.instructions import Instructions
-from vla.featurize.sources.registry import open_source, places, shipped
+from vla.featurize.sources.registry import open_source, refuse_overwriting_source, shipped
 from vla.featurize.views import with_inputs
-from vla.stores.debris import refuse_overwriting
 from vla.stores.errors import UsageError
 from vla.stores.fingerprint import require_equal
 from vla.stores.remote.options import RemoteOptions, is_url
@@ -103,7 +102,7 @@ def run(
     small (not with `accept`), and what `featurize` raises.
     """
     if overwrite:
-        refuse_overwriting_source(job, root)
+        refuse_overwriting_source(root, job.config.source, job.source)
     if not is_url(root):
         root = Path(root)
         refuse_shadowing(root)
@@ -117,11 +116,6 @@ def run(
         opened = open_writer(root, *plan, resume=resume, overwrite=overwrite)
     with opened as writer:
         return make_units(job, writer, device, batch_size_on(job, device), progress=progress)
-
-
-def refuse_overwriting_source(job: Job, root: Path | str) -> None:
-    """Raise `UsageError` where the store at `root` is, or holds, what the job reads."""
-    refuse_overwriting(root, [*job.source.index().stores, *places(job.config.source)])
 
 
 def take_device(job: Job) -> torch.device:

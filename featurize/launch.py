@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vla.featurize.estimate import probe
-from vla.featurize.job import Job, refuse_overwriting_source, run
+from vla.featurize.job import Job, run
 from vla.featurize.run import RunReport
 from vla.featurize.spread import run_on_cluster, run_share
 from vla.featurize.units import share_of
@@ -62,8 +62,6 @@ def launch(
         if overwrite:
             raise UsageError("--overwrite with --unit-index", expected="a new --out, or the old store removed first")
         return run_share(job, root, where.unit_index, accept=accept, progress=alone)
-    if overwrite:
-        refuse_overwriting_source(job, root)
     how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "accept": accept}
     if where.workers is None and where.scheduler is None:
         return run(job, root, **how, progress=alone)

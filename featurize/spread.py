@@ -18,6 +18,7 @@ from vla.featurize.cluster import DEATHS, open_cluster
 from vla.featurize.job import Job, refuse_shadowing
 from vla.featurize.room import require_room
 from vla.featurize.run import RunReport
+from vla.featurize.sources.registry import refuse_overwriting_source
 from vla.featurize.units import UnitsReport, open_unit_maker, require_shared_folder, share_of
 from vla.featurize.worker import TOPIC, end_on_worker, make_on_worker
 from vla.stores.errors import DataError, MachineError, StoreError
@@ -49,8 +50,11 @@ def run_on_cluster(
     """Make the store at `root` on `workers` processes of this machine, or on those of the dask cluster at `scheduler`.
 
     Two such runs of one store share its units; this one returns when all are committed, by whomever. Raises `DataError`
-    naming the units that failed, when all others are made; `MachineError` where the cluster is lost or the disk full.
+    naming the units that failed, when all others are made; `MachineError` where the cluster is lost or the disk full;
+    `UsageError` where `overwrite` would delete what is read.
     """
+    if overwrite:
+        refuse_overwriting_source(root, job.config.source, job.source)
     root = require_shared_folder(root)
     refuse_shadowing(root)
     require_room(job.plan, root, overwrite=overwrite, accept=accept)

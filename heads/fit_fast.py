@@ -13,9 +13,9 @@ from pydantic import Field
 
 from vla.heads.data import DataConfig, HeadData, open_data
 from vla.heads.fast import SETTINGS, FastTokenizer
+from vla.heads.model import fit_from_file
 from vla.heads.normalize import Mode, Normalizer
 from vla.stores.errors import DataError, UsageError
-from vla.stores.norm_stats import read_norm_stats
 from vla.stores.settings import Settings
 from vla.stores.windows import WindowIndex, WindowSpec
 
@@ -91,10 +91,7 @@ def fit_normaliser(config: FitFastConfig, data: HeadData) -> Normalizer:
     if config.norm_stats is None:
         normaliser.fit(data.actions(data.training), config.action_norm, valid=data.action_dims(data.training))
         return normaliser
-    stats = read_norm_stats(Path(config.norm_stats))
-    if "actions" not in stats:
-        raise DataError(f"{config.norm_stats} has no 'actions', only {', '.join(stats)}")
-    normaliser.fit_from(stats["actions"], config.action_norm, f"{config.norm_stats}, actions,")
+    fit_from_file(Path(config.norm_stats), {"actions": (normaliser, config.action_norm)})
     return normaliser
 
 

@@ -267,21 +267,14 @@ class HeadModel(nn.Module):
         file, which has to have as many components.
         """
         if self.config.norm_stats is not None:
-            self._fit_from_file(Path(self.config.norm_stats))
+            wanted = {"actions": (self.action, self.config.action_norm)}
+            if self.state is not None:
+                wanted["state"] = (self.state, self.config.state_norm)
+            fit_from_file(Path(self.config.norm_stats), wanted)
             return
         self.action.fit(actions, self.config.action_norm, valid=dims)
         if self.state is not None:
             self.state.fit(states, self.config.state_norm)
-
-    def _fit_from_file(self, path: Path) -> None:
-        stats = read_norm_stats(path)
-        wanted = {"actions": (self.action, self.config.action_norm)}
-        if self.state is not None:
-            wanted["state"] = (self.state, self.config.state_norm)
-        for name, (normaliser, mode) in wanted.items():
-            if name not in stats:
-                raise DataError(f"{path} has no {name!r}, only {', '.join(stats)}", expected="state and actions")
-            normaliser.fit_from(stats[name], mode, f"{path}, {name},")
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         """Take frozen networks along to another device."""
@@ -289,6 +282,18 @@ class HeadModel(nn.Module):
         for frozen in self.frozen.values():
             frozen.to(self.action.centre.device)
         return self
+
+
+def fit_from_file(path: Path, wanted: Mapping[str, tuple[Normalizer, Mode]]) -> None:
+    """Fit normalisers {"actions" or "state": (normaliser, mode)} from a norm_stats.json.
+
+    Raises `DataError` where the file lacks one of them, and what `Normalizer.fit_from` raises.
+    """
+    stats = read_norm_stats(path)
+    for name, (normaliser, mode) in wanted.items():
+        if name not in stats:
+            raise DataError(f"{path} has no {name!r}, only {', '.join(stats)}", expected="state and actions")
+        normaliser.fit_from(stats[name], mode, f"{path}, {name},")
 
 
 def check_lengths(config: HeadConfig) -> None:

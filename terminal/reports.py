@@ -97,8 +97,7 @@ def show_errors(facts: Mapping[str, Any], extra: Mapping[str, float]) -> None:
         show_table(("dimension", *titles.values()), rows)
         what = "mean absolute error"
     if "per_task" in facts:
-        # A bracket in an instruction is no markup.
-        tasks = [(task.replace("[", "\\["), f"{error:.4f}") for task, error in facts["per_task"].items()]
+        tasks = [(task, f"{error:.4f}") for task, error in facts["per_task"].items()]
         show_table(("task", "error, executed steps"), tasks)
     if extra:
         print_line(figures(extra))

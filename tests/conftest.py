@@ -15,14 +15,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 from numpy.typing import NDArray
 
+from vla.featurize.backbones.base import BackboneSpec, FeatureSpec
 from vla.stores.manifest import FeatureInfo, Manifest, StepInfo
+from vla.stores.settings import Settings
 from vla.stores.store import Store, open_store
 from vla.stores.tables import EpisodeTable
 from vla.stores.writer import open_writer
@@ -236,3 +239,35 @@ def _no_thread_outlives_its_test() -> Iterator[None]:
     ):
         time.sleep(0.01)
     assert not alive, f"threads still running: {alive}"
+
+
+class ColourSettings(Settings):
+    random: bool = False
+
+
+class Colour:
+    """The mean colour of a picture."""
+
+    settings_type: ClassVar[type[Settings]] = ColourSettings
+
+    def __init__(self, settings: ColourSettings) -> None:
+        self.settings = settings
+
+    def spec(self) -> BackboneSpec:
+        features = {"colour": FeatureSpec((3,), ("channel",), "float32")}
+        return BackboneSpec("colour", features, {}, "x", "x", random_weights=self.settings.random)
+
+    def preprocess(self, image: Any) -> torch.Tensor:
+        return torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)
+
+    def encode(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"colour": images.mean(dim=(-1, -2))}
+
+    def to(self, device: torch.device) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def colour_backbone() -> type:
+    """A backbone whose feature is `colour`, to go beside those of `grid`."""
+    return Colour

@@ -24,7 +24,7 @@ from vla.featurize.plan import Plan, StoreOptions, make_plan
 from vla.featurize.room import require_room
 from vla.featurize.run import Progress
 from vla.featurize.sources.base import Episode, Source, SourceIndex
-from vla.featurize.sources.registry import open_source, places
+from vla.featurize.sources.registry import open_source, refuse_overwriting_source
 from vla.stores.debris import refuse_overwriting
 from vla.stores.errors import SourceError, UsageError
 from vla.stores.manifest import Rate
@@ -132,7 +132,7 @@ def run(
     if overwrite:
         refuse_overwriting(root, [job.config.path])
         if job.source is not None:
-            refuse_overwriting(root, [*job.source.index().stores, *places(str(job.config.source))])
+            refuse_overwriting_source(root, str(job.config.source), job.source)
     refuse_shadowing(root)
     require_room(job.plan, root, overwrite=overwrite, accept=accept)
     report, began = ImportReport(), time.perf_counter()

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 
 from vla.featurize.options import checked_options, keywords
 from vla.featurize.sources.base import Source
+from vla.stores.debris import refuse_overwriting
 from vla.stores.errors import SourceError, UsageError
 from vla.stores.settings import nearest
 
@@ -90,9 +91,9 @@ def shipped() -> Path:
     return path
 
 
-def places(spec: str | Path) -> tuple[Path, ...]:
-    """Return the file or folder that `spec` names; none for a source that needs none. Raises as `open_source` does."""
-    return _parse(spec)[1]
+def refuse_overwriting_source(root: Path | str, spec: str | Path, source: Source) -> None:
+    """Raise `UsageError` where the store at `root` is, or holds, what `source`, opened from `spec`, reads."""
+    refuse_overwriting(root, [*source.index().stores, *_parse(spec)[1]])
 
 
 def option_names(spec: str | Path) -> list[str]:

@@ -142,6 +142,7 @@ DIMS = SimpleNamespace(task=EVIL, episodes=1, names=(EVIL,))
 PLAN = {"out": EVIL, "episodes": 1, "frames": 2, "views": 1, "features": {EVIL: [1, "float16"]}, "units": 1}
 PLAN |= {"unit_rows": 2, "bytes": 1, "files": 1, "weights_licence": EVIL}
 RAN = {"units": 1, "frames": 1, "frames_per_s": 1.0, "busy": {}, "bottleneck": EVIL}
+ERRORS = {"per_dimension": {}, "per_task": {EVIL: 1.0}, "windows": 1, "checkpoint": EVIL, "step": 1}
 SHOWN: dict[str, Callable[[], None]] = {
     "facts": lambda: output.show_facts({"tasks": EVIL, "all": [EVIL]}),
     "rows": lambda: output.show_rows(EVIL, [{"name": EVIL, "mean": 1.0}]),
@@ -158,6 +159,7 @@ SHOWN: dict[str, Callable[[], None]] = {
     "line": lambda: reports.print_line(EVIL),
     "fields": lambda: reports.show_fields(EVIL, [{"name": EVIL, "default": EVIL, "text": EVIL, "type": EVIL}]),
     "parameters": lambda: reports.show_parameters({EVIL: (1, 1)}),
+    "errors": lambda: reports.show_errors(ERRORS, {EVIL: 1.0}),
     "dims": lambda: reports.show_dims({(1, 2): [DIMS]}),
 }
 

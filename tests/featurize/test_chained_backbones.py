@@ -55,36 +55,10 @@ class Mix:
         pass
 
 
-class ColourSettings(Settings):
-    random: bool = False
-
-
-class Colour:
-    """The mean colour of a picture."""
-
-    settings_type: ClassVar[type[Settings]] = ColourSettings
-
-    def __init__(self, settings: ColourSettings) -> None:
-        self.settings = settings
-
-    def spec(self) -> BackboneSpec:
-        features = {"colour": FeatureSpec((3,), ("channel",), "float32")}
-        return BackboneSpec("colour", features, {}, "x", "x", random_weights=self.settings.random)
-
-    def preprocess(self, image: Any) -> torch.Tensor:
-        return torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)
-
-    def encode(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"colour": images.mean(dim=(-1, -2))}
-
-    def to(self, device: torch.device) -> None:
-        pass
-
-
 @pytest.fixture(autouse=True)
-def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+def _registered(monkeypatch: pytest.MonkeyPatch, colour_backbone: type) -> None:
     module: Any = type(sys)("mix_module")
-    module.Mix, module.Colour = Mix, Colour
+    module.Mix, module.Colour = Mix, colour_backbone
     monkeypatch.setitem(sys.modules, "mix_module", module)
     monkeypatch.setitem(BACKBONES, "mix", BACKBONES["toy"]._replace(target="mix_module:Mix"))
     monkeypatch.setitem(BACKBONES, "colour", BACKBONES["toy"]._replace(target="mix_module:Colour"))

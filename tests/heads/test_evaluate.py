@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +14,6 @@ import torch
 from typer.testing import CliRunner
 
 from vla.cli import app
-from vla.featurize.backbones.base import Backbone, BackboneSpec, FeatureSpec
 from vla.featurize.backbones.registry import BACKBONES
 from vla.featurize.job import FeaturizeConfig, prepare, run
 from vla.heads.batch import Batch
@@ -23,7 +22,6 @@ from vla.heads.data import open_data
 from vla.heads.evaluate import evaluate_head
 from vla.heads.train import HeadTrainConfig, train_head
 from vla.stores.errors import DataError, UsageError
-from vla.stores.settings import Settings
 
 Folders = dict[str, Path]
 SOURCES = {
@@ -32,33 +30,12 @@ SOURCES = {
 }
 
 
-class Colour(Backbone):
-    """The mean colour of a picture."""
-
-    settings_type: ClassVar[type[Settings]] = Settings
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-
-    def spec(self) -> BackboneSpec:
-        return BackboneSpec("colour", {"colour": FeatureSpec((3,), ("channel",), "float32")}, {}, "x", "x")
-
-    def preprocess(self, image: Any) -> torch.Tensor:
-        return torch.from_numpy(image.astype(np.float32)).permute(2, 0, 1)
-
-    def encode(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"colour": images.mean(dim=(-1, -2))}
-
-    def to(self, device: torch.device) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folders]:
+def folders(tmp_path_factory: pytest.TempPathFactory, colour_backbone: type) -> Iterator[Folders]:
     """Two stores of some demonstrations and two of others, and heads that read the features of both."""
     root = tmp_path_factory.mktemp("evaluate")
     module: Any = type(sys)("colour_module")
-    module.Colour = Colour
+    module.Colour = colour_backbone
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "colour_module", module)
         patch.setitem(BACKBONES, "colour", BACKBONES["toy"]._replace(target="colour_module:Colour"))
