@@ -16,7 +16,7 @@ from pydantic import Field
 
 from vla.featurize.image import Image
 from vla.featurize.sources.base import Source, SourceIndex
-from vla.featurize.sources.registry import open_source, option_names
+from vla.featurize.sources.registry import common_options, open_source, option_names
 from vla.stores.errors import SourceError
 from vla.stores.norm_stats import NAMES, NormStats
 from vla.stores.settings import Settings
@@ -63,9 +63,9 @@ class SourceReport:
 
 def check_source(config: CheckConfig, progress: Progress = lambda done, total: None) -> SourceReport:
     """Read everything but most pictures. Wrong data are findings; a wrong flag or path raises `VlaError` as usual."""
-    options = {"map": config.map, **config.source_options}
     # With `skip_bad` every bad episode is named, without it only the first.
-    options |= {"skip_bad": True} if "skip_bad" in option_names(config.source) else {}
+    skips = "skip_bad" in option_names(config.source)
+    options = {**config.source_options, **common_options(map=config.map, skip_bad=skips)}
     source = open_source(config.source, **options)
     report = SourceReport({"source": config.source})
     try:

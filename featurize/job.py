@@ -22,7 +22,7 @@ from vla.featurize.room import require_room
 from vla.featurize.run import Progress, RunReport, featurize
 from vla.featurize.sources.base import Source
 from vla.featurize.sources.instructions import Instructions
-from vla.featurize.sources.registry import open_source, refuse_overwriting_source, shipped
+from vla.featurize.sources.registry import common_options, open_source, refuse_overwriting_source, shipped
 from vla.featurize.views import with_inputs
 from vla.stores.errors import UsageError
 from vla.stores.fingerprint import require_equal
@@ -73,8 +73,10 @@ class Job:
 
 def prepare(config: FeaturizeConfig) -> Job:
     """Index the source, load the backbone and lay out the store. Raises what they raise."""
-    common = {"map": config.map, "skip_bad": config.skip_bad, "pad_actions": config.pad_actions}
+    common = common_options(map=config.map, skip_bad=config.skip_bad, pad_actions=config.pad_actions)
     source = open_source(config.source, **{**common, **config.source_options})
+    if "weights" in config.options:
+        raise UsageError("options.weights", expected="--weights, which is kept in the store", fix="--weights PLACE")
     backbone = make_backbone(config.backbone, weights=config.weights, **config.options)
     if backbone.spec().per == "instruction":
         source = Instructions(source)

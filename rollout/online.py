@@ -28,7 +28,7 @@ from vla.featurize.backbones.base import Backbone
 from vla.featurize.batch_size import ON_CPU
 from vla.featurize.job import choose_device, rebuild_backbone
 from vla.featurize.sources.base import Source
-from vla.featurize.sources.registry import SOURCES, open_source, recognise
+from vla.featurize.sources.registry import SOURCES, common_options, known_rate, open_source, recognise
 from vla.featurize.views import read_views
 from vla.heads.batch import Batch
 from vla.heads.data import HeadData
@@ -283,7 +283,9 @@ def open_demonstrations(store: Store, place: str | None = None) -> Source:
         named = f"{kind}:{root}" if SOURCES[kind].markers and colon else given["given"]
     fix = "--set online.source=DIR"
     try:
-        source = open_source(place or named, map=given["map"], **given["options"])
+        # Stores made while `fps` had a default do not list it among the options.
+        rate = known_rate(place or named, store.manifest.fps)
+        source = open_source(place or named, **{**rate, **common_options(map=given["map"]), **given["options"]})
         found = source.digest()
     except SourceError as error:
         what = f"the demonstrations of {store.place}: {error.found}"

@@ -32,6 +32,9 @@ class Settings(BaseModel):
             return values
         laid = dict(values)
         for name, field in cls.model_fields.items():
+            # A default is written null: an empty text would be read as absent in one place and as a name in another.
+            if laid.get(name) == "" and field.default is None:
+                raise ValueError(f'{name} = "": an empty text; expected a value, or null for the default')
             if isinstance(field.default, Settings) and isinstance(laid.get(name), Mapping):
                 laid[name] = merged(field.default.model_dump(exclude_defaults=True), laid[name])
         return laid

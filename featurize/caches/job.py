@@ -24,7 +24,7 @@ from vla.featurize.plan import Plan, StoreOptions, make_plan
 from vla.featurize.room import require_room
 from vla.featurize.run import Progress
 from vla.featurize.sources.base import Episode, Source, SourceIndex
-from vla.featurize.sources.registry import open_source, refuse_overwriting_source
+from vla.featurize.sources.registry import common_options, open_source, refuse_overwriting_source
 from vla.stores.debris import refuse_overwriting
 from vla.stores.errors import SourceError, UsageError
 from vla.stores.manifest import Rate
@@ -101,7 +101,8 @@ def prepare(config: ImportConfig) -> ImportJob:
     )
     source_digest = digest
     if config.source is not None:
-        source = open_source(config.source, map=config.map, skip_bad=config.skip_bad, **config.source_options)
+        common = common_options(map=config.map, skip_bad=config.skip_bad)
+        source = open_source(config.source, **{**common, **config.source_options})
         theirs = source.index()
         partner = _match(config, index, theirs)
         episodes = tuple(theirs.episodes[at] for at in partner)

@@ -14,6 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.featurize.image import Image
+from vla.stores.errors import SourceError
+
+NUMBERS = "leave source_options.cameras=[] out"
+"""How a source that was opened for its numbers alone shows its pictures again."""
 
 Role = Literal["action", "state", "privileged", "other"]
 
@@ -55,7 +59,8 @@ class SourceIndex:
     `skipped` maps episode ids left out under `--skip-bad` to the reason.
     `mapping` is the resolved column mapping ({ours: theirs}); it enters the fingerprint. `extras` names what `views`
     gives beside the image; a source without any needs no such method (see `ViewSource`).
-    `pictures` is false where there are only extras. `stores` are the folders or URLs of stores that are read.
+    `assumed` {option: value and why}: what neither a file states nor the user gives.
+    `pictures` is false where there are only extras or numbers. `stores` are the folders or URLs of stores that are read.
     """
 
     kind: str
@@ -71,6 +76,12 @@ class SourceIndex:
     extras: tuple[str, ...] = ()
     pictures: bool = True
     stores: tuple[str, ...] = ()
+    assumed: Mapping[str, str] = field(default_factory=dict)
+
+
+def no_pictures(where: str) -> SourceError:
+    """Return the error of a source without cameras that is asked for frames."""
+    return SourceError(f"{where} was opened without cameras", expected="a backbone without pictures", fix=NUMBERS)
 
 
 class Source(Protocol):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from vla.featurize.image import Image
 from vla.featurize.sources import parquet
-from vla.featurize.sources.base import Episode, SourceIndex
+from vla.featurize.sources.base import Episode, SourceIndex, no_pictures
 from vla.featurize.sources.episode_checks import (
     SKIP,
     clip_of,
@@ -57,7 +57,7 @@ class LeRobotSource:
     """A LeRobot data set as a `Source`.
 
     `map` takes our names (`action`, `state`, `privileged`, a camera's, or a new one) to columns of the data set;
-    `cameras` chooses views, in order (None: all); `skip_bad` leaves out episodes whose files are missing or whose
+    `cameras` chooses views, in order (None: all, []: numbers alone); `skip_bad` leaves out episodes whose files are missing or whose
     numbers are wrong, and names them in `index().skipped`. Steps are `action`, `state` and `privileged` float32 [D],
     `timestamp` float64 [] in seconds, `frame_index` int64 [], and every other number or vector column under its name.
     """
@@ -107,6 +107,8 @@ class LeRobotSource:
             raise SourceError(
                 f"frames {start} to {stop} of {checked.row.id} in {self.root}", expected=f"0 to {checked.row.length}"
             )
+        if not indexed.index.pictures:
+            raise no_pictures(f"{checked.row.id} in {self.root}")
         return self._frames(indexed, checked, start, stop)
 
     def _frames(self, indexed: _Indexed, checked: _Checked, start: int, stop: int) -> Iterator[tuple[Image, ...]]:
@@ -163,6 +165,7 @@ class LeRobotSource:
             licence=info.licence,
             mapping=columns.names,
             skipped=skipped,
+            pictures=bool(columns.cameras),
             sizes={camera: size for camera, column in columns.cameras.items() if (size := sizes[column]) is not None},
         )
         used = {checked.row.data for checked in kept} | {

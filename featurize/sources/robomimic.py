@@ -24,7 +24,7 @@ from vla.featurize.caches.checks import as_steps, digest_files, natural
 from vla.featurize.hdf5 import SKIP, dataset, group, opened
 from vla.featurize.image import Image
 from vla.featurize.robosuite_attributes import control_frequency, instruction
-from vla.featurize.sources.base import Episode, Role, SourceIndex, StepSpec
+from vla.featurize.sources.base import Episode, Role, SourceIndex, StepSpec, no_pictures
 from vla.featurize.sources.usual_shape import keep_usual
 from vla.stores.errors import SourceError, UsageError
 from vla.stores.manifest import Rate
@@ -55,7 +55,7 @@ class _Indexed:
 class RobomimicSource:
     """A robomimic file as a `Source`.
 
-    `cameras`: keys of obs, with or without `_image` (None: every picture). `state`: keys of obs, joined in this order
+    `cameras`: keys of obs, with or without `_image` (None: every picture, []: none). `state`: keys of obs, joined in this order
     (None: end-effector position, quaternion and gripper of each robot). `filter`: only the demonstrations that
     `mask/FILTER` lists, such as "train". `task`: the instruction (None: what the file or its environment says).
     `fps` (None: the environment's control frequency). `flip`: pictures are stored upside down. `skip_bad` leaves
@@ -105,6 +105,8 @@ class RobomimicSource:
             raise SourceError(
                 f"frames {start} to {stop} of {chosen.id} in {self._path}", expected=f"0 to {chosen.length}"
             )
+        if not indexed.cameras:
+            raise no_pictures(f"{chosen.id} in {self._path}")
         return self._frames(indexed, chosen.id, start, stop)
 
     def _frames(self, indexed: _Indexed, demo: str, start: int, stop: int) -> Iterator[tuple[Image, ...]]:
@@ -161,6 +163,7 @@ class RobomimicSource:
             steps={name: StepSpec((width,), "float32", ROLES[name]) for name, width in widths.items()},
             mapping=names,
             skipped=skipped,
+            pictures=bool(cameras),
         )
         return _Indexed(index, cameras, columns)
 
@@ -207,7 +210,7 @@ class RobomimicSource:
                 known = f"one of {', '.join(pictures)}" if pictures else "pictures uint8 [T, H, W, 3] in obs"
                 raise UsageError(f"{self._path} has no pictures {name!r}{nearest(name, pictures)}", expected=known)
             chosen[_camera_name(key)] = key
-        if not chosen:
+        if not chosen and self._cameras is None:
             raise SourceError(
                 f"{self._path} has no pictures, only {', '.join(observed)}",
                 expected="uint8 [T, H, W, 3] in obs",

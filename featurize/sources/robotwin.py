@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.featurize.image import Image
-from vla.featurize.sources.base import Episode, ExtrasRecord, SourceIndex, StepSpec
+from vla.featurize.sources.base import Episode, ExtrasRecord, SourceIndex, StepSpec, no_pictures
 from vla.featurize.sources.dimensions import TaskDims
 from vla.featurize.sources.padding import DIMS, joint_names, placed, real_columns
 from vla.featurize.sources.pictures import decode_picture
@@ -35,7 +35,7 @@ class RoboTwinSource:
     """RoboTwin files as a `Source`, with depth, intrinsics and poses as `views` where every episode has them.
 
     `arms` left, right or fused (left, then right); `include_gripper` True, False, or None: where there is one;
-    `cameras` chooses views, in order (None: all, by name); `actions` joint (HDF5) or planner (`_traj_data`), None:
+    `cameras` chooses views, in order (None: all, by name, []: numbers alone); `actions` joint (HDF5) or planner (`_traj_data`), None:
     joint where there is HDF5; `alignment` next: the action is the next frame's joints and the last frame has none, or
     same: its own frame's, and there is no state (both only for files without actions of their own). `resample` linear
     stretches planner paths over the frames; `images` is the folder of pictures kept as files; `channels` what a JPEG
@@ -108,6 +108,8 @@ class RoboTwinSource:
         """See `Source.frames`. Each call opens the files for itself and holds one frame a camera."""
         indexed = self._index()
         checked = self._span(indexed, episode, start, stop)
+        if self.options.cameras == ():
+            raise no_pictures(f"{checked.files.id} in {self.root}")
         if not indexed.index.pictures:
             raise SourceError(
                 f"{checked.files.id} in {self.root} has no pictures", fix="--set source_options.images=DIR"
@@ -224,6 +226,7 @@ class RoboTwinSource:
             skipped=skipped,
             extras=_extras(kept, cameras),
             pictures=bool(cameras),
+            assumed={} if first.states_fps else {"fps": f"{first.fps:g}, RoboTwin's default: the files state none"},
         )
 
     def _mapping(self) -> dict[str, str]:
