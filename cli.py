@@ -54,6 +54,7 @@ def featurize(
     """Run a frozen backbone over demonstrations, once, into a store."""
     from vla.featurize.job import FeaturizeConfig, prepare
     from vla.featurize.launch import Where, launch, outlook
+    from vla.featurize.skipped import require_few_skipped, skipped_in
     from vla.stores.memory import keep_freed_memory
     from vla.stores.settings import read_pairs
     from vla.stores.writer import refuse_existing
@@ -84,7 +85,10 @@ def featurize(
         log.print("RANDOM WEIGHTS: these features test the pipeline, they carry no knowledge.", style="bold red")
     with show_workers("featurize", "frames") as progress:
         report = launch(job, root, where, resume=resume, overwrite=overwrite, accept=yes, progress=progress)
-    reports.show_featurized(root, report.to_json(), {**job.plan.skipped, **report.skipped}, as_json)
+    skipped = skipped_in(root, report.skipped) if settings.skip_bad else report.skipped
+    total = len(job.plan.episodes) + len(job.plan.skipped)
+    reports.show_featurized(root, report.to_json(), {**job.plan.skipped, **skipped}, total, as_json)
+    require_few_skipped(job.plan, skipped, settings.max_skipped)
 
 
 @command("import")
@@ -104,6 +108,7 @@ def import_(
 ) -> None:
     """Turn a feature cache that others made into a store."""
     from vla.featurize.caches.job import ImportConfig, prepare, run
+    from vla.featurize.skipped import require_few_skipped, skipped_in
 
     settings = ImportConfig.from_sources(
         config, set_ or (), kind=kind, path=str(path), source=source, skip_bad=skip_bad or None
@@ -116,9 +121,11 @@ def import_(
         return
     with show_progress("import", "frames") as progress:
         report = run(job, out, resume=resume, overwrite=overwrite, accept=yes, progress=progress)
-    left_out = {**job.plan.skipped, **report.skipped}
+    skipped = skipped_in(out, report.skipped) if settings.skip_bad else report.skipped
+    left_out = {**job.plan.skipped, **skipped}
     said = f"{report.frames} frames in {report.units} units; {len(left_out)} episodes left out"
     reports.show_made(out, {**report.__dict__, "skipped": left_out, "out": str(out)}, said, as_json, left_out)
+    require_few_skipped(job.plan, skipped, settings.max_skipped)
 
 
 @command()

@@ -67,7 +67,8 @@ def _specs(spec: str) -> list[tuple[str, str]]:
 
 
 def _measured(name: str, spec: str, config: DimsConfig) -> list[TaskDims]:
-    source: Source = open_source(spec, **{**common_options(map=config.map, skip_bad=config.skip_bad), **config.source_options})
+    common = common_options(map=config.map, skip_bad=config.skip_bad)
+    source: Source = open_source(spec, **{**common, **config.source_options})
     if isinstance(source, MeasuredSource):
         measured = source.dimensions()
     else:

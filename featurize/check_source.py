@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,11 +16,15 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from vla.featurize.image import Image
-from vla.featurize.sources.base import Source, SourceIndex
+from vla.featurize.sources.base import NoEpisodeError, Source, SourceIndex
 from vla.featurize.sources.registry import common_options, open_source, option_names
 from vla.stores.errors import SourceError
 from vla.stores.norm_stats import NAMES, NormStats
 from vla.stores.settings import Settings
+
+_FLAG = "--skip-bad( leaves the episode out)?"
+_SKIP = re.compile(rf"\. Try: {_FLAG}$|(, or |; )?{_FLAG}(, or |; )?")
+"""The advice of sources that holds for the commands that go on without an episode."""
 
 Progress = Callable[[int, int], None]
 
@@ -53,8 +58,8 @@ class SourceReport:
     stats: dict[str, NormStats] = field(default_factory=dict)
 
     def add(self, check: str, found: object) -> None:
-        """Append a finding."""
-        self.findings.append(Finding(check, str(found)))
+        """Append a finding, without advice to pass --skip-bad: `vla inspect` has no such flag."""
+        self.findings.append(Finding(check, _SKIP.sub("", str(found))))
 
     def to_json(self) -> dict[str, Any]:
         """Return facts and findings as plain data."""
@@ -70,17 +75,39 @@ def check_source(config: CheckConfig, progress: Progress = lambda done, total: N
     report = SourceReport({"source": config.source})
     try:
         index = source.index()
+    except NoEpisodeError as error:
+        for name, reason in error.skipped.items():
+            report.add("episode", f"{name}: {reason}")
+        if not error.skipped:
+            report.add("layout", error)
+        numbers = _numbers_alone(config, options)
+        if numbers is None:
+            return report
+        source, index = numbers
     except SourceError as error:
         report.add("layout", error)
         return report
     _describe(index, report)
+    listed = {finding.found.partition(":")[0] for finding in report.findings}
     for name, reason in index.skipped.items():
-        report.add("episode", f"{name}: {reason}")
+        if name not in listed and name not in index.filtered:
+            report.add("episode", f"{name}: {reason}")
     values = _check_steps(source, index, report, progress)
     _note_statistics(index, values, report)
     if index.pictures and config.pictures:
         _check_pictures(source, index, config.pictures, report)
     return report
+
+
+def _numbers_alone(config: CheckConfig, options: dict[str, Any]) -> tuple[Source, SourceIndex] | None:
+    """Return the source without cameras, where its numbers hold though its pictures do not; else None."""
+    if "cameras" not in option_names(config.source) or options.get("cameras") == []:
+        return None
+    source = open_source(config.source, **{**options, "cameras": []})
+    try:
+        return source, source.index()
+    except SourceError:
+        return None  # the reasons are listed already
 
 
 def _describe(index: SourceIndex, report: SourceReport) -> None:

@@ -20,6 +20,7 @@ from vla.featurize.chain import Chain
 from vla.featurize.plan import Plan, StoreOptions, make_plan
 from vla.featurize.room import require_room
 from vla.featurize.run import Progress, RunReport, featurize
+from vla.featurize.skipped import MAX_SKIPPED, require_few_skipped
 from vla.featurize.sources.base import Source
 from vla.featurize.sources.instructions import Instructions
 from vla.featurize.sources.registry import common_options, open_source, refuse_overwriting_source, shipped
@@ -42,7 +43,7 @@ class FeaturizeConfig(Settings):
     `action_dims` says what is real. `augment` caches augmented copies beside the plain features. `batch_size` counts
     time steps, each augmented copy as one more; "auto" tries what an accelerator holds (another batch may round the
     last bit of a feature differently there). `threads` 0 leaves torch's own choice. `remote`: how a store on an object
-    store is reached.
+    store is reached. `max_skipped`: largest share of the episodes that `skip_bad` may leave out.
     """
 
     source: str = Field(default_factory=lambda: str(shipped()))
@@ -52,6 +53,7 @@ class FeaturizeConfig(Settings):
     map: dict[str, str] = {}
     source_options: dict[str, Any] = {}
     skip_bad: bool = False
+    max_skipped: float = Field(MAX_SKIPPED, ge=0, le=1)
     pad_actions: bool = False
     store: StoreOptions = StoreOptions()
     augment: AugmentConfig = NO_COPIES
@@ -86,7 +88,10 @@ def prepare(config: FeaturizeConfig) -> Job:
     if inputs:
         recipe["inputs"] = inputs
     recipe["source"] = {"given": config.source, "map": config.map, "options": config.source_options}
-    return Job(config, source, backbone, make_plan(index, digest, spec, recipe, config.store, config.augment))
+    plan = make_plan(index, digest, spec, recipe, config.store, config.augment)
+    if config.skip_bad:
+        require_few_skipped(plan, {}, config.max_skipped)
+    return Job(config, source, backbone, plan)
 
 
 def run(

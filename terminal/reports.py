@@ -30,8 +30,10 @@ def show_left_out(left_out: Mapping[str, str]) -> None:
         open_log().print(f"left out {episode}: {reason}", highlight=False)
 
 
-def show_featurized(root: str | Path, report: Mapping[str, Any], left_out: Mapping[str, str], as_json: bool) -> None:
-    """Print what `vla featurize` did."""
+def show_featurized(
+    root: str | Path, report: Mapping[str, Any], left_out: Mapping[str, str], total: int, as_json: bool
+) -> None:
+    """Print what `vla featurize` did. `total` counts the episodes of the source."""
     if as_json:
         emit({**report, "skipped": dict(left_out), "out": str(root)})
         return
@@ -43,6 +45,8 @@ def show_featurized(root: str | Path, report: Mapping[str, Any], left_out: Mappi
     else:
         open_log().print(f"{root}: nothing was missing")
     show_left_out(left_out)
+    if left_out:  # last, so that a long list above does not push it out of sight
+        open_log().print(f"{root}: {len(left_out)} OF {total} EPISODES LEFT OUT", style="bold red")
 
 
 def show_made(

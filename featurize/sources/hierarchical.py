@@ -36,7 +36,8 @@ class HierarchicalSource(RecordedSource):
 
     `instruction_json` is the file of texts; layout B needs it, layout A falls back to the folders' names. An episode's
     `task` is its subtask, and `texts` holds `high_level_task`, `subtask` and `text` (the subtask in other words, or
-    the subtask). `cameras` chooses views, in order (None: all, []: numbers alone); `fps` [1/s] has to be given. Steps are `action` and `state`, float32 [D].
+    the subtask). `cameras` chooses views, in order (None: all, []: numbers alone); `fps` [1/s] has to be given. Steps
+    are `action` and `state`, float32 [D].
     """
 
     kind = "hierarchical"

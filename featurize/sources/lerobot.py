@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from vla.featurize.image import Image
 from vla.featurize.sources import parquet
-from vla.featurize.sources.base import Episode, SourceIndex, no_pictures
+from vla.featurize.sources.base import Episode, NoEpisodeError, SourceIndex, no_pictures
 from vla.featurize.sources.episode_checks import (
     SKIP,
     clip_of,
@@ -57,9 +57,10 @@ class LeRobotSource:
     """A LeRobot data set as a `Source`.
 
     `map` takes our names (`action`, `state`, `privileged`, a camera's, or a new one) to columns of the data set;
-    `cameras` chooses views, in order (None: all, []: numbers alone); `skip_bad` leaves out episodes whose files are missing or whose
-    numbers are wrong, and names them in `index().skipped`. Steps are `action`, `state` and `privileged` float32 [D],
-    `timestamp` float64 [] in seconds, `frame_index` int64 [], and every other number or vector column under its name.
+    `cameras` chooses views, in order (None: all, []: numbers alone); `skip_bad` leaves out episodes whose files are
+    missing or whose numbers are wrong, and names them in `index().skipped`. Steps are `action`, `state` and
+    `privileged` float32 [D], `timestamp` float64 [] in seconds, `frame_index` int64 [], and every other number or
+    vector column under its name.
     """
 
     def __init__(
@@ -153,7 +154,7 @@ class LeRobotSource:
                     raise
                 skipped[row.id] = str(error)
         if not kept:
-            raise SourceError(f"every episode of {self.root} is bad; the first: {next(iter(skipped.values()))}")
+            raise NoEpisodeError(f"every episode of {self.root} is bad", skipped)
         sizes = {column: info.columns[column].size for column in columns.cameras.values()}
         index = SourceIndex(
             kind=f"lerobot-{info.version}",

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.featurize.image import Image
-from vla.featurize.sources.base import Episode, SourceIndex, StepSpec, no_pictures
+from vla.featurize.sources.base import Episode, NoEpisodeError, SourceIndex, StepSpec, no_pictures
 from vla.featurize.sources.camera_files import CameraFiles
 from vla.featurize.sources.episode_checks import OTHER_CAMERA, SKIP
 from vla.featurize.sources.files import digest_files
@@ -127,11 +127,13 @@ class RecordedSource(ABC):
     def _read_index(self) -> SourceIndex:
         found: dict[str, Recording] = {}
         skipped: dict[str, str] = {}
+        filtered: set[str] = set()
         for name, look in self.find().items():
             try:
                 recording = look()
                 if isinstance(recording, str):
                     skipped[name] = recording
+                    filtered.add(name)
                 else:
                     found[name] = recording
             except SourceError as error:
@@ -139,8 +141,7 @@ class RecordedSource(ABC):
                     raise
                 skipped[name] = str(error)
         if not found:
-            first = next(iter(skipped.values()), "it holds no episode")
-            raise SourceError(f"no episode of {self.root} is left; the first: {first}")
+            raise NoEpisodeError(f"no episode of {self.root} is left", skipped)
 
         def differs(name: str, model: str) -> SourceError:
             return _other_shape(self.root / name, found[name], found[model], model)
@@ -156,6 +157,7 @@ class RecordedSource(ABC):
             steps={**found[model].specs, **CLOCK},
             mapping=self.mapping(),
             skipped=skipped,
+            filtered=frozenset(filtered),
             pictures=bool(found[model].views),
             assumed=self.assumed(),
         )

@@ -20,7 +20,7 @@ from vla.featurize.caches.checks import SKIP, as_steps, digest_files
 from vla.featurize.caches.replay_buffer import read_ends
 from vla.featurize.caches.zarr2 import Zarr2, open_zarr2
 from vla.featurize.image import Image
-from vla.featurize.sources.base import Episode, Role, SourceIndex, StepSpec, no_pictures
+from vla.featurize.sources.base import Episode, NoEpisodeError, Role, SourceIndex, StepSpec, no_pictures
 from vla.stores.errors import SourceError, UsageError
 from vla.stores.manifest import Rate
 from vla.stores.settings import nearest
@@ -53,12 +53,12 @@ class _Indexed:
 class ReplayBufferSource:
     """A ReplayBuffer folder as a `Source`.
 
-    `cameras`: arrays of data/ (None: every array [N, H, W, 3]; []: none). `action`: an array [N, A]. `state` and `privileged`:
-    arrays [N, D], joined in this order; `NAME[a:b]` takes columns a..b-1 (None: `state` where it exists). PushT's
-    `state` holds the block's pose in columns 2 to 4, which a real robot would not know:
-    `state=["state[0:2]"], privileged=["state[2:5]"]`. `picture_range`: what white is in float pictures, 255 or 1.
-    `fps` has to be given: the format does not say it. `task`: the instruction. `skip_bad` leaves episodes out whose
-    numbers are NaN or infinite, and names them.
+    `cameras`: arrays of data/ (None: every array [N, H, W, 3]; []: none). `action`: an array [N, A]. `state` and
+    `privileged`: arrays [N, D], joined in this order; `NAME[a:b]` takes columns a..b-1 (None: `state` where it exists).
+    PushT's `state` holds the block's pose in columns 2 to 4, which a real robot would not know: `state=["state[0:2]"],
+    privileged=["state[2:5]"]`. `picture_range`: what white is in float pictures, 255 or 1. `fps` has to be given: the
+    format does not say it. `task`: the instruction. `skip_bad` leaves episodes out whose numbers are NaN or infinite,
+    and names them.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class ReplayBufferSource:
             episodes.append(Episode(name, stop - first, self._task))
             rows.append((first, stop))
         if not episodes:
-            raise SourceError(f"every episode of {self._root} is bad; the first: {next(iter(skipped.values()))}")
+            raise NoEpisodeError(f"every episode of {self._root} is bad", skipped)
         mapping = {name: "+".join(map(_written, parts)) for name, parts in columns.items()}
         widths = {name: sum(part.stop - part.start for part in parts) for name, parts in columns.items()}
         index = SourceIndex(

@@ -24,7 +24,7 @@ from vla.featurize.caches.checks import as_steps, digest_files, natural
 from vla.featurize.hdf5 import SKIP, dataset, group, opened
 from vla.featurize.image import Image
 from vla.featurize.robosuite_attributes import control_frequency, instruction
-from vla.featurize.sources.base import Episode, Role, SourceIndex, StepSpec, no_pictures
+from vla.featurize.sources.base import Episode, NoEpisodeError, Role, SourceIndex, StepSpec, no_pictures
 from vla.featurize.sources.usual_shape import keep_usual
 from vla.stores.errors import SourceError, UsageError
 from vla.stores.manifest import Rate
@@ -55,9 +55,9 @@ class _Indexed:
 class RobomimicSource:
     """A robomimic file as a `Source`.
 
-    `cameras`: keys of obs, with or without `_image` (None: every picture, []: none). `state`: keys of obs, joined in this order
-    (None: end-effector position, quaternion and gripper of each robot). `filter`: only the demonstrations that
-    `mask/FILTER` lists, such as "train". `task`: the instruction (None: what the file or its environment says).
+    `cameras`: keys of obs, with or without `_image` (None: every picture, []: none). `state`: keys of obs, joined in
+    this order (None: end-effector position, quaternion and gripper of each robot). `filter`: only the demonstrations
+    that `mask/FILTER` lists, such as "train". `task`: the instruction (None: what the file or its environment says).
     `fps` (None: the environment's control frequency). `flip`: pictures are stored upside down. `skip_bad` leaves
     demonstrations out that do not hold, and names them. Steps are `action`, `state` and `privileged` float32 [D].
     """
@@ -142,7 +142,7 @@ class RobomimicSource:
                     raise
                 skipped[demo] = str(error)
         if not found:
-            raise SourceError(f"every demonstration of {self._path} is bad; the first: {next(iter(skipped.values()))}")
+            raise NoEpisodeError(f"every demonstration of {self._path} is bad", skipped)
 
         def differs(demo: str, model: str) -> SourceError:
             others = {name: shape[1:] for name, shape in found[demo].items() if shape[1:] != found[model][name][1:]}

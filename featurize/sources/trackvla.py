@@ -44,9 +44,10 @@ ALIGN = ("refuse", "truncate")
 class TrackVLASource(RecordedSource):
     """Episodes of a robot that follows a person; the id is the path, such as `seed_100/SCENE/4`.
 
-    `dt` is seconds a step (None: `STEP`) and `horizon` the number of waypoints (see `integrate_waypoints`); `align` says what becomes
-    of an episode whose frames and steps differ in number: refused, or cut to the shorter; `only_success` leaves out
-    episodes without success; `task` is the instruction of episodes that name none; `camera` names the view.
+    `dt` is seconds a step (None: `STEP`) and `horizon` the number of waypoints (see `integrate_waypoints`); `align`
+    says what becomes of an episode whose frames and steps differ in number: refused, or cut to the shorter;
+    `only_success` leaves out episodes without success; `task` is the instruction of episodes that name none; `camera`
+    names the view.
     Steps are `action` float32 [3] (vx, vy, wz: m/s, m/s, rad/s), `waypoints` float32 [horizon, 3] (x, y, heading: m,
     m, rad), `waypoints_valid` bool [horizon], `timestamp` float64 [] in seconds, `frame_index` int64 [].
     `texts` hold what EP.json says of success.

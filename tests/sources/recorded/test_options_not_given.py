@@ -33,7 +33,7 @@ def _write_numbers(root: Path, pictures: int = 4) -> None:
             file["data/demo_0/obs/agentview_image"] = frames
         return
     group = zarr.open_group(root, mode="a", zarr_format=2)
-    for name, values in {"data/img": frames, "data/action": np.zeros((4, 2), "f4"), "meta/episode_ends": [4]}.items():
+    for name, values in {"data/img": frames, "data/action": np.ones((4, 2), "f4"), "meta/episode_ends": [4]}.items():
         array = np.asarray(values)
         group.create_array(name, shape=array.shape, dtype=array.dtype, compressors=numcodecs.Zstd())[:] = array
 
@@ -107,10 +107,21 @@ def test_a_default_of_the_format_that_no_file_states_is_listed_as_assumed(
     assert open_source(root, **options).index().assumed.keys() == {"fps"}
     assert open_source(root, **options, fps=30).index().assumed == {}
     done = CliRunner().invoke(
-        app, ["featurize", "--source", str(root), "--backbone", "toy", "--out", str(tmp_path), "--set", "source_options.task=x"]
+        app,
+        [
+            "featurize",
+            "--source",
+            str(root),
+            "--backbone",
+            "toy",
+            "--out",
+            str(tmp_path),
+            "--set",
+            "source_options.task=x",
+        ],
     )
     assert done.exit_code == 0, done.output
-    assert "assumed: fps" in done.stderr.casefold()
+    assert "assumed: fps = 15" in done.stderr.casefold()
 
 
 @pytest.mark.parametrize("key", ["weights", "options.weights"])
