@@ -133,6 +133,8 @@ def inspect(
     store: Annotated[str | None, typer.Argument(help="A store: folder or URL.")] = None,
     source: Annotated[str | None, opt.goes_in("Raw demonstrations to check instead: exit code 1 if bad.")] = None,
     norm_stats: Annotated[Path | None, opt.comes_out("Also write openpi's norm_stats.json here.")] = None,
+    pictures: Annotated[Path | None, opt.comes_out("New folder for contact sheets (PNG) of --source.")] = None,
+    all_frames: Annotated[bool, opt.runs("Decode every frame of --source, not a sample.", "--all-frames")] = False,
     mapping: opt.Map = None,
     set_: opt.Set = None,
     as_json: opt.Json = False,
@@ -144,23 +146,27 @@ def inspect(
     from vla.stores.store import open_store
 
     if source is not None and store is None:
-        _check_source(source, norm_stats, mapping or [], set_ or [], as_json)
+        how = {"sheets": pictures, "all_frames": all_frames or None}
+        _check_source(source, norm_stats, mapping or [], set_ or [], as_json, **how)
         return
-    if store is None or source is not None or mapping or set_:
-        raise UsageError("vla inspect", expected="a store, or --source DIR with --map and --set")
+    if store is None or source is not None or mapping or set_ or pictures is not None or all_frames:
+        raise UsageError("vla inspect", expected="a store, or --source DIR with --map, --set and --pictures")
     facts = describe(store)
     if norm_stats is not None:
         write_norm_stats(norm_stats, norm_stats_of(open_store(store)))
     emit(facts) if as_json else show_facts(facts)
 
 
-def _check_source(source: str, norm_stats: Path | None, mapping: list[str], set_: list[str], as_json: bool) -> None:
+def _check_source(
+    source: str, norm_stats: Path | None, mapping: list[str], set_: list[str], as_json: bool, **how: Any
+) -> None:
     from vla.featurize.check_source import CheckConfig, check_source
     from vla.stores.norm_stats import write_norm_stats
     from vla.stores.settings import read_pairs
 
     with show_progress("inspect", "episodes") as progress:
-        report = check_source(CheckConfig.from_sources(None, set_, source=source, map=read_pairs(mapping)), progress)
+        config = CheckConfig.from_sources(None, set_, source=source, map=read_pairs(mapping), **how)
+        report = check_source(config, progress)
     found = [f"{finding.check}: {finding.found}" for finding in report.findings]
     emit(report.to_json()) if as_json else reports.show_check(report.facts, found, source)
     if report.findings:

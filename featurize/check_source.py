@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from vla.featurize.image import Image
+from vla.featurize.check_numbers import Rows, ranges, stuck_columns
+from vla.featurize.check_pictures import EpisodeLook, dead_depth, look_at, moving_pairs, picture_findings
+from vla.featurize.contact_sheet import ContactSheet
 from vla.featurize.sources.base import NoEpisodeError, Source, SourceIndex
 from vla.featurize.sources.registry import common_options, open_source, option_names
 from vla.stores.errors import SourceError
@@ -32,13 +35,16 @@ Progress = Callable[[int, int], None]
 class CheckConfig(Settings):
     """What is checked: `source`, `map` and `source_options` as for `vla featurize`.
 
-    `pictures`: episodes, evenly spread, whose first, middle and last frame are decoded (0: none).
+    `pictures`: episodes, evenly spread, of which frames are decoded (None: all, 0: none). `all_frames`: every frame of
+    them instead of a sample (see check_pictures.py). `sheets`: folder that gets contact sheets as PNG.
     """
 
     source: str
     map: dict[str, str] = {}
     source_options: dict[str, Any] = {}
-    pictures: int = Field(10, ge=0)
+    pictures: int | None = Field(None, ge=0)
+    all_frames: bool = False
+    sheets: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -94,8 +100,10 @@ def check_source(config: CheckConfig, progress: Progress = lambda done, total: N
             report.add("episode", f"{name}: {reason}")
     values = _check_steps(source, index, report, progress)
     _note_statistics(index, values, report)
-    if index.pictures and config.pictures:
-        _check_pictures(source, index, config.pictures, report)
+    for line in stuck_columns(index, values):
+        report.add("steps", line)
+    if index.pictures and config.pictures != 0:
+        _check_pictures(source, index, config, values, report, progress)
     return report
 
 
@@ -152,11 +160,9 @@ def _doubled(names: Any) -> list[tuple[str, int]]:
     return [(name, count) for name, count in Counter(names).items() if count > 1]
 
 
-def _check_steps(
-    source: Source, index: SourceIndex, report: SourceReport, progress: Progress
-) -> dict[str, list[NDArray[Any]]]:
-    """Read the numbers of every episode; return those of the vectors that hold, {column: [T, D] each}."""
-    kept: dict[str, list[NDArray[Any]]] = {}
+def _check_steps(source: Source, index: SourceIndex, report: SourceReport, progress: Progress) -> Rows:
+    """Read the numbers of every episode; return those of the vectors that hold, {column: {episode: [T, D]}}."""
+    kept: dict[str, dict[int, NDArray[Any]]] = {}
     for number, episode in enumerate(index.episodes):
         progress(number, len(index.episodes))
         try:
@@ -176,16 +182,16 @@ def _check_steps(
                 rows = f"row {int(bad.argmax())}" + (f" and {int(bad.sum()) - 1} more" if bad.sum() > 1 else "")
                 report.add("steps", f"{episode.id}: {name} is NaN or infinite in {rows}")
             elif spec and len(spec.shape) == 1 and spec.role != "other":
-                kept.setdefault(name, []).append(values)
+                kept.setdefault(name, {})[number] = values
     progress(len(index.episodes), len(index.episodes))
     return kept
 
 
-def _note_statistics(index: SourceIndex, values: dict[str, list[NDArray[Any]]], report: SourceReport) -> None:
+def _note_statistics(index: SourceIndex, values: Rows, report: SourceReport) -> None:
     """Note the statistics of every component; an action that never changes is a finding, one component is a fact."""
     table: dict[str, list[dict[str, Any]]] = {}
     for name, parts in values.items():
-        rows = np.concatenate(parts)
+        rows: NDArray[Any] = np.concatenate(list(parts.values()))
         stats = NormStats.of(rows)
         labels = index.steps[name].names or tuple(f"{name}_{i}" for i in range(rows.shape[1]))
         columns = {"min": rows.min(axis=0), "max": rows.max(axis=0), **vars(stats)}
@@ -200,43 +206,54 @@ def _note_statistics(index: SourceIndex, values: dict[str, list[NDArray[Any]]], 
     report.facts["statistics"] = table
 
 
-def _check_pictures(source: Source, index: SourceIndex, count: int, report: SourceReport) -> None:
-    """Decode the first, middle and last frame of some episodes: sizes, channels, damage, pictures of one colour."""
+def _check_pictures(
+    source: Source,
+    index: SourceIndex,
+    config: CheckConfig,
+    values: Rows,
+    report: SourceReport,
+    progress: Progress,
+) -> None:
+    """Decode frames of episodes, evenly spread; note shares a camera and episode, and what is wrong with them."""
+    count = len(index.episodes) if config.pictures is None else min(config.pictures, len(index.episodes))
+    chosen = np.unique(np.linspace(0, len(index.episodes) - 1, count).round().astype(int)).tolist()
+    sheet = ContactSheet(config.sheets) if config.sheets is not None else None
+    column = "state" if "state" in values else "action"  # an action may move no robot
+    spread = ranges(values[column]) if column in values else np.zeros(0)
+    looks = []
+    for done, number in enumerate(chosen):
+        progress(done, len(chosen))
+        rows = values.get(column, {}).get(number)
+        moving = None if rows is None else moving_pairs(rows, spread)
+        look = look_at(source, index, number, moving, every=config.all_frames)
+        look.errors += dead_depth(source, index, number)
+        looks.append(look)
+        if sheet is not None:
+            sheet.add(look)
+        for camera in look.cameras.values():  # pictures of one episode at a time are in memory
+            camera.samples.clear()
+    progress(len(chosen), len(chosen))
+    if sheet is not None:
+        sheet.flush()
+        report.facts["sheets"] = [str(path) for path in sheet.files]
+    _note_pictures(index, looks, report)
+
+
+def _note_pictures(index: SourceIndex, looks: list[EpisodeLook], report: SourceReport) -> None:
+    """Note rows and sizes of what was seen, and the findings."""
+    for look in looks:
+        report.findings += [Finding("picture", error) for error in look.errors]
     sizes: dict[str, Counter[tuple[int, int]]] = {camera: Counter() for camera in index.cameras}
-    blank: Counter[str] = Counter()
-    looked = 0
-    for number in np.unique(np.linspace(0, len(index.episodes) - 1, count).round().astype(int)):
-        episode = index.episodes[number]
-        for frame in sorted({0, episode.length // 2, episode.length - 1}):
-            try:
-                views = _one(source.frames(int(number), frame, frame + 1))
-            except SourceError as error:
-                report.add("picture", f"{episode.id}, frame {frame}: {error}")
-                continue
-            looked += 1
-            if len(views) != len(index.cameras):
-                report.add("picture", f"{episode.id}, frame {frame}: {len(views)} of {len(index.cameras)} cameras")
-                continue
-            for camera, image in zip(index.cameras, views, strict=True):
-                if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                    report.add("picture", f"{episode.id}, frame {frame}, {camera}: {image.dtype} {image.shape}")
-                    continue
-                sizes[camera][image.shape[:2]] += 1
-                blank[camera] += int(image.min() == image.max())
+    for look in looks:
+        for camera, seen in look.cameras.items():
+            sizes[camera].update(seen.sizes)
     report.facts["pictures"] = {
         camera: [f"{width} x {height}" for height, width in found] for camera, found in sizes.items()
     }
+    report.facts["by_episode"] = [row for look in looks for row in look.rows()]
     for camera, found in sizes.items():
         if len(found) > 1:
             what = ", ".join(f"{width} x {height} ({n})" for (height, width), n in found.items())
             report.add("picture", f"{camera} has pictures of several sizes: {what}; expected one")
-        if looked and blank[camera] == looked:
-            report.add("picture", f"{camera} shows one colour in all of {looked} frames")
-
-
-def _one(frames: Iterator[tuple[Image, ...]]) -> tuple[Image, ...]:
-    """Return the only frame; none at all is a missing one."""
-    views = next(frames, None)
-    if views is None:
-        raise SourceError("no picture", expected="one a camera")
-    return views
+    for line in picture_findings(looks, index.cameras):
+        report.add("picture", line)

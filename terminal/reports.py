@@ -110,7 +110,7 @@ def show_errors(facts: Mapping[str, Any], extra: Mapping[str, float]) -> None:
 
 def show_check(facts: Mapping[str, Any], findings: Sequence[str], source: str) -> None:
     """Print what `vla inspect --source` found: facts, statistics, findings."""
-    show_facts({name: fact for name, fact in facts.items() if name != "statistics"})
+    show_facts({name: fact for name, fact in facts.items() if name not in ("statistics", "by_episode")})
     for name in ("action", "state"):
         show_rows(name, facts.get("statistics", {}).get(name, []))
     show_findings(findings)
