@@ -19,6 +19,7 @@ from vla.terminal.help import Command, HeadCommand
 from vla.terminal.output import emit, figures, open_log, show_facts, show_plan
 from vla.terminal.progress import show_progress, show_training, show_workers
 from vla.terminal.run_app import run_app
+from vla.terminal.safe_text import guard_stderr, safe_line
 
 app = typer.Typer(
     help="Run a frozen backbone once over demonstrations; train heads from the cache; act.",
@@ -493,10 +494,11 @@ def main() -> NoReturn:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from vla.stores.errors import VlaError
 
+    guard_stderr()
     try:
         sys.exit(run_app(app, sys.argv[1:]))
     except VlaError as error:
-        sys.stderr.write(f"vla: {error}\n")
+        sys.stderr.write(f"vla: {safe_line(str(error))}\n")
         sys.exit(error.exit_code)
 
 

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from vla.terminal.safe_text import safe_json
+
 if TYPE_CHECKING:  # rich is imported when something is shown
     from rich.console import Console
 
@@ -17,22 +19,22 @@ def figures(values: Mapping[str, float]) -> str:
 
 
 def open_log() -> Console:
-    """Return the console on stderr. Paths and texts are shown as they are: a bracket is no markup, `:x:` no picture."""
-    from rich.console import Console
+    """Return the console on stderr; see `SafeConsole`."""
+    from vla.terminal.console import SafeConsole
 
-    return Console(stderr=True, soft_wrap=True, markup=False, emoji=False)
+    return SafeConsole(stderr=True, soft_wrap=True)
 
 
 def open_out() -> Console:
-    """Return the console on stdout, which shows texts as they are too."""
-    from rich.console import Console
+    """Return the console on stdout; see `SafeConsole`."""
+    from vla.terminal.console import SafeConsole
 
-    return Console(markup=False, emoji=False)
+    return SafeConsole()
 
 
 def emit(value: Any) -> None:
     """Print one JSON value on stdout."""
-    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+    sys.stdout.write(safe_json(value) + "\n")
 
 
 def show_plan(plan: dict[str, Any], as_json: bool) -> None:
@@ -46,8 +48,6 @@ def show_plan(plan: dict[str, Any], as_json: bool) -> None:
         f"{plan['units']} units of {plan['unit_rows']} frames, {plan['bytes'] / 2**20:.1f} MiB in {plan['files']} files"
         f"; weights: {plan['weights_licence']}"
     )
-    for name, value in plan.get("assumed", {}).items():
-        open_log().print(f"ASSUMED: {name} = {value}", style="bold")
     for name, value in plan.get("assumed", {}).items():
         open_log().print(f"ASSUMED: {name} = {value}", style="bold")
     if plan.get("frames_per_s"):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vla.terminal.output import emit, figures, open_log, open_out, show_facts, show_rows
+from vla.terminal.safe_text import safe_line
 
 if TYPE_CHECKING:  # rich is imported when something is shown
     from rich.text import Text
@@ -27,7 +28,7 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, 
 def show_left_out(left_out: Mapping[str, str]) -> None:
     """Log the episodes that were left out."""
     for episode, reason in left_out.items():
-        open_log().print(f"left out {episode}: {reason}", highlight=False)
+        open_log().print(safe_line(f"left out {episode}: {reason}"), highlight=False)
 
 
 def show_featurized(
@@ -78,7 +79,7 @@ def show_groups(out: Path, groups: Mapping[str, tuple[Path, int, Mapping[str, fl
 def show_findings(findings: Iterable[str]) -> None:
     """Log findings, one a line, as they are."""
     for finding in findings:
-        open_log().print(finding, highlight=False)
+        open_log().print(safe_line(finding), highlight=False)
 
 
 def show_repair(store: str, found: Iterable[str], removed: Iterable[object], dropped: str, missing: str) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import typer
 
+from vla.terminal.safe_text import safe_line
+
 INTERRUPTED = 130
 
 
@@ -22,7 +24,7 @@ def run_app(app: typer.Typer, arguments: Sequence[str]) -> int:
     try:
         code = app(list(arguments) or ["--help"], prog_name="vla", standalone_mode=False)
     except wrong as error:
-        sys.stderr.write(f"vla: {_one_line(error)}\n")
+        sys.stderr.write(f"vla: {safe_line(_one_line(error))}\n")
         return 2
     except KeyboardInterrupt:
         code = INTERRUPTED
