@@ -88,7 +88,7 @@ def featurize(
         report = launch(job, root, where, resume=resume, overwrite=overwrite, accept=yes, progress=progress)
     skipped = skipped_in(root, report.skipped) if settings.skip_bad else report.skipped
     total = len(job.plan.episodes) + len(job.plan.skipped)
-    reports.show_featurized(root, report.to_json(), {**job.plan.skipped, **skipped}, total, as_json)
+    reports.show_featurized(root, report.to_json(), {**job.plan.skipped, **skipped}, as_json, total=total)
     require_few_skipped(job.plan, skipped, settings.max_skipped)
 
 

@@ -32,7 +32,7 @@ def show_left_out(left_out: Mapping[str, str]) -> None:
 
 
 def show_featurized(
-    root: str | Path, report: Mapping[str, Any], left_out: Mapping[str, str], total: int, as_json: bool
+    root: str | Path, report: Mapping[str, Any], left_out: Mapping[str, str], as_json: bool, *, total: int = 0
 ) -> None:
     """Print what `vla featurize` did. `total` counts the episodes of the source."""
     if as_json:
