@@ -28,7 +28,7 @@ class ActionError:
     execute; `baseline_mae` [A] of always predicting the training actions' mean over the same steps, NaN where a
     checkpoint does not know it. `windows` and `steps` count what was compared; `extra` is what the head itself measures
     (`HeadModel.measure`), `per_task` the executed MAE of each instruction over its real dimensions, where there are
-    several. `predicted` and `true` [W, A] are the first action of every window, in order.
+    several. `acted`: whether the head predicts actions; all errors are NaN where it does not. `predicted`, `true` [W, A] are the first action of every window, in order.
     """
 
     names: tuple[str, ...]
@@ -42,11 +42,7 @@ class ActionError:
     true: NDArray[np.float32]
     extra: dict[str, float] = dataclasses.field(default_factory=dict)
     per_task: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    @property
-    def acted(self) -> bool:
-        """Whether there were actions to compare: all errors are NaN where the head makes none."""
-        return not np.isnan(self.mae).all()
+    acted: bool = True
 
     def metrics(self) -> dict[str, float]:
         """Return the means over dimensions; of a head that makes no actions, what it measures itself alone."""
@@ -150,6 +146,7 @@ def action_error(
         np.concatenate(true),
         model.summarise({name: torch.cat(parts) for name, parts in measured.items()}),
         _per_task(model.io.tasks, *by_task.tolist()),
+        acted=model.acts,
     )
 
 

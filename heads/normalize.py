@@ -104,9 +104,12 @@ class Normalizer(nn.Module):
         self.set(np.where(constant, stats.mean, centre), np.where(constant, 1.0, scale), constant)
 
     def set(self, centre: NDArray[Any], scale: NDArray[Any], constant: NDArray[np.bool_]) -> None:
-        """Set the statistics directly, each [D]."""
+        """Set the statistics directly, each [D]. Raises `DataError` where float32 does not hold them."""
         for buffer, value in ((self.centre, centre), (self.scale, scale), (self.constant, constant)):
             buffer.copy_(torch.as_tensor(value).to(buffer.dtype))
+        wrong = torch.nonzero(~(self.centre.isfinite() & self.scale.isfinite())).flatten().tolist()
+        if wrong:
+            raise DataError(f"the statistics of dimension {wrong[0]} are not finite", expected="numbers within float32")
         self._checked = False
 
     def forward(self, x: Tensor) -> Tensor:

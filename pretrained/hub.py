@@ -25,7 +25,7 @@ from torch import nn
 from transformers.utils import logging
 
 from vla.pretrained.inference import freeze
-from vla.pretrained.weights import DAMAGE, require_keys
+from vla.pretrained.weights import DAMAGE, require_finite, require_keys
 from vla.stores.errors import DataError, MachineError
 from vla.stores.fingerprint import digest
 
@@ -115,6 +115,7 @@ def _load(model_class: Any, path: Path, unused: tuple[str, ...], source: Mapping
         raise DataError(f"{path} does not load: {str(error).strip().partition(chr(10))[0]}") from None
     unexpected = sorted(key for key in info["unexpected_keys"] if not key.startswith(unused))
     require_keys(sorted(info["missing_keys"]), unexpected, path)
+    require_finite(model.state_dict(), path)
     return freeze(model)
 
 

@@ -52,16 +52,16 @@ class TrainConfig(Settings):
     steps: int = Field(2000, ge=1)
     batch_size: int = Field(64, ge=1)
     accumulate: int = Field(1, ge=1)
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.95, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(1e-6, ge=0)
+    eps: float = Field(1e-8, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(1e-6, ge=0, allow_inf_nan=False)
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_steps: int | None = Field(None, ge=0)
     grad_clip: float = Field(1.0, gt=0)
     precision: Literal["no", "bf16", "fp16"] = "no"
     ema: bool = True
-    ema_power: float = Field(0.75, gt=0)
+    ema_power: float = Field(0.75, gt=0, allow_inf_nan=False)
     ema_max: float = Field(0.9999, ge=0, lt=1)
     seed: int = Field(42, ge=0)
     log_every: int = Field(50, ge=1)

@@ -20,14 +20,15 @@ from typing import Any, Protocol
 import torch
 from accelerate.utils import broadcast_object_list
 
-from vla.stores.errors import UsageError
+from vla.pretrained.weights import first_not_finite
+from vla.stores.errors import DataError, UsageError
 from vla.stores.settings import nearest
 from vla.training.config import TrainConfig
 from vla.training.devices import accelerated
 from vla.training.feed import Feed
 from vla.training.interrupt import Interrupt
 from vla.training.metrics import Clock, MetricsLog
-from vla.training.run_folder import begun_warmup, prepare_run
+from vla.training.run_folder import begun_warmup, can_resume, prepare_run
 from vla.training.seeding import random_aside, seed_everything
 from vla.training.state import TrainState
 
@@ -98,6 +99,10 @@ def fit(
     `KeyboardInterrupt`; with several processes it only raises.
     """
     kept = json.loads(json.dumps(artefact))
+    if not (resume and can_resume(run_dir)):  # a checkpoint holds every tensor
+        wrong = first_not_finite(module.state_dict())
+        if wrong is not None:
+            raise DataError(f"{wrong} is not finite before the first step", expected="finite weights and statistics")
     with accelerated(config, run_dir) as accelerator:
         ready: list[Any] = [None]
         if accelerator.is_main_process:
@@ -199,6 +204,8 @@ class _Loop:
         if not (due_log or due_save or due_validation):
             return
         state.window.drain(state.step)  # nothing is validated or saved unless every loss so far was finite
+        if due_validation or due_save:
+            state.require_finite()
         line = state.window.close() | {"lr": lr} | clock.close() if due_log else {}
         with clock.paused():
             figures = self._validation() if due_validation else {}

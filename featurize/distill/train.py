@@ -39,8 +39,8 @@ leaves InfoNCE seven negatives."""
 class LossConfig(Settings):
     """`tau`: InfoNCE's temperature. `mse`: weight of the embeddings' squared difference beside it."""
 
-    tau: float = Field(TAU, gt=0)
-    mse: float = Field(0.0, ge=0)
+    tau: float = Field(TAU, gt=0, allow_inf_nan=False)
+    mse: float = Field(0.0, ge=0, allow_inf_nan=False)
 
 
 class DistillConfig(Settings):

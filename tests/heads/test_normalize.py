@@ -198,3 +198,11 @@ def test_channels_that_never_vary_become_exactly_zero(mean: float, std: float) -
 def test_feature_statistics_that_do_not_fit_are_refused(mean: NDArray[Any], std: NDArray[Any]) -> None:
     with pytest.raises(DataError, match="feature statistics"):
         ChannelScaler(2).fit(mean, std)
+
+
+@pytest.mark.parametrize("which", ["centre", "scale"])
+def test_statistics_beyond_float32_are_refused_by_their_dimension(which: str) -> None:
+    values = {"centre": np.zeros(3), "scale": np.ones(3)}
+    values[which][1] = 1e300
+    with pytest.raises(DataError, match="dimension 1"):
+        Normalizer(3).set(values["centre"], values["scale"], np.zeros(3, bool))
