@@ -1,6 +1,6 @@
 """The command `vla`: parse, call, render. Nothing heavy is imported before a command runs.
 
-Exit codes: 0 ok, 1 a check failed, 2 usage, 3 data, 4 environment, 130 interrupted.
+Exit codes: 0 ok, 1 a check failed, 2 usage, 3 data, 4 environment, 128 + n after signal n (130 after Ctrl-C).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from vla.stores.interrupt import explain_interrupt
 from vla.terminal import options as opt
 from vla.terminal import reports
 from vla.terminal.help import Command, HeadCommand
@@ -82,7 +83,8 @@ def featurize(
         return
     if job.plan.manifest.random_weights:
         log.print("RANDOM WEIGHTS: these features test the pipeline, they carry no knowledge.", style="bold red")
-    with show_workers("featurize", "frames") as progress:
+    left = partial(reports.committed_so_far, root, job.plan.manifest.units)
+    with explain_interrupt(left), show_workers("featurize", "frames") as progress:
         report = launch(job, root, where, resume=resume, overwrite=overwrite, accept=yes, progress=progress)
     reports.show_featurized(root, report.to_json(), {**job.plan.skipped, **report.skipped}, as_json)
 
@@ -114,7 +116,8 @@ def import_(
         show_plan(plan, as_json)
     if dry_run:
         return
-    with show_progress("import", "frames") as progress:
+    left_behind = partial(reports.committed_so_far, out, job.plan.manifest.units)
+    with explain_interrupt(left_behind), show_progress("import", "frames") as progress:
         report = run(job, out, resume=resume, overwrite=overwrite, accept=yes, progress=progress)
     left_out = {**job.plan.skipped, **report.skipped}
     said = f"{report.frames} frames in {report.units} units; {len(left_out)} episodes left out"
@@ -481,7 +484,7 @@ def main() -> NoReturn:
     from vla.stores.errors import VlaError
 
     try:
-        sys.exit(run_app(app, sys.argv[1:]))
+        sys.exit(run_app(app, sys.argv[1:], process=True))
     except VlaError as error:
         sys.stderr.write(f"vla: {error}\n")
         sys.exit(error.exit_code)

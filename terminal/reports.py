@@ -30,6 +30,16 @@ def show_left_out(left_out: Mapping[str, str]) -> None:
         open_log().print(f"left out {episode}: {reason}", highlight=False)
 
 
+def committed_so_far(root: str | Path, units: int) -> str:
+    """Return what an interrupted run leaves at `root`, of `units` in all, and what to type."""
+    from vla.stores.commits import committed_units
+
+    if isinstance(root, str):  # on an object store, which is not asked once more
+        return f"the units committed in {root} are kept; the same command with --resume goes on"
+    done = len(committed_units(root)) if root.exists() else 0
+    return f"{done} of {units} units are committed in {root}; the same command with --resume goes on"
+
+
 def show_featurized(root: str | Path, report: Mapping[str, Any], left_out: Mapping[str, str], as_json: bool) -> None:
     """Print what `vla featurize` did."""
     if as_json:

@@ -22,11 +22,12 @@ from accelerate.utils import broadcast_object_list
 
 from vla.pretrained.weights import first_not_finite
 from vla.stores.errors import DataError, UsageError
+from vla.stores.interrupt import Interrupted
 from vla.stores.settings import nearest
 from vla.training.config import TrainConfig
 from vla.training.devices import accelerated
 from vla.training.feed import Feed
-from vla.training.interrupt import Interrupt
+from vla.training.interrupt import stopping
 from vla.training.metrics import Clock, MetricsLog
 from vla.training.run_folder import begun_warmup, can_resume, prepare_run
 from vla.training.seeding import random_aside, seed_everything
@@ -95,8 +96,8 @@ def fit(
     Raises `UsageError` where `run_dir` exists and neither flag is given, where a resumed run was begun with other
     settings (naming the field), and where `best_metric` is not among the figures; `DataError` where loss or gradient
     is no longer finite (naming the step) or the batches end; `CheckpointError` where a checkpoint does not fit;
-    `MachineError` where device, tracker or disk refuse. On Ctrl-C it finishes the step, writes a checkpoint and raises
-    `KeyboardInterrupt`; with several processes it only raises.
+    `MachineError` where device, tracker or disk refuse. On Ctrl-C, SIGTERM and the other `SIGNALS` it finishes the
+    step, writes a checkpoint and raises `Interrupted`, a `KeyboardInterrupt`; several processes stop after one step.
     """
     kept = json.loads(json.dumps(artefact))
     if not (resume and can_resume(run_dir)):  # a checkpoint holds every tensor
@@ -160,7 +161,7 @@ class _Loop:
         try:
             with (
                 MetricsLog(self.run_dir, state.step, self.accelerator) as metrics_log,
-                Interrupt(active=processes == 1) as interrupt,
+                stopping(self.accelerator) as stop,
             ):
                 clock = Clock(feed)
                 while state.step < self.config.steps:
@@ -169,9 +170,12 @@ class _Loop:
                     state.step += 1
                     self._boundary(lr, metrics_log, clock)
                     self.progress(state.step, self.config.steps, state.latest)
-                    if interrupt.pending:
+                    signal = stop.after_step()
+                    if signal:
                         state.save(self.run_dir, self.artefact, {})
-                        raise KeyboardInterrupt
+                        interrupted = Interrupted(signal)
+                        interrupted.add_note(f"step {state.step} is saved in {self.run_dir}; --resume goes on")
+                        raise interrupted
         finally:
             feed.close()
 
