@@ -107,9 +107,10 @@ def fit(
     with accelerated(config, run_dir) as accelerator:
         ready: list[Any] = [None]
         if accelerator.is_main_process:
-            warmup = config.warmup_steps
-            if resume and warmup is None and config.schedule == "constant":
-                warmup = begun_warmup(run_dir)  # a tenth of the steps that it was begun with, not of these
+            warmup = config.warmup
+            if resume and config.warmup_steps is None and config.schedule == "constant":
+                begun = begun_warmup(run_dir)  # a tenth of the steps that it was begun with, not of these
+                warmup = warmup if begun is None else begun
             train = config.model_copy(update={"warmup_steps": warmup}).mathematics()
             decides = {"train": train, "processes": accelerator.num_processes, "artefact": kept}
             named = [f"artefact.{place}" for place in places]
@@ -210,7 +211,9 @@ class _Loop:
         state.window.drain(state.step)  # nothing is validated or saved unless every loss so far was finite
         if due_validation or due_save:
             state.require_finite()
-        line = state.window.close() | {"lr": lr} | clock.close() if due_log else {}
+        line = state.window.means() | {"lr": lr} | clock.close() if due_log else {}
+        if state.step % config.log_every == 0:  # after the last step it stays open: a run may be given more steps
+            state.window.begin()
         with clock.paused():
             figures = self._validation() if due_validation else {}
             line |= figures

@@ -17,7 +17,7 @@ from vla.stores.errors import CheckpointError, DataError
 from vla.training.checkpoint import load_weights, read_state, read_tensors, save_checkpoint
 from vla.training.config import TrainConfig
 from vla.training.ema import WarmAverage
-from vla.training.metrics import Window
+from vla.training.metrics import TIMING, Window
 from vla.training.optimizer_state import dump_optimizer, load_optimizer, parameter_names
 from vla.training.run_folder import Best, prune, write_best
 from vla.training.seeding import random_state, restore_random_state, seed_everything
@@ -171,7 +171,7 @@ class TrainState:
         schedule = self.schedule.state_dict()
         return {
             "config": self.config.model_dump(mode="json"),
-            "metrics": self.latest,
+            "metrics": {name: value for name, value in self.latest.items() if name not in TIMING},
             "window": self.window.state(),
             "schedule": {key: schedule[key] for key in _SCHEDULE},
             "scaler": scaler.state_dict() if scaler is not None else None,

@@ -192,6 +192,7 @@ def test_an_episode_shorter_than_the_window_trains(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("default_signals")
 def test_ctrl_c_exits_with_130_and_the_run_resumes(tmp_path: Path) -> None:
     options = ["--set", "store.unit_rows=4", "--set", "batch_size=2"]
     command = ["featurize", "--backbone", "toy", "--source", SOURCE, "--out", tmp_path, *options]
