@@ -53,7 +53,7 @@ def featurize(
     as_json: opt.Json = False,
 ) -> None:
     """Run a frozen backbone over demonstrations, once, into a store."""
-    from vla.featurize.job import FeaturizeConfig, prepare
+    from vla.featurize.job import FeaturizeConfig, begun_store, prepare
     from vla.featurize.launch import Where, launch, outlook
     from vla.stores.memory import keep_freed_memory
     from vla.stores.settings import read_pairs
@@ -61,8 +61,9 @@ def featurize(
 
     keep_freed_memory()
     short = {"store.format": format_, "store.dtype": dtype, "augment.copies": augment}
+    begun = begun_store(out, name) if resume and backbone is None and config is None else None
     settings = FeaturizeConfig.from_sources(
-        config,
+        begun or config,
         [*opt.as_set(short), *(set_ or ())],
         backbone=backbone,
         source=source,
@@ -71,7 +72,8 @@ def featurize(
         skip_bad=skip_bad or None,
     )
     where = Where(workers, scheduler, unit_index)
-    root = f"{out.rstrip('/')}/{name or settings.backbone}" if "://" in out else Path(out, name or settings.backbone)
+    place = name or settings.backbone
+    root = begun or (f"{out.rstrip('/')}/{place}" if "://" in out else Path(out, place))
     if isinstance(root, Path) and not (dry_run or unit_index):
         refuse_existing(root, resume=resume, overwrite=overwrite)  # before the backbone is loaded
     job = prepare(settings)
@@ -259,7 +261,7 @@ def record(
 
 @app.command(cls=HeadCommand)
 def train_head(
-    head: Annotated[str, typer.Argument(help="A name of `vla heads`.")],
+    head: Annotated[str | None, typer.Argument(help="A name of `vla heads`. Left out: a saved run's.")] = None,
     store: opt.Stores = None,
     out: Annotated[Path | None, opt.comes_out("Run folder. Left out: runs/HEAD-STORE.")] = None,
     steps: opt.Steps = None,
@@ -279,7 +281,10 @@ def train_head(
     from vla.heads.registry import head_class
     from vla.stores.memory import keep_freed_memory
 
-    head_class(head)
+    if head is not None:
+        head_class(head)
+    begun = train.begun_head(out, head) if resume and config is None and not (head and store) else None
+    config, online = begun or (config, online)
     named = None if features is None else features.split(",")
     short = {"train.steps": steps, "data.stores": store, "data.features": named, "data.remote.cache": cache}
     kind: Any = train.HeadTrainConfig
@@ -289,20 +294,20 @@ def train_head(
 
         kind, run = loop.OnlineTrainConfig, loop.train_online
     settings = kind.from_sources(config, [*opt.as_set(short), *(set_ or ())], head=head, init_from=from_)
-    run_dir = out or Path("runs") / "-".join([head, *(Path(path).name for path in settings.data.stores)])
+    run_dir = out or Path("runs") / "-".join([settings.head, *(Path(path).name for path in settings.data.stores)])
     keep_freed_memory()
     counts: dict[str, tuple[int, int]] = {}
-    begun = reports.counting(counts)
+    shown = reports.counting(counts)
     if group_by is not None:
         from vla.heads.groups import train_groups_by
 
         with show_training() as progress:
-            how = {"resume": resume, "overwrite": overwrite, "begun": begun, "progress": lambda group: progress}
+            how = {"resume": resume, "overwrite": overwrite, "begun": shown, "progress": lambda group: progress}
             trained = train_groups_by(group_by, settings, run_dir, online=online, **how)
         reports.show_groups(run_dir, {name: (r.run_dir, r.step, r.metrics) for name, r in trained.items()}, as_json)
         return
     with show_training() as progress:
-        report = run(settings, run_dir, resume=resume, overwrite=overwrite, begun=begun, progress=progress)
+        report = run(settings, run_dir, resume=resume, overwrite=overwrite, begun=shown, progress=progress)
     reports.show_trained(run_dir, report.step, report.metrics, {"parameters": counts}, as_json)
 
 
@@ -326,7 +331,7 @@ def fit_fast(
 
 @command()
 def distill(
-    student: Annotated[str, typer.Argument(help="rgb2pc")],
+    student: Annotated[str | None, typer.Argument(help="rgb2pc")] = None,
     store: Annotated[list[str] | None, opt.goes_in("Grids of a backbone; repeat to join several.")] = None,
     teacher: Annotated[str | None, opt.goes_in("Embeddings: a store, zarr arrays, or .npy files.")] = None,
     out: Annotated[Path | None, opt.comes_out("Run folder. Left out: runs/STUDENT.")] = None,
@@ -343,12 +348,14 @@ def distill(
     from vla.featurize.distill.train import DistillConfig, prepare
     from vla.featurize.distill.train import distill as run
     from vla.stores.memory import keep_freed_memory
+    from vla.training.run_folder import begun_run
 
     short = {"train.steps": steps, "data.stores": store, "data.teacher": teacher}
     short |= {"data.skip_unpaired": skip_unpaired or None}
     keep_freed_memory()
+    config = begun_run(out) if resume and not (config or store) else config
     job = prepare(DistillConfig.from_sources(config, [*opt.as_set(short), *(set_ or ())], student=student))
-    run_dir = out or Path("runs") / student
+    run_dir = out or Path("runs") / job.config.student
     if dry_run:
         emit(job.to_json() | {"out": str(run_dir)}) if as_json else show_facts(job.to_json() | {"out": str(run_dir)})
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +26,7 @@ from vla.featurize.sources.registry import open_source, refuse_overwriting_sourc
 from vla.featurize.views import with_inputs
 from vla.stores.errors import UsageError
 from vla.stores.fingerprint import require_equal
+from vla.stores.metadata import read_manifest
 from vla.stores.remote.options import RemoteOptions, is_url
 from vla.stores.remote.publish import open_remote_writer
 from vla.stores.settings import Settings
@@ -60,6 +61,29 @@ class FeaturizeConfig(Settings):
     threads: int = Field(0, ge=0)
     remote: RemoteOptions = RemoteOptions()
 
+    @classmethod
+    def from_saved(cls, values: dict[str, Any], file: Path) -> dict[str, Any]:
+        """See `Settings.from_saved`."""
+        if "zarr_format" not in values:
+            return values
+        settings = read_manifest(file.parent).provenance.get(SETTINGS)
+        if not isinstance(settings, dict):
+            found = f"{file} has no {SETTINGS!r}: an earlier version, or another command, wrote the store"
+            raise UsageError(found, fix="the flags that it began with")
+        return settings
+
+
+SETTINGS = "settings"
+"""Of a store's provenance: the configuration that replays or resumes the run, but for what is this machine's."""
+OWN = {"device", "threads", "remote"}
+"""Settings that are the machine's, not the store's."""
+
+
+def begun_store(out: str, name: str | None) -> Path | None:
+    """Return the store to resume where OUT, or OUT/NAME, is one already; None where a backbone has yet to be named."""
+    root = Path(out, name or "")
+    return root if "://" not in out and (root / "zarr.json").is_file() else None
+
 
 @dataclass(frozen=True)
 class Job:
@@ -84,7 +108,10 @@ def prepare(config: FeaturizeConfig) -> Job:
     if inputs:
         recipe["inputs"] = inputs
     recipe["source"] = {"given": config.source, "map": config.map, "options": config.source_options}
-    return Job(config, source, backbone, make_plan(index, digest, spec, recipe, config.store, config.augment))
+    plan = make_plan(index, digest, spec, recipe, config.store, config.augment)
+    provenance = plan.manifest.provenance | {SETTINGS: config.model_dump(mode="json", exclude=OWN)}
+    plan = replace(plan, manifest=plan.manifest.model_copy(update={"provenance": provenance}))
+    return Job(config, source, backbone, plan)
 
 
 def run(

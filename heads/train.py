@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from vla import __version__
@@ -23,9 +24,10 @@ from vla.heads.tensor_batches import TensorBatches
 from vla.stores.errors import UsageError
 from vla.stores.fingerprint import digest
 from vla.stores.settings import Settings
+from vla.training.checkpoint import read_object
 from vla.training.config import TrainConfig
 from vla.training.loop import FitReport, Progress, fit, seed_everything
-from vla.training.run_folder import begun_warmup, can_resume
+from vla.training.run_folder import begun_run, begun_warmup, can_resume, saved_settings
 
 PLACES = ("data.stores", "stores.path")
 """Entries of an artefact that say where a store is, not what it holds: a moved one goes on, for its digest is there."""
@@ -37,11 +39,30 @@ class HeadTrainConfig(Settings):
     `init_from`: a run of the same head whose weights and statistics this one starts from (start.py).
     """
 
-    head: str
+    head: str = Field(json_schema_extra={"flag": "vla train-head HEAD; `vla heads` lists them"})
     data: DataConfig
     model: dict[str, Any] = {}
     train: TrainConfig = TrainConfig()
     init_from: str | None = None
+
+    @classmethod
+    def from_saved(cls, values: dict[str, Any], file: Path) -> dict[str, Any]:
+        """See `Settings.from_saved`."""
+        return saved_settings(values, file)
+
+
+def begun_head(run_dir: Path | None, head: str | None) -> tuple[Path, bool] | None:
+    """Return the file of a run's settings, and whether the backbones were in its loop; None where no run was begun.
+
+    Raises `UsageError` where the run is of another head than `head`.
+    """
+    file = begun_run(run_dir)
+    if file is None:
+        return None
+    artefact = read_object(file).get("artefact", {})
+    if head is not None and artefact.get("head") != head:
+        raise UsageError(f"{run_dir} was begun with head {artefact.get('head')!r}", expected=f"{head!r}, or no head")
+    return file, bool(artefact.get("online"))
 
 
 class Supplier(Protocol):
@@ -125,6 +146,7 @@ def train_head(
         run_dir,
         artefact=artefact_of(config, model, data, identity).model_dump(mode="json"),
         places=PLACES,
+        settings=config.model_dump(mode="json"),
         validate=validate if len(data.validation) else None,
         param_groups=model.param_groups(config.train.lr),
         resume=resume,

@@ -19,6 +19,10 @@ from vla.stores.config_files import merged, read_config
 from vla.stores.errors import UsageError
 
 
+SAVED = ("run.json", "zarr.json")
+"""In which file a run, or a store, keeps the settings that it was made with."""
+
+
 class Settings(BaseModel):
     """Base of every configuration: immutable, and an unknown key is an error with the nearest match."""
 
@@ -48,9 +52,16 @@ class Settings(BaseModel):
             raise _explained(cls, error, where, under) from None
 
     @classmethod
+    def from_saved(cls, values: dict[str, Any], file: Path) -> dict[str, Any]:
+        """Return the settings in what a run or a store has saved of itself in `file`; other values as they are."""
+        return values
+
+    @classmethod
     def from_sources(cls, file: Path | None = None, overrides: Iterable[str] = (), **explicit: Any) -> Self:
-        """Merge defaults, a configuration `file`, explicit keyword values that are not None, and `a.b=c` strings."""
-        written: dict[str, Any] = read_config(file) if file is not None else {}
+        """Merge defaults, a configuration `file` (or a saved run or store, its folder too), explicit keyword values that are not None, and `a.b=c` strings."""
+        if file is not None and file.is_dir():  # a run or a store
+            file = next((file / name for name in SAVED if (file / name).is_file()), file)
+        written: dict[str, Any] = cls.from_saved(read_config(file), file) if file is not None else {}
         values = copy.deepcopy(written) | {key: value for key, value in explicit.items() if value is not None}
         for text in overrides:
             set_dotted(values, text)

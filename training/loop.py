@@ -75,6 +75,7 @@ def fit(
     *,
     artefact: Mapping[str, Any],
     places: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
     validate: Validate | None = None,
     param_groups: list[dict[str, Any]] | None = None,
     resume: bool = False,
@@ -85,7 +86,8 @@ def fit(
 
     `artefact` (JSON-able) is kept in every checkpoint, and has to be equal on resuming; leave `config` out of it, whose
     neutral settings may change; `places` names the entries in it that only say where something is ("stores.path": the
-    `path` of every one of `stores`), which may be another then. `param_groups` are AdamW's, of the module's own
+    `path` of every one of `stores`), which may be another then. `settings` (JSON-able) are all that the caller was
+    configured with, kept in `run.json` beside `config` as "train", to replay the run from. `param_groups` are AdamW's, of the module's own
     parameters; None: all that require a gradient. `validate(module, step)` returns figures of the averaged weights (of
     the weights, where averaging is off), under no_grad and in evaluation mode; the random numbers that it draws do not
     change the training. `progress(step, total, latest figures)` is called after every step.
@@ -114,7 +116,9 @@ def fit(
             train = config.model_copy(update={"warmup_steps": warmup}).mathematics()
             decides = {"train": train, "processes": accelerator.num_processes, "artefact": kept}
             named = [f"artefact.{place}" for place in places]
-            ready = [(warmup, *prepare_run(run_dir, decides, resume=resume, overwrite=overwrite, places=named))]
+            how: Any = {"resume": resume, "overwrite": overwrite, "places": named}
+            how["settings"] = None if settings is None else {**settings, "train": _replayable(config, warmup, validate)}
+            ready = [(warmup, *prepare_run(run_dir, decides, **how))]
         warmup, resumed_from, passed_over = broadcast_object_list(ready)[0]
         config = config.model_copy(update={"warmup_steps": warmup})
         state = TrainState(accelerator, module, config, param_groups)
@@ -126,6 +130,12 @@ def fit(
             accelerator.init_trackers("vla", config=flat, init_kwargs={"wandb": {"name": run_dir.name}})
         _Loop(state, run_dir, kept, validate, progress).run(batches)
     return FitReport(run_dir, state.step, state.latest, resumed_from, passed_over)
+
+
+def _replayable(config: TrainConfig, warmup: int, validate: Validate | None) -> dict[str, Any]:
+    """Return the settings that begin this run again: a best metric alone asks for a validation."""
+    excluded = {"best_metric"} if validate is None else set()
+    return config.model_dump(mode="json", exclude=excluded) | {"warmup_steps": warmup}
 
 
 class _LossModule(torch.nn.Module):

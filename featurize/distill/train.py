@@ -22,6 +22,7 @@ from vla.stores.fingerprint import digest
 from vla.stores.settings import Settings, nearest
 from vla.training.config import TrainConfig
 from vla.training.loop import FitReport, Progress, fit, seed_everything
+from vla.training.run_folder import saved_settings
 
 TRAIN_DEFAULTS: dict[str, Any] = {
     "steps": 5000,
@@ -51,6 +52,11 @@ class DistillConfig(Settings):
     model: dict[str, Any] = {}
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig.build(TRAIN_DEFAULTS)
+
+    @classmethod
+    def from_saved(cls, values: dict[str, Any], file: Path) -> dict[str, Any]:
+        """See `Settings.from_saved`."""
+        return saved_settings(values, file)
 
 
 class DistilledStudent(Student):
@@ -151,6 +157,7 @@ def distill(
         config.train,
         run_dir,
         artefact=job.artefact.model_dump(mode="json"),
+        settings=config.model_dump(mode="json"),
         validate=validate if held_out is not None and len(held_out) > 1 else None,
         resume=resume,
         overwrite=overwrite,
