@@ -23,6 +23,7 @@ from vla.terminal.run_app import run_app
 
 app = typer.Typer(
     help="Run a frozen backbone once over demonstrations; train heads from the cache; act.",
+    callback=opt.before_any_command,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -31,7 +32,7 @@ command = partial(app.command, cls=Command)
 
 @command()
 def featurize(
-    backbone: Annotated[str | None, opt.goes_in("A name of `vla backbones`.")] = None,
+    backbone: opt.Backbone = None,
     out: Annotated[str, opt.comes_out("Folder or s3:// URL that gets the store OUT/NAME.")] = "stores",
     source: opt.Source = None,
     weights: Annotated[str | None, opt.goes_in("Folder, hub id, or random.")] = None,
@@ -93,7 +94,7 @@ def featurize(
 
 @command("import")
 def import_(
-    kind: Annotated[str, typer.Argument(help="opentrackvla, rgb2pc-windows, replay-buffer, robomimic or arrays.")],
+    kind: opt.Cache,
     path: Annotated[Path, typer.Argument(help="The cache.")],
     out: Annotated[Path, opt.comes_out("Folder of the new store.")],
     source: Annotated[str | None, opt.goes_in("Demonstrations that give the actions a cache lacks.")] = None,
@@ -128,7 +129,7 @@ def import_(
 
 @command()
 def inspect(
-    store: Annotated[str | None, typer.Argument(help="A store: folder or URL.")] = None,
+    store: opt.MaybeStore = None,
     source: Annotated[str | None, opt.goes_in("Raw demonstrations to check instead: exit code 1 if bad.")] = None,
     norm_stats: Annotated[Path | None, opt.comes_out("Also write openpi's norm_stats.json here.")] = None,
     mapping: opt.Map = None,
@@ -169,7 +170,7 @@ def _check_source(source: str, norm_stats: Path | None, mapping: list[str], set_
 
 @command()
 def verify(
-    store: Annotated[str, typer.Argument(help="A store: folder or URL.")],
+    store: opt.AStore,
     repair: Annotated[bool, opt.runs("Drop what is damaged, for --resume to compute.", "--repair")] = False,
     as_json: opt.Json = False,
 ) -> None:
@@ -222,7 +223,7 @@ def convert(
 
 @command()
 def record(
-    simulator: Annotated[str, typer.Argument(help="metaworld, or robosuite: its human demonstrations.")],
+    simulator: opt.Simulator,
     task: Annotated[str, opt.goes_in("Such as push-v3; of robosuite: lift, handover, or a demo.hdf5.")],
     out: Annotated[Path, opt.comes_out("Folder of the new LeRobot v3.0 data set.")],
     episodes: Annotated[int | None, opt.runs("To keep. Left out: 100 successes, or all recorded.")] = None,
@@ -236,8 +237,8 @@ def record(
     """Record a simulator's scripted expert, or draw recorded states, as a LeRobot v3.0 data set."""
     from vla.stores.errors import UsageError
 
-    if simulator not in ("metaworld", "robosuite"):
-        raise UsageError(f"unknown simulator {simulator!r}", expected="metaworld or robosuite")
+    if simulator not in opt.SIMULATORS:
+        raise UsageError(f"unknown simulator {simulator!r}", expected=" or ".join(opt.SIMULATORS))
     shown: dict[str, Any] = {"cameras": camera, "image_size": image_size, "overwrite": overwrite}
     with show_progress("record", "frames" if simulator == "robosuite" else "episodes") as progress:
         if simulator == "robosuite":
@@ -261,13 +262,13 @@ def record(
 
 @app.command(cls=HeadCommand)
 def train_head(
-    head: Annotated[str | None, typer.Argument(help="A name of `vla heads`. Left out: a saved run's.")] = None,
+    head: opt.Head = None,
     store: opt.Stores = None,
     out: Annotated[Path | None, opt.comes_out("Run folder. Left out: runs/HEAD-STORE.")] = None,
     steps: opt.Steps = None,
     features: Annotated[str | None, opt.goes_in("Comma-separated names. Left out: all of the store's.")] = None,
     cache: Annotated[str | None, opt.goes_in("Folder that caches what comes from s3:// stores.")] = None,
-    from_: Annotated[str | None, opt.goes_in("A run whose weights to start from.", "--from")] = None,
+    from_: opt.From = None,
     group_by: Annotated[str | None, opt.comes_out("action-dim: one model for each set, in OUT/dim-N.")] = None,
     online: Annotated[bool, opt.runs("Run the backbones in the loop: slow; see docs.", "--online")] = False,
     resume: opt.Resume = False,
@@ -313,7 +314,7 @@ def train_head(
 
 @command()
 def fit_fast(
-    store: Annotated[list[str], opt.goes_in("A store; repeat to join several of one source.")],
+    store: opt.SomeStores,
     out: Annotated[Path, opt.comes_out("Folder of tokenizer.json and its settings.")],
     overwrite: opt.Overwrite = False,
     config: opt.Config = None,
@@ -332,7 +333,7 @@ def fit_fast(
 @command()
 def distill(
     student: Annotated[str | None, typer.Argument(help="rgb2pc")] = None,
-    store: Annotated[list[str] | None, opt.goes_in("Grids of a backbone; repeat to join several.")] = None,
+    store: opt.Stores = None,
     teacher: Annotated[str | None, opt.goes_in("Embeddings: a store, zarr arrays, or .npy files.")] = None,
     out: Annotated[Path | None, opt.comes_out("Run folder. Left out: runs/STUDENT.")] = None,
     steps: opt.Steps = None,
@@ -369,7 +370,7 @@ def distill(
 @command()
 def evaluate(
     run: opt.Run,
-    store: Annotated[list[str] | None, opt.goes_in("Other stores. Left out: held-out episodes.")] = None,
+    store: opt.OtherStores = None,
     seed: Annotated[int, opt.runs("Of the sampler.")] = 0,
     set_: opt.ModelSet = None,
     as_json: opt.Json = False,
@@ -407,7 +408,7 @@ def export(
 @command()
 def rollout(
     run: opt.Run,
-    env: Annotated[str, opt.goes_in("Such as metaworld:push-v3.")],
+    env: opt.Environment,
     episodes: Annotated[int, opt.runs("Unseen scenes to play.", min=1)] = 20,
     seed: Annotated[int, opt.runs("Which unseen scenes.", min=0)] = 0,
     n_action: Annotated[int | None, opt.runs("Actions executed per decision. Left out: the head's.", min=1)] = None,
@@ -449,14 +450,8 @@ def action_dims(
     from vla.featurize.action_dims import DimsConfig, group, measure, to_json
     from vla.stores.settings import read_pairs
 
-    settings = DimsConfig.from_sources(
-        config,
-        set_ or (),
-        source=source,
-        map=read_pairs(mapping),
-        skip_bad=skip_bad or None,
-    )
-    tasks = measure(settings)
+    short: dict[str, Any] = {"source": source, "map": read_pairs(mapping), "skip_bad": skip_bad or None}
+    tasks = measure(DimsConfig.from_sources(config, set_ or (), **short))
     emit(to_json(tasks)) if as_json else reports.show_dims(group(tasks))
 
 
@@ -471,7 +466,7 @@ def backbones(as_json: opt.Json = False) -> None:
 
 @command()
 def heads(
-    head: Annotated[str | None, typer.Argument(help="One head, to list every setting of it.")] = None,
+    head: opt.OneHead = None,
     as_json: opt.Json = False,
 ) -> None:
     """List the trainable heads and the features they need; or every setting of one head."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from vla.stores.remote.options import RemoteOptions, is_url
 from vla.stores.remote.publish import open_remote_writer
 from vla.stores.settings import Settings
 from vla.stores.writer import StoreWriter, open_writer
+from vla.training.torch_device import choose_device
 
 
 class FeaturizeConfig(Settings):
@@ -205,18 +205,6 @@ def rebuild_backbone(recipe: Mapping[str, Any], identity: Mapping[str, Any]) -> 
     fix = "the weights and the package versions that the store was made with"
     require_equal({"name": spec.name, **spec.identity}, identity, what=f"the live backbone {spec.name!r}", fix=fix)
     return backbone
-
-
-def choose_device(name: str) -> torch.device:
-    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device. Raises `UsageError` for others and where it is missing."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,2})?", name):
-        raise UsageError(f"device {name!r}", expected="auto, cpu, cuda or cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device {name!r} is not there", expected="a GPU that torch sees", fix="--set device=cpu")
-    return device
 
 
 def refuse_shadowing(root: Path) -> None:

@@ -28,7 +28,8 @@ class ActionError:
     execute; `baseline_mae` [A] of always predicting the training actions' mean over the same steps, NaN where a
     checkpoint does not know it. `windows` and `steps` count what was compared; `extra` is what the head itself measures
     (`HeadModel.measure`), `per_task` the executed MAE of each instruction over its real dimensions, where there are
-    several. `acted`: whether the head predicts actions; all errors are NaN where it does not. `predicted`, `true` [W, A] are the first action of every window, in order.
+    several. `predicted` and `true` [W, A] are the first action of every window, in order. `acted`: whether the head
+    predicts actions; all errors are NaN where it does not.
     """
 
     names: tuple[str, ...]

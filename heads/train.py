@@ -28,6 +28,7 @@ from vla.training.checkpoint import read_object
 from vla.training.config import TrainConfig
 from vla.training.loop import FitReport, Progress, fit, seed_everything
 from vla.training.run_folder import begun_run, begun_warmup, can_resume, saved_settings
+from vla.training.torch_device import choose_device
 
 PLACES = ("data.stores", "stores.path")
 """Entries of an artefact that say where a store is, not what it holds: a moved one goes on, for its digest is there."""
@@ -115,7 +116,7 @@ def train_head(
             start_from(Path(config.init_from), model, artefact_of(config, model, data, {}))
         model.check_reach(data)
     seed_everything(config.train.seed)
-    pin = config.train.device != "cpu" and torch.cuda.is_available()
+    pin = choose_device(config.train.device, "train.device").type == "cuda"
     stored = supplier is None
     if supplier is not None:
         supplier.open(data, model)

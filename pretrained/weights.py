@@ -115,7 +115,9 @@ def require_finite(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Raise `DataError` naming the first tensor of `path` that holds NaN or an infinity."""
     wrong = first_not_finite(tensors)
     if wrong is not None:
-        raise DataError(f"{path}: {wrong} holds numbers that are not finite", expected="weights without NaN or infinity")
+        raise DataError(
+            f"{path}: {wrong} holds numbers that are not finite", expected="weights without NaN or infinity"
+        )
 
 
 def first_not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:

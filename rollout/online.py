@@ -26,7 +26,7 @@ from pydantic import Field, field_validator
 from vla.featurize.augment import NO_COPIES, AugmentConfig, adjust, draw, require_augmentable
 from vla.featurize.backbones.base import Backbone
 from vla.featurize.batch_size import ON_CPU
-from vla.featurize.job import choose_device, rebuild_backbone
+from vla.featurize.job import rebuild_backbone
 from vla.featurize.sources.base import Source
 from vla.featurize.sources.registry import SOURCES, open_source, recognise
 from vla.featurize.views import read_views
@@ -42,6 +42,7 @@ from vla.stores.settings import Settings
 from vla.stores.store import Store, open_store
 from vla.training.checkpoint import read_object
 from vla.training.loop import FitReport
+from vla.training.torch_device import choose_device
 
 AHEAD = 2
 """Batches of pictures waiting for the backbones."""
@@ -172,7 +173,7 @@ class OnlineFeatures:
 
     def supply(self, windows: TensorBatches, first: int, stride: int) -> Iterator[Batch]:
         """See `Supplier`."""
-        device = choose_device(self._device_name)
+        device = choose_device(self._device_name, "train.device")
         for live in self._live:
             live.backbone.to(device)
         with closing(iterate_ahead(self._prepared(windows, first, stride), AHEAD)) as ahead:

@@ -20,13 +20,14 @@ import torch
 from numpy.typing import NDArray
 
 from vla.featurize.backbones.base import Backbone
-from vla.featurize.job import choose_device, rebuild_backbone
+from vla.featurize.job import rebuild_backbone
 from vla.featurize.views import live_view
 from vla.heads.batch import Batch
 from vla.heads.checkpoint import StoreRecord, TrainedHead, load_head
 from vla.heads.storage import through_storage
 from vla.rollout.envs.base import EnvSpec, Observation
 from vla.stores.errors import DataError, UsageError
+from vla.training.torch_device import choose_device
 
 LIVE_STATES = ("state", "privileged")
 """Step columns that an `Observation` has."""

@@ -43,7 +43,7 @@ class TrainConfig(Settings):
     `validate_every`: steps between validations; every regular checkpoint is validated as well.
     `keep_checkpoints`: newest ones kept, besides the one whose `best_metric` is lowest.
     `best_metric`: the figure of the validation by which the best checkpoint is told.
-    `device`: "auto" takes a GPU where there is one.
+    `device`: "auto" takes a GPU where there is one; else cpu, cuda, cuda:N, mps, as torch calls it.
     `threads`: torch's threads on a CPU, which the caller of the loop sets (0: as they are); small heads are fastest
     with one.
     `trackers`: names accelerate knows, such as "tensorboard" or "wandb".
@@ -69,7 +69,7 @@ class TrainConfig(Settings):
     checkpoint_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     best_metric: str = "action_mae"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = "auto"
     threads: int = Field(1, ge=0)
     trackers: tuple[str, ...] = ()
 

@@ -35,7 +35,9 @@ class Stop:
         if self._steps < self._interval:
             return 0
         pace = self._steps / max(monotonic() - self._since, 1e-9)
-        mine = torch.tensor([[self._deferred.number, max(int(VOTE_SECONDS * pace), 1)]], device=self._accelerator.device)
+        mine = torch.tensor(
+            [[self._deferred.number, max(int(VOTE_SECONDS * pace), 1)]], device=self._accelerator.device
+        )
         votes = self._accelerator.gather(mine)
         # The same numbers everywhere, so that every process holds the next exchange after the same step.
         self._steps, self._interval, self._since = 0, int(votes[:, 1].min()), monotonic()

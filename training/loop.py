@@ -87,10 +87,10 @@ def fit(
     `artefact` (JSON-able) is kept in every checkpoint, and has to be equal on resuming; leave `config` out of it, whose
     neutral settings may change; `places` names the entries in it that only say where something is ("stores.path": the
     `path` of every one of `stores`), which may be another then. `settings` (JSON-able) are all that the caller was
-    configured with, kept in `run.json` beside `config` as "train", to replay the run from. `param_groups` are AdamW's, of the module's own
-    parameters; None: all that require a gradient. `validate(module, step)` returns figures of the averaged weights (of
-    the weights, where averaging is off), under no_grad and in evaluation mode; the random numbers that it draws do not
-    change the training. `progress(step, total, latest figures)` is called after every step.
+    configured with, kept in `run.json` with `config` as their "train", to replay the run from. `param_groups` are
+    AdamW's, of the module's own parameters; None: all that require a gradient. `validate(module, step)` returns figures
+    of the averaged weights (of the weights, where averaging is off), under no_grad and in evaluation mode; the random
+    numbers that it draws do not change the training. `progress(step, total, latest figures)` is called after each step.
 
     The stream of random numbers begins at `config.seed` here, not before: on a CPU equal modules, batches and settings
     give equal checkpoints. torch's number of threads is the caller's business.

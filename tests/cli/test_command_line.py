@@ -58,7 +58,7 @@ def test_without_a_word_the_help_is_shown(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--version"], "No such option: --version. Try: vla --help"),
+        (["--versoin"], "No such option: --versoin"),
         (["exprt"], "Did you mean 'export'. Try: vla --help"),
         (["export", "run"], "Missing option '--out'. Try: vla export --help"),
         (["train-head", "mlp", "--stores", "x"], "--store). Try: vla train-head --help"),
