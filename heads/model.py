@@ -24,7 +24,7 @@ from vla.stores.errors import DataError, UsageError
 from vla.stores.norm_stats import read_norm_stats
 from vla.stores.settings import Settings
 from vla.stores.windows import WindowSpec
-from vla.training.processes import mean_count
+from vla.training.processes import Divisors, divisor
 
 if TYPE_CHECKING:
     from vla.heads.data import HeadData
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 SMALL_NET = {"steps": 4000, "lr": 2e-3, "weight_decay": 1e-2, "betas": (0.9, 0.999), "warmup_steps": 100}
 """Training settings for nets of about a million parameters on thousands of frames, chosen on push-v3 (on other scenes
 than benchmarks/rollout_success.py plays)."""
+
+ACTION_COUNT = "action"
+"""What `HeadModel.counts` calls the action's errors."""
 
 MAX_LAYERS = 1000
 """More are a checkpoint made to keep a machine busy: the deepest head of the field has 18 (pi0's action expert)."""
@@ -164,15 +167,29 @@ class HeadModel(nn.Module):
         """Return normalised actions [B, H, A]."""
         raise NotImplementedError
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Return how many elements each sum of `loss` counts: "action", the valid steps in real dimensions.
+
+        Raises `DataError` without actions.
+        """
+        if batch.action is None:
+            raise DataError("the batch has no action", expected=f"[B, {self.config.horizon}, {self.io.action_dim}]")
+        return {ACTION_COUNT: _counted(batch.action, batch).sum()}
+
+    def loss(self, batch: Batch, divisors: Divisors | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean error over valid steps and valid dimensions, and metrics to log.
+
+        `divisors`: of a whole optimiser step, by the names of `counts`; None: the batch's own counts.
 
         Padded steps and dimensions contribute neither to the loss nor to any gradient of it. What the batch holds
         there does not matter either: the nets see the nearest valid step and 0. Raises `DataError` without actions.
         """
         self.check(batch)
         action = self.labels(batch)
-        return masked_mean(self.errors(batch, action), batch)
+        return masked_mean(self.errors(batch, action), batch, divisors)
+
+    def stepped(self) -> None:
+        """Advance what follows the count of optimiser steps; the training loop calls this after each."""
 
     def labels(self, batch: Batch) -> Tensor:
         """Return the normalised actions [B, H, A] of a batch, edges repeated, 0 in padded dimensions."""
@@ -310,11 +327,11 @@ def check_lengths(config: HeadConfig) -> None:
         raise UsageError(found, expected=f"at most {config.n_action_max}", fix=fix)
 
 
-def masked_mean(errors: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def masked_mean(errors: Tensor, batch: Batch, divisors: Divisors | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the mean of errors [B, H, A] over valid steps and real dimensions, and the share of them."""
     counted = _counted(errors, batch)
     total = torch.where(counted, errors, 0.0).sum()
-    return total / mean_count(counted.sum()), {"mask_share": counted.float().mean()}
+    return total / divisor(divisors, ACTION_COUNT, counted.sum()), {"mask_share": counted.float().mean()}
 
 
 def masked_windows(errors: Tensor, batch: Batch) -> Tensor:
