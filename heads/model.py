@@ -334,12 +334,9 @@ def masked_mean(errors: Tensor, batch: Batch, divisors: Divisors | None = None) 
     return total / divisor(divisors, ACTION_COUNT, counted.sum()), {"mask_share": counted.float().mean()}
 
 
-def masked_windows(errors: Tensor, batch: Batch) -> Tensor:
-    """Return the mean of errors [B, H, A] over each window's valid steps and real dimensions, [n] of n with any."""
-    counted = _counted(errors, batch)
-    count = counted.sum((1, 2))
-    means = torch.where(counted, errors, 0.0).sum((1, 2)) / count.clamp(min=1)
-    return means[count > 0]
+def masked_elements(errors: Tensor, batch: Batch) -> Tensor:
+    """Return the errors [n] of [B, H, A] at valid steps in real dimensions, in order: their mean counts each alike."""
+    return errors[_counted(errors, batch)]
 
 
 def _counted(errors: Tensor, batch: Batch) -> Tensor:

@@ -2,8 +2,8 @@
 
 Optimiser step s (0, 1, …) of process r takes the batches (s * accumulate + micro) * processes + r, micro = 0 …
 accumulate - 1. A batch is a function of its number alone, so that a resumed run sees exactly what an uninterrupted one
-would have seen, and on a CPU gives the same bits. The loss of a step is one sum over one count for each of its terms, over
-all batches of the step (processes.py); of a module without counts it is the mean of the batches' losses.
+would have seen, and on a CPU gives the same bits. The loss of a step is one sum over one count for each of its terms,
+over all batches of the step (processes.py); of a module without counts it is the mean of the batches' losses.
 
 accelerate gives device, processes, autocast, gradient scaler and trackers. Its optimiser wrapper is left out: it looks
 up a package in every step, which costs 0.17 ms, 3 % of a 6 ms step.
@@ -211,7 +211,7 @@ class _Loop:
         return torch.stack(losses).mean(), norm, means
 
     def _batches(self, feed: Feed) -> tuple[list[Any], Divisors | None]:
-        """Return the micro-batches of one optimiser step, and the divisors of the loss; None for the batch's own counts."""
+        """Return the micro-batches of one optimiser step, and the divisors of the loss (None: the batch's counts)."""
         accumulate, module = self.config.accumulate, self.state.module
         batches = [feed.next(self.state.step + 1)]
         for _ in range(accumulate - 1):

@@ -16,8 +16,8 @@ class GeometryTokenAdapter(nn.Module):
     """`geom_dim` channels to `hidden_dim`, on a grid of `target_hw` rows and columns a view.
 
     `init_alpha`: the scale that tokens begin with. `warmup`: optimiser steps over which it is ramped up linearly
-    from 0, on top of what is learnt; `seen` counts them and is part of the state, so that a resumed run goes on where it was (0:
-    no ramp). `modality`: add a learnt vector to every token, which begins at zero.
+    from 0, on top of what is learnt; `seen` counts them and is part of the state, so that a resumed run goes on where
+    it was (0: no ramp). `modality`: add a learnt vector to every token, which begins at zero.
     """
 
     seen: Tensor
