@@ -137,6 +137,7 @@ class DiffusionHead(EncodedHead):
 
     def check_reach(self, data: HeadData) -> None:
         """See `HeadModel.check_reach`: limits that came from another run may be narrower than these actions."""
+        super().check_reach(data)
         if not self.config.clip_sample:
             return
         actions, dims = data.actions(data.training), data.action_dims(data.training)

@@ -210,6 +210,7 @@ class HierHead(HeadModel):
 
     def check_reach(self, data: HeadData) -> None:
         """See `HeadModel.check_reach`: FAST ids say actions in the range that they were fitted to."""
+        super().check_reach(data)
         if self.fast is not None:
             centre, scale = self.action.centre.cpu().numpy(), self.action.scale.cpu().numpy()
             self.fast.require_statistics(centre, scale, Path(str(self.config.fast)))

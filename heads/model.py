@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from vla.heads.batch import Batch, HeadIO, check_batch
 from vla.heads.frozen import Frozen
 from vla.heads.needs import Need, check_needs
-from vla.heads.normalize import Mode, Normalizer
+from vla.heads.normalize import ChannelScaler, Mode, Normalizer
 from vla.heads.registry import head_name
 from vla.stores.errors import DataError, UsageError
 from vla.stores.norm_stats import read_norm_stats
+from vla.stores.ranges import is_constant
 from vla.stores.settings import Settings
 from vla.stores.windows import WindowSpec
 from vla.training.processes import Divisors, divisor
@@ -272,8 +273,35 @@ class HeadModel(nn.Module):
     def check_reach(self, data: HeadData) -> None:
         """Raise `UsageError` where the head, its statistics in place, could not make the actions of the training split.
 
-        Called once, before the first step of a run.
+        Called once, before the first step of a run. A dimension that the statistics of another run or of a file hold
+        constant comes back as that constant: it has to be the same here.
         """
+        actions, dims = data.actions(data.training), data.action_dims(data.training)
+        constant, held = self.action.constant.cpu().numpy(), self.action.centre.cpu().numpy()
+        apart = constant & ~is_constant(np.minimum(actions, held), np.maximum(actions, held))
+        moves = (apart if dims is None else apart & dims).any(axis=0)
+        if moves.any():
+            names = ", ".join(dimension_names(self.io.action_names, moves))
+            raise UsageError(
+                f"the statistics hold {names} of the action constant, and the training episodes move there",
+                expected="statistics of these demonstrations",
+                fix="no --from and no model.norm_stats",
+            )
+
+    def constants(self) -> dict[str, tuple[str, ...]]:
+        """Return what the statistics hold constant: {"action" or "state": names of the dimensions}, {} for nothing.
+
+        Channels of features are counted: {feature encoder: ("3 of 1280 channels",)}.
+        """
+        found = {"action": dimension_names(self.io.action_names, self.action.constant.cpu().numpy())}
+        if self.state is not None:
+            read = np.isin(np.arange(self.io.state_dim), self.columns)
+            found["state"] = dimension_names(self.io.state_names, self.state.constant.cpu().numpy() & read)
+        for name, module in self.named_modules():
+            if isinstance(module, ChannelScaler):
+                still = int((module.inv_std == 0).sum())
+                found[name] = (f"{still} of {len(module.inv_std)} channels",) if still else ()
+        return {name: dims for name, dims in found.items() if dims}
 
     def fit_normalisers(
         self, actions: NDArray[Any], states: NDArray[Any], *, dims: NDArray[np.bool_] | None = None
@@ -299,6 +327,11 @@ class HeadModel(nn.Module):
         for frozen in self.frozen.values():
             frozen.to(self.action.centre.device)
         return self
+
+
+def dimension_names(names: Sequence[str], chosen: NDArray[np.bool_]) -> tuple[str, ...]:
+    """Return the names of the chosen dimensions [D], or their numbers where dimensions have no names."""
+    return tuple(names[place] if names else str(place) for place in np.flatnonzero(chosen).tolist())
 
 
 def fit_from_file(path: Path, wanted: Mapping[str, tuple[Normalizer, Mode]]) -> None:

@@ -48,6 +48,17 @@ LIMIT: dict[DtypeName, float] = {
 }
 """Largest magnitude kept. For int8 a third of float32's: 127 times a rounded scale must not overflow."""
 
+SPACING: dict[DtypeName, tuple[float, float]] = {
+    "float16": (2.0**-10, 2.0**-24),
+    "float32": (2.0**-23, 1e-35),
+    "bfloat16": (2.0**-7, 1e-35),
+    "int8": (1 / 127, 1e-35),
+    "uint8": (2.0**-23, 1e-35),
+    "int32": (2.0**-23, 1e-35),
+}
+"""The largest step between neighbouring numbers, relative to their magnitude (int8: to the unit's largest), and the
+smallest number that a deviation can be told from: whole numbers are as float32 has them."""
+
 INTEGERS: tuple[DtypeName, ...] = ("uint8", "int32")
 """Kept exactly, and never another dtype's stand-in."""
 
