@@ -56,8 +56,8 @@ class Normalizer(nn.Module):
 
         `limits`: minimum and maximum to [-1, 1]. `quantile`: the 1st and 99th percentile to [-1, 1]; where the two
         coincide (a gripper that rarely moves) the dimension's limits instead. `zscore`: mean 0, standard deviation 1.
-        `none`: unchanged, but for constant dimensions. `valid` [N, D] marks values to count (padded dimensions left out).
-        Raises `DataError` for a wrong shape and for NaN, infinite or overflowing values, naming the dimension.
+        `none`: unchanged, but for constant dimensions. `valid` [N, D] marks values to count (padded dimensions left
+        out). Raises `DataError` for a wrong shape and for NaN, infinite or overflowing values, naming the dimension.
         """
         values = np.asarray(values)
         D = len(self.centre)

@@ -18,7 +18,6 @@ from vla.heads.evaluate import action_error, mean_action
 from vla.heads.model import HeadModel
 from vla.heads.registry import head_class
 from vla.heads.start import start_from
-from vla.heads.storage import largest_scales
 from vla.heads.tensor_batches import TensorBatches
 from vla.stores.errors import UsageError
 from vla.stores.fingerprint import digest
@@ -26,6 +25,7 @@ from vla.stores.settings import Settings
 from vla.training.config import TrainConfig
 from vla.training.loop import FitReport, Progress, fit, seed_everything
 from vla.training.run_folder import begun_warmup, can_resume
+from vla.training.storage import live_scales
 
 PLACES = ("data.stores", "stores.path")
 """Entries of an artefact that say where a store is, not what it holds: a moved one goes on, for its digest is there."""
@@ -171,7 +171,7 @@ def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData, onlin
             features={name: info for name, info in store.manifest.features.items() if name in held},
             cameras=store.manifest.cameras,
             random_weights=store.manifest.random_weights,
-            scales=largest_scales(store, data.io.features),
+            scales=live_scales(store, data.io.features),
             fps=store.manifest.fps,
             picture_sizes=store.manifest.picture_sizes,
         )
