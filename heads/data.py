@@ -97,6 +97,11 @@ class HeadData:
             actions = actions[..., list(self.config.dims)]
         return actions if self.io.chunk is None else actions[self._column("_valid")[rows]]
 
+    def action_rows(self, episodes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the row of the first store that each of `actions` is from, int64 [N]."""
+        rows = self.rows(episodes)
+        return rows if self.io.chunk is None else np.repeat(rows, self._column("_valid")[rows].sum(axis=1))
+
     def action_dims(self, episodes: NDArray[np.int64]) -> NDArray[np.bool_] | None:
         """Return which dimensions of `actions` are real, bool [N, A]; None where all are."""
         name = f"{self.config.target}_dims"

@@ -79,7 +79,7 @@ class HeadModel(nn.Module):
 
     `reads`: the features it reads, and the last how many of the observed frames of each. `columns`: the columns of the
     state it reads. `state`: the normaliser of the state, None where none is read. `frozen`: networks that it runs and
-    does not train, by name (frozen.py).
+    does not train, by name (frozen.py). `notes`: lines on the training split, for its user (notes.py).
     """
 
     Config: ClassVar[type[HeadConfig]] = HeadConfig
@@ -93,6 +93,7 @@ class HeadModel(nn.Module):
         check_needs(head_name(type(self)), self.needs(config), io)
         check_lengths(config)
         self.config, self.io = config, io
+        self.notes: tuple[str, ...] = ()
         self.frozen: dict[str, Frozen] = {}
         self.action = Normalizer(io.action_dim)
 

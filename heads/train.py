@@ -16,6 +16,7 @@ from vla.heads.checkpoint import Artefact, StoreRecord, build_head
 from vla.heads.data import DataConfig, HeadData, open_data
 from vla.heads.evaluate import action_error, mean_action
 from vla.heads.model import HeadModel
+from vla.heads.notes import training_notes
 from vla.heads.registry import head_class
 from vla.heads.start import start_from
 from vla.heads.tensor_batches import TensorBatches
@@ -93,6 +94,7 @@ def train_head(
         else:
             start_from(Path(config.init_from), model, artefact_of(config, model, data, {}))
         model.check_reach(data)
+        model.notes = training_notes(model, data)
     seed_everything(config.train.seed)
     pin = config.train.device != "cpu" and torch.cuda.is_available()
     stored = supplier is None

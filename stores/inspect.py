@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vla.stores.notes import store_notes
 from vla.stores.store import Store, open_store
 
 
@@ -39,6 +41,7 @@ def describe(root: Path | str) -> dict[str, Any]:
         },
         "augment": manifest.augment or None,
         "steps": {name: {"shape": list(step.shape), "role": step.role} for name, step in manifest.steps.items()},
+        "notes": store_notes(store) or None,
         "bytes": sizes,
         "backbone": manifest.fingerprint.get("backbone"),
         "source": manifest.provenance.get("source"),
@@ -49,6 +52,13 @@ def describe(root: Path | str) -> dict[str, Any]:
         "skipped_episodes": {**manifest.provenance.get("skipped_episodes", {}), **store.skipped},
         "manifest_sha256": manifest.sha256(),
     }
+
+
+def rounding_of(root: Path | str) -> dict[str, Any]:
+    """Return `{feature: {"error", "saturated"}}` of the int8 features that the store at `root` holds so far."""
+    store = open_store(root, allow_partial=True)
+    found = {name: store.rounding(name) for name in store.manifest.plain}
+    return {name: asdict(cost) for name, cost in found.items() if cost is not None}
 
 
 def _rounding(store: Store, feature: str) -> dict[str, Any]:

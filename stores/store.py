@@ -94,10 +94,13 @@ class Store:
         channels = self.feature_info(feature).shape[-1]
         total = ChannelStatistics.empty(channels)
         for unit in sorted(self.commits):
-            commit = self.commits[unit]
-            values = format_of(self.manifest).read_part(self.root, self.manifest, commit, f"stats/{feature}")
-            total = total.merge(ChannelStatistics.from_array(values))
+            total = total.merge(self.unit_statistics(feature, unit))
         return total
+
+    def unit_statistics(self, feature: str, unit: int) -> ChannelStatistics:
+        """Return the statistics of a feature's channels over the rows of one committed unit."""
+        part = format_of(self.manifest).read_part(self.root, self.manifest, self.commits[unit], f"stats/{feature}")
+        return ChannelStatistics.from_array(part)
 
     def scales(self, feature: str) -> NDArray[np.float32] | None:
         """Return the scales of an int8 feature, float32 [units, C]; 0 in units not committed. None for other dtypes."""

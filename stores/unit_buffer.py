@@ -179,7 +179,7 @@ def _blank(rows: int, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
 
 
 def _require_representable(name: str, values: NDArray[Any], info: FeatureInfo, start: int) -> NDArray[np.float64]:
-    """Return the largest magnitude of each row [k]; 0 for whole numbers. Raises `DataError` naming the first bad row."""
+    """Return the largest magnitude of each row [k]; 0 for whole numbers. Raises `DataError` naming a bad row."""
     limit = LIMIT[info.dtype]
     if info.dtype in INTEGERS:
         lowest = np.iinfo(info.stored).min

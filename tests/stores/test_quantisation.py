@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from typer.testing import CliRunner
 
+from vla.cli import app
+from vla.stores.convert import ConvertOptions, convert_store
 from vla.stores.dtypes import INT8_MAX, MAX_ROUNDING_ERROR, DtypeName, decode
 from vla.stores.errors import DataError
 from vla.stores.inspect import describe
 from vla.stores.manifest import FeatureInfo
+from vla.stores.store import Store, open_store
 from vla.stores.unit_buffer import FeatureBuffer
 from vla.training.storage import round_trip_dtype
 
@@ -168,3 +173,31 @@ def test_one_wide_unit_does_not_coarsen_the_live_grid(memory_path: Path, make_st
     assert (store.live_scales("grid") <= 4 * np.median(wide, axis=0)).all()
     object.__setattr__(store, "scales", lambda feature: scales)
     np.testing.assert_array_equal(store.live_scales("grid"), scales.max(axis=0))
+
+
+def test_an_outlier_survives_a_conversion_of_the_form_with_its_report(
+    memory_path: Path, make_store: Callable[..., Any]
+) -> None:
+    made = make_store(memory_path / "s", features={"grid": ((2, 3, 4), "int8")})
+    convert_store(made.root, memory_path / "h5", ConvertOptions(format="h5"))
+    assert open_store(memory_path / "h5").rounding("grid") == made.open().rounding("grid")
+
+
+def test_a_store_without_a_record_of_its_rounding_gets_an_estimate(
+    memory_path: Path, make_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_store(memory_path / "s", features={"grid": ((2, 3, 4), "int8")})
+    recorded = describe(made.root)["features"]["grid"]["rounding"]
+    monkeypatch.setattr(Store, "rounding", lambda store, feature: None)
+    estimated = describe(made.root)["features"]["grid"]["rounding"]
+    assert estimated["saturated"] is None
+    assert estimated["error"] == pytest.approx(recorded["error"], rel=0.3)
+
+
+def test_featurize_reports_the_error_of_int8(tmp_path: Path) -> None:
+    command = ["featurize", "--source", "synthetic:episodes=2", "--backbone", "toy", "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, [*command, "--dtype", "int8", "--json"])
+    assert done.exit_code == 0, done.output
+    (cost,) = json.loads(done.stdout)["rounding"].values()
+    assert 0 < cost["error"] < MAX_ROUNDING_ERROR
+    assert cost["saturated"] == 0
