@@ -280,7 +280,7 @@ class HeadModel(nn.Module):
         actions, dims = data.actions(data.training), data.action_dims(data.training)
         constant, held = self.action.constant.cpu().numpy(), self.action.centre.cpu().numpy()
         apart = constant & ~is_constant(np.minimum(actions, held), np.maximum(actions, held))
-        moves = (apart if dims is None else apart & dims).any(axis=0)
+        moves = np.any(apart if dims is None else apart & dims, axis=0)
         if moves.any():
             names = ", ".join(dimension_names(self.io.action_names, moves))
             raise UsageError(

@@ -41,7 +41,8 @@ def constant_columns(values: NDArray[Any], valid: NDArray[np.bool_] | None = Non
     low = np.where(use, values, np.inf).min(axis=0, initial=np.inf)
     high = np.where(use, values, -np.inf).max(axis=0, initial=-np.inf)
     some = low <= high
-    return some & is_constant(np.where(some, low, 0.0), np.where(some, high, 0.0))
+    constant: NDArray[np.bool_] = some & is_constant(np.where(some, low, 0.0), np.where(some, high, 0.0))
+    return constant
 
 
 @dataclass(frozen=True)

@@ -122,8 +122,9 @@ class Store:
         if scales is None:
             return None
         used = np.ma.masked_equal(scales, 0.0)
-        middle = np.ma.median(used, axis=0).filled(0.0).astype(np.float32)
-        return np.minimum(scales.max(axis=0), np.float32(WIDENING) * middle)
+        middle = np.ma.filled(np.ma.median(used, axis=0), 0.0).astype(np.float32)  # type: ignore[no-untyped-call]
+        grid: NDArray[np.float32] = np.minimum(scales.max(axis=0), np.float32(WIDENING) * middle)
+        return grid
 
     def rounding(self, feature: str) -> Rounding | None:
         """Return what int8 cost a feature, the mean over the units that have it recorded; None where none has."""

@@ -189,7 +189,9 @@ def _require_representable(name: str, values: NDArray[Any], info: FeatureInfo, s
         return np.zeros(len(values))
     flat = values.reshape(len(values), values[:1].size) if len(values) else values.reshape(0, 1)
     # Two passes and no copy; NaN passes through min and max, and every comparison with it is false.
-    largest = np.maximum(-flat.min(axis=1, initial=0.0), flat.max(axis=1, initial=0.0)).astype(np.float64)
+    largest: NDArray[np.float64] = np.maximum(-flat.min(axis=1, initial=0.0), flat.max(axis=1, initial=0.0)).astype(
+        np.float64
+    )
     if (largest <= limit).all():
         return largest
     finite = np.isfinite(flat).all(axis=1)
