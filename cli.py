@@ -56,6 +56,7 @@ def featurize(
     """Run a frozen backbone over demonstrations, once, into a store."""
     from vla.featurize.job import FeaturizeConfig, begun_store, prepare
     from vla.featurize.launch import Where, launch, outlook
+    from vla.stores.inspect import rounding_of
     from vla.stores.memory import keep_freed_memory
     from vla.stores.settings import read_pairs
     from vla.stores.writer import refuse_existing
@@ -89,7 +90,10 @@ def featurize(
     left = partial(reports.committed_so_far, root, job.plan.manifest.units)
     with explain_interrupt(left), show_workers("featurize", "frames") as progress:
         report = launch(job, root, where, resume=resume, overwrite=overwrite, accept=yes, progress=progress)
-    reports.show_featurized(root, report.to_json(), {**job.plan.skipped, **report.skipped}, as_json)
+    facts = report.to_json()
+    if any(info.dtype == "int8" for info in job.plan.manifest.features.values()):
+        facts["rounding"] = rounding_of(str(root))
+    reports.show_featurized(root, facts, {**job.plan.skipped, **report.skipped}, as_json)
 
 
 @command("import")
@@ -109,6 +113,7 @@ def import_(
 ) -> None:
     """Turn a feature cache that others made into a store."""
     from vla.featurize.caches.job import ImportConfig, prepare, run
+    from vla.stores.inspect import rounding_of
 
     settings = ImportConfig.from_sources(
         config, set_ or (), kind=kind, path=str(path), source=source, skip_bad=skip_bad or None
@@ -124,7 +129,11 @@ def import_(
         report = run(job, out, resume=resume, overwrite=overwrite, accept=yes, progress=progress)
     left_out = {**job.plan.skipped, **report.skipped}
     said = f"{report.frames} frames in {report.units} units; {len(left_out)} episodes left out"
-    reports.show_made(out, {**report.__dict__, "skipped": left_out, "out": str(out)}, said, as_json, left_out)
+    rounding = rounding_of(out)
+    facts = {**report.__dict__, "rounding": rounding, "skipped": left_out, "out": str(out)}
+    reports.show_made(out, facts, said, as_json, left_out)
+    if not as_json:
+        reports.show_rounding(rounding)
 
 
 @command()

@@ -17,9 +17,9 @@ from vla.heads.checkpoint import Artefact, StoreRecord, build_head
 from vla.heads.data import DataConfig, HeadData, open_data
 from vla.heads.evaluate import action_error, mean_action
 from vla.heads.model import HeadModel
+from vla.heads.notes import training_notes
 from vla.heads.registry import head_class
 from vla.heads.start import start_from
-from vla.heads.storage import largest_scales
 from vla.heads.tensor_batches import TensorBatches
 from vla.stores.errors import UsageError
 from vla.stores.fingerprint import digest
@@ -28,6 +28,7 @@ from vla.training.checkpoint import read_object
 from vla.training.config import TrainConfig
 from vla.training.loop import FitReport, Progress, fit, seed_everything
 from vla.training.run_folder import begun_run, begun_warmup, can_resume, saved_settings
+from vla.training.storage import live_scales
 from vla.training.torch_device import choose_device
 
 PLACES = ("data.stores", "stores.path")
@@ -115,6 +116,7 @@ def train_head(
         else:
             start_from(Path(config.init_from), model, artefact_of(config, model, data, {}))
         model.check_reach(data)
+        model.notes = training_notes(model, data)
     seed_everything(config.train.seed)
     pin = choose_device(config.train.device, "train.device").type == "cuda"
     stored = supplier is None
@@ -194,7 +196,7 @@ def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData, onlin
             features={name: info for name, info in store.manifest.features.items() if name in held},
             cameras=store.manifest.cameras,
             random_weights=store.manifest.random_weights,
-            scales=largest_scales(store, data.io.features),
+            scales=live_scales(store, data.io.features),
             fps=store.manifest.fps,
             picture_sizes=store.manifest.picture_sizes,
         )

@@ -33,7 +33,6 @@ from vla.featurize.views import read_views
 from vla.heads.batch import Batch
 from vla.heads.data import HeadData
 from vla.heads.model import HeadModel
-from vla.heads.storage import largest_scales, through_storage
 from vla.heads.tensor_batches import TensorBatches
 from vla.heads.train import HeadTrainConfig, train_head
 from vla.stores.background import iterate_ahead
@@ -42,6 +41,7 @@ from vla.stores.settings import Settings
 from vla.stores.store import Store, open_store
 from vla.training.checkpoint import read_object
 from vla.training.loop import FitReport
+from vla.training.storage import live_scales, round_trip_dtype
 from vla.training.torch_device import choose_device
 
 AHEAD = 2
@@ -166,7 +166,7 @@ class OnlineFeatures:
                     rows=data.stores.row_maps[position],
                     features=held,
                     masks={name: f"{name}_mask" for name in held if data.io.features[name].masked},
-                    scales=largest_scales(store, held),
+                    scales=live_scales(store, held),
                     positions={episode.id: at for at, episode in enumerate(index.episodes)},
                 )
             )
@@ -184,7 +184,9 @@ class OnlineFeatures:
                     made = self._encode(live, ready.inputs)
                     place = torch.from_numpy(ready.place)
                     for name, count in live.features.items():
-                        stored = through_storage(made[name], live.store.feature_info(name).dtype, live.scales.get(name))
+                        stored = round_trip_dtype(
+                            made[name], live.store.feature_info(name).dtype, live.scales.get(name)
+                        )
                         chosen = place[:, -count:].to(stored.device)
                         features[name] = stored[chosen]
                         if name in live.masks:

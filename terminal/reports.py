@@ -52,7 +52,16 @@ def show_featurized(root: str | Path, report: Mapping[str, Any], left_out: Mappi
         open_log().print(f"{root}: {made}")
     else:
         open_log().print(f"{root}: nothing was missing")
+    show_rounding(report.get("rounding", {}))
     show_left_out(left_out)
+
+
+def show_rounding(rounding: Mapping[str, Mapping[str, float]]) -> None:
+    """Log what int8 cost each feature."""
+    for name, cost in rounding.items():
+        open_log().print(
+            f"{name}: relative error {cost['error']:.2%}, {cost['saturated']:.2%} of its numbers saturated"
+        )
 
 
 def show_made(
@@ -179,11 +188,12 @@ def show_parameters(counts: Mapping[str, tuple[int, int]]) -> None:
 
 
 def counting(counts: dict[str, tuple[int, int]]) -> Callable[[Any], None]:
-    """Return what tells a head's parameters before its first step, and keeps them in `counts`."""
+    """Return what prints a head's parameters and notes before its first step, and keeps the counts in `counts`."""
 
     def begun(head: Any) -> None:
         counts.update(head.parameter_counts())
         show_parameters(counts)
+        show_findings(head.notes)
 
     return begun
 

@@ -69,6 +69,8 @@ class DistilledStudent(Student):
     def loss(self, batch: StepBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean over views of InfoNCE + mse * MSE, and the metrics.
 
+        InfoNCE is defined over its batch: with `train.accumulate` or several processes the negatives of a step are
+        those of its own micro-batch, and the step is the mean over micro-batches, which are equally large.
         Negatives are the other steps of the batch in the same view: two views of one step are never negatives, nor is
         a step that the batch holds twice.
         """

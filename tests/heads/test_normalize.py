@@ -111,7 +111,7 @@ def test_zscore_gives_zero_mean_and_unit_deviation() -> None:
 
 
 def test_constant_dimensions_become_zero_and_are_listed() -> None:
-    values = np.array([[2.0, 0.0, 5.0], [2.0, 1.0, 5.0 + 5e-5]])
+    values = np.array([[2.0, 0.0, 5.0], [2.0, 1.0, 5.0 + 5e-7]])
     normalizer = fitted(values)
     assert normalizer.constant.tolist() == [True, False, True]
     assert normalizer(torch.tensor(values))[:, 0].tolist() == [0.0, 0.0]
