@@ -21,8 +21,12 @@ from numpy.typing import NDArray
 
 from vla.featurize.caches.checks import SKIP
 from vla.stores.errors import SourceError
+from vla.stores.pointers import refuse_pointer
 
 COMPRESSORS = {"blosc", "zlib", "gzip", "zstd", "lz4", "bz2", "lzma"}
+
+FILTERS = {"delta", "shuffle", "fixedscaleoffset", "quantize", "bitround", "packbits", "astype", *COMPRESSORS}
+"""Those of numcodecs that turn numbers into numbers; `pickle`, `json2` and the object filters would make objects."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Zarr2:
         for path in self.chunk_files():
             if not path.is_file():
                 raise SourceError(f"{path} is missing", expected="every chunk of the array", fix=SKIP)
+            refuse_pointer(path)
             if self.compressor == "blosc":
                 _require_blosc(path)
 
@@ -76,14 +81,20 @@ def open_zarr2(path: Path) -> Zarr2:
         code, filters, compressor = str(found["dtype"]), found.get("filters"), found.get("compressor")
         identity = None if compressor is None else compressor["id"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        refuse_pointer(meta)
         raise SourceError(f"{meta} does not read ({type(error).__name__})", expected="a zarr v2 array") from None
-    if re.fullmatch(r"[<>|][fiub][1248]", code) is None:
+    if re.fullmatch(r"[<>|=]?[fiub][1248]", code) is None:
         raise SourceError(f"{meta} declares dtype {code!r}", expected="numbers; objects are pickles and never opened")
-    if filters or (identity is not None and identity not in COMPRESSORS):
+    if not _are_plain(filters) or (identity is not None and identity not in COMPRESSORS):
         raise SourceError(f"{meta} declares filters {filters}, compressor {identity!r}", expected="plain compression")
     if len(shape) != len(chunks) or not shape or min(shape) < 0 or min(chunks) < 1:
         raise SourceError(f"{meta} declares shape {shape}, chunks {chunks}", expected="an array of rows")
-    return Zarr2(path, shape, chunks, np.dtype(code).name, str(found.get("dimension_separator", ".")), identity)
+    return Zarr2(path, shape, chunks, np.dtype(code).name, str(found.get("dimension_separator") or "."), identity)
+
+
+def _are_plain(filters: Any) -> bool:
+    listed = [] if filters is None else filters
+    return isinstance(listed, list) and all(isinstance(one, dict) and one.get("id") in FILTERS for one in listed)
 
 
 def _require_blosc(path: Path) -> None:

@@ -101,9 +101,7 @@ def test_missing_data_are_named(version: str, tmp_path: Path, write_lerobot: Wri
     assert f"{first} is missing" in refusal(root)
 
 
-@pytest.mark.parametrize(
-    ("found", "fix"), [("v1.6", "lerobot's own converters"), (None, "convert")]
-)
+@pytest.mark.parametrize(("found", "fix"), [("v1.6", "lerobot's own converters"), (None, "convert")])
 def test_other_versions_are_refused_with_what_to_do(
     found: str | None, fix: str, tmp_path: Path, write_lerobot: Write, edit_info: Edit
 ) -> None:
