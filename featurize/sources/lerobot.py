@@ -197,9 +197,9 @@ class LeRobotSource:
         kept = []
         for row in opened.layout.rows:
             clips = {column: place[row.index] for column, place in placed.items() if row.index in place}
-            error = next((clip for clip in clips.values() if isinstance(clip, SourceError)), None)
-            if error is not None:
-                self._skip(skipped, row, error)
+            wrong = next((clip for clip in clips.values() if isinstance(clip, SourceError)), None)
+            if wrong is not None:
+                self._skip(skipped, row, wrong)
             elif row.index in rows:
                 found = {column: clip for column, clip in clips.items() if isinstance(clip, Clip)}
                 kept.append(_Checked(row, rows[row.index].data, rows[row.index].first, found, rows[row.index].told))
