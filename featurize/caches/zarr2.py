@@ -31,7 +31,10 @@ FILTERS = {"delta", "shuffle", "fixedscaleoffset", "quantize", "bitround", "pack
 
 @dataclass(frozen=True)
 class Zarr2:
-    """One array, its metadata checked. `shape` as on disk, `dtype` the name of numpy's."""
+    """One array, its metadata checked. `shape` as on disk, `dtype` the name of numpy's.
+
+    `has_fill` says whether a chunk that is not stored has a value at all.
+    """
 
     path: Path
     shape: tuple[int, ...]
@@ -39,6 +42,7 @@ class Zarr2:
     dtype: str
     separator: str
     compressor: str | None
+    has_fill: bool
 
     def chunk_files(self) -> list[Path]:
         """Return every chunk's file."""
@@ -46,14 +50,20 @@ class Zarr2:
         return [self.path / self.separator.join(map(str, place)) for place in itertools.product(*counts)]
 
     def files(self) -> list[Path]:
-        """Return the metadata file and every chunk's."""
-        return [self.path / ".zarray", *self.chunk_files()]
+        """Return the metadata file and that of every chunk that is stored."""
+        return [self.path / ".zarray", *(path for path in self.chunk_files() if path.is_file())]
 
-    def require_whole(self) -> None:
-        """Raise `SourceError` naming the first chunk whose file is missing or, under Blosc, truncated."""
+    def require_whole(self, *, fill: bool = False, fix: str = SKIP) -> None:
+        """Raise `SourceError` naming the first chunk whose file is missing or, under Blosc, truncated.
+
+        With `fill`, a missing chunk is the array's fill value: zarr does not store chunks that hold nothing else. No
+        reader can then tell such a chunk from a lost one.
+        """
         for path in self.chunk_files():
             if not path.is_file():
-                raise SourceError(f"{path} is missing", expected="every chunk of the array", fix=SKIP)
+                if fill and self.has_fill:
+                    continue
+                raise SourceError(f"{path} is missing", expected="every chunk of the array", fix=fix)
             refuse_pointer(path)
             if self.compressor == "blosc":
                 _require_blosc(path)
@@ -89,7 +99,15 @@ def open_zarr2(path: Path) -> Zarr2:
         raise SourceError(f"{meta} declares filters {filters}, compressor {identity!r}", expected="plain compression")
     if len(shape) != len(chunks) or not shape or min(shape) < 0 or min(chunks) < 1:
         raise SourceError(f"{meta} declares shape {shape}, chunks {chunks}", expected="an array of rows")
-    return Zarr2(path, shape, chunks, np.dtype(code).name, str(found.get("dimension_separator") or "."), identity)
+    return Zarr2(
+        path,
+        shape,
+        chunks,
+        np.dtype(code).name,
+        str(found.get("dimension_separator") or "."),
+        identity,
+        found.get("fill_value") is not None,
+    )
 
 
 def _are_plain(filters: Any) -> bool:

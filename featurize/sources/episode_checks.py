@@ -31,7 +31,7 @@ def locate(data: Path, episode: int) -> dict[int, tuple[int, int]]:
     if count > MAX_FILE_ROWS:
         raise SourceError(f"{data} claims {count} rows", expected=f"at most {MAX_FILE_ROWS} a file", fix=SKIP)
     where = f"{data}, column episode_index"
-    indices = parquet.to_array(parquet.read_table(data, ["episode_index"]).column(0), where)
+    indices = parquet.to_array(parquet.read_table(data, ["episode_index"]).column(0), where).reshape(-1)
     if not len(indices):
         return {}
     starts = np.flatnonzero(np.r_[True, indices[1:] != indices[:-1]])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -115,14 +116,18 @@ def _row_v3(info: Info, raw: dict[str, Any], videos: Sequence[str], file: str) -
         for video in videos:
             path = info.video_path.format(video_key=video, **_place(raw, f"videos/{video}"))
             stop = raw.get(f"videos/{video}/to_timestamp")
-            start = float(raw[f"videos/{video}/from_timestamp"])
-            spans[video] = Span(path, start, None if stop is None else float(stop))
+            start = _seconds(raw[f"videos/{video}/from_timestamp"])
+            spans[video] = Span(path, start, None if stop is None else _seconds(stop))
         first, stop = (raw.get(key) for key in ROWS)
         rows = None if first is None or stop is None else (int(first), int(stop))
         return EpisodeRow(int(raw["episode_index"]), int(raw["length"]), _texts(raw.get("tasks")), data, spans, rows)
     except (TypeError, ValueError):
         where = f"{info.root / file}, episode {raw.get('episode_index')}"
         raise SourceError(f"{where} lacks a place, a length or a timestamp", expected="numbers") from None
+
+
+def _seconds(value: Any) -> float:
+    return value.total_seconds() if isinstance(value, timedelta) else float(value)
 
 
 def _place(raw: dict[str, Any], prefix: str) -> dict[str, int]:

@@ -83,6 +83,20 @@ def test_consolidated_metadata_and_nested_chunks_are_read(tmp_path: Path) -> Non
     np.testing.assert_array_equal(ReplayBufferSource(root, fps=10).steps(0)["action"], ACTION[:5])
 
 
+def test_a_chunk_that_zarr_left_out_is_its_fill_value_when_that_is_asked_for(tmp_path: Path) -> None:
+    root = write_buffer(tmp_path / "a.zarr", fill_value=0.5)
+    whole = ReplayBufferSource(root, fps=10, empty_chunks="fill").digest()
+    (root / "data/action/1.0").unlink()
+    with pytest.raises(SourceError, match=r"1\.0.*empty_chunks=fill"):
+        ReplayBufferSource(root, fps=10).index()
+    source = ReplayBufferSource(root, fps=10, empty_chunks="fill")
+    np.testing.assert_array_equal(source.steps(1)["action"], [*np.full((5, 2), 0.5), *ACTION[10:]])
+    assert source.digest() != whole
+    edit_array(root, lambda found: found.update(fill_value=None))
+    with pytest.raises(SourceError, match=r"1\.0"):
+        ReplayBufferSource(root, fps=10, empty_chunks="fill").index()
+
+
 def test_filters_that_make_objects_are_never_run(tmp_path: Path) -> None:
     root = write_buffer(tmp_path / "a.zarr")
     edit_array(root, lambda found: found.update(filters=[{"id": "pickle", "protocol": 5}]))
