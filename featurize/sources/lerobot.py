@@ -205,8 +205,10 @@ class LeRobotSource:
                 kept.append(_Checked(row, rows[row.index].data, rows[row.index].first, found, rows[row.index].told))
         if not kept:
             raise SourceError(f"every episode of {self.root} is bad; the first: {next(iter(skipped.values()))}")
+        choices = {"annotation": self._annotation, "align": "index" if self._align == "index" else None}
         warnings = [*opened.warnings, *self._disagreements(info, opened, rows, places, list(placed), unclaimed)]
-        return _indexed(self.root, info, opened, kept, skipped, warnings)
+        named = {name: choice for name, choice in choices.items() if choice is not None}
+        return _indexed(self.root, info, opened, kept, skipped, warnings, named)
 
     def _skip(self, skipped: dict[str, str], row: EpisodeRow, error: SourceError) -> None:
         """Note why an episode is left out. Raises `error` unless bad episodes are to be skipped."""
@@ -382,8 +384,9 @@ def _indexed(
     kept: Sequence[_Checked],
     skipped: Mapping[str, str],
     warnings: Sequence[str],
+    choices: Mapping[str, str],
 ) -> _Indexed:
-    """Describe the episodes that are kept."""
+    """Describe the episodes that are kept; `choices` are the options that change what is read of the same files."""
     columns = opened.columns
     if opened.instruction == TASK_INDEX and any(checked.told.changes for checked in kept):
         # The instruction of each frame; a number of `meta/tasks`, whose text is one of the episode's.
@@ -398,7 +401,7 @@ def _indexed(
         episodes=tuple(Episode(c.row.id, c.row.length, c.told.task, dict(c.told.texts)) for c in kept),
         steps=columns.specs,
         licence=info.licence,
-        mapping=columns.names,
+        mapping={**columns.names, **choices},
         skipped=skipped,
         warnings=tuple(warnings),
         sizes={camera: size for camera, column in columns.cameras.items() if (size := sizes[column]) is not None},

@@ -20,7 +20,7 @@ from vla.featurize.sources.episode_checks import OTHER_CAMERA, SKIP
 from vla.featurize.sources.lerobot_info import Info, inside, missing_file
 from vla.featurize.sources.lerobot_layout import EpisodeRow, Span
 from vla.featurize.sources.mapping import Column
-from vla.featurize.sources.video import TOLERANCE, Clip, count_frames, frame_times
+from vla.featurize.sources.video import TOLERANCE, Clip, count_frames, frame_times, require_rate
 from vla.stores.errors import SourceError
 
 Align = Literal["timestamp", "index"]
@@ -67,11 +67,15 @@ def place_clips(
     for row, first_time in rows:
         member = Member(row, row.videos[column], first_time, f"camera {camera}, {row.id}")
         files.setdefault(member.span.path, []).append(member)
+    files = {relative: sorted(members, key=Member.order) for relative, members in files.items()}
+    shifts = np.concatenate([_shifts(members, info.fps) for members in files.values()])
+    # Half of all episodes are off by no more, half by no less: an offset that one episode has alone is an error.
+    usual = float(np.median(shifts[np.isfinite(shifts)])) if np.isfinite(shifts).any() else 0.0
     placed: Placed = {}
     unclaimed: list[str] = []
     for relative, members in files.items():
         try:
-            found = _place(info, relative, info.columns[column], sorted(members, key=Member.order), align)
+            found = _place(info, relative, info.columns[column], files[relative], align, usual)
         except SourceError as error:
             found = Placement({member.row.index: error for member in members}, [])
         placed |= found.clips
@@ -79,8 +83,20 @@ def place_clips(
     return Placement(placed, unclaimed)
 
 
-def _place(info: Info, relative: str, column: Column, members: list[Member], align: Align | None) -> Placement:
-    """Place the episodes of one file, in order. Raises `SourceError` where the file itself is unusable."""
+def _shifts(members: Sequence[Member], fps: float) -> NDArray[np.float64]:
+    """Return by how many frames the span of each episode of a file begins after the rows of those before it."""
+    lengths = np.asarray([member.row.length for member in members])
+    starts = np.asarray([member.span.start for member in members], np.float64)
+    return starts * fps - (np.cumsum(lengths) - lengths)
+
+
+def _place(
+    info: Info, relative: str, column: Column, members: list[Member], align: Align | None, usual: float
+) -> Placement:
+    """Place the episodes of one file, in order; `usual` is the offset in frames that most episodes have.
+
+    Raises `SourceError` where the file itself is unusable.
+    """
     path, label = inside(info.root, relative), members[0].label
     if not path.is_file():
         raise missing_file(info.root, relative, f"the video of {label}", OTHER_CAMERA)
@@ -101,9 +117,10 @@ def _place(info: Info, relative: str, column: Column, members: list[Member], ali
         # The header may count frames that are not shown: count them before anything is refused.
         count = len(frame_times(path, label))
         firsts, errors = _by_time(path, members, begins, count, info.fps)
-        shifts = begins - (ends - lengths)
-        if count == ends[-1] and np.ptp(shifts) <= TOLERANCE:
+        if count == ends[-1] and np.abs(_shifts(members, info.fps) - usual).max() <= TOLERANCE:
             firsts, errors = ends - lengths, {}  # one constant offset, and frames and rows one to one
+        else:
+            require_rate(path, label, info.fps)
     errors = _wrong_spans(path, members, info.fps) | errors
     unclaimed = []
     for at, (member, following) in enumerate(zip(members, [*firsts[1:].tolist(), count], strict=True)):
@@ -126,12 +143,16 @@ def _by_time(
     for at, (member, begin, first) in enumerate(zip(members, begins, firsts.tolist(), strict=True)):
         end = first + member.row.length
         if not (np.isfinite(begin) and begin > -0.5 and abs(begin - first) <= TOLERANCE):
-            found, expected = f"begins at {begin:.2f} frames", "a whole frame"
+            found, expected = f" begins at {begin:.2f} frames", "a whole frame"
         elif end > count:
-            found, expected = f"has frames {first} to {end - 1}", f"at most {count}, which the video has"
+            # In frames of the episode, as where a reader meets the end.
+            found, expected = (
+                f": the video ends before frame {max(count - first, 0)}",
+                f"frames up to {end - first - 1}",
+            )
         else:
             continue
-        errors[at] = SourceError(f"{path}, {member.label} {found}", expected=expected, fix=SKIP)
+        errors[at] = SourceError(f"{path}, {member.label}{found}", expected=expected, fix=SKIP)
     for at, (before, after) in enumerate(pairwise(range(len(members))), 1):
         end = int(firsts[before]) + members[before].row.length
         if at not in errors and firsts[after] < end:

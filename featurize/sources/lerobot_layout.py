@@ -83,7 +83,7 @@ def without_videos(info: Info, videos: Sequence[str]) -> list[str]:
     else:
         placed = list(videos)
     rows = read_layout(info, placed).rows
-    found = {video for video in placed if any((info.root / row.videos[video].path).is_file() for row in rows)}
+    found = {video for video in placed if any(_has_file(info.root, row.videos[video].path) for row in rows)}
     return [video for video in videos if video not in found]
 
 
@@ -97,6 +97,14 @@ def _episodes_v3(info: Info, videos: Sequence[str]) -> tuple[list[EpisodeRow], l
         for raw in read_table(inside(info.root, file), [*needed, *spans], optional).to_pylist():
             rows.append(_row_v3(info, raw, videos, file))
     return rows, files
+
+
+def _has_file(root: Path, relative: str) -> bool:
+    """Return whether a file is there; a path that leads out counts, as it is refused where the camera is chosen."""
+    try:
+        return inside(root, relative).is_file()
+    except SourceError:
+        return True
 
 
 def _files_v3(info: Info) -> list[str]:

@@ -66,6 +66,16 @@ def frame_times(path: Path, label: str) -> NDArray[np.int64]:
         return np.asarray(sorted(shown), np.int64)
 
 
+def require_rate(path: Path, label: str, fps: float) -> None:
+    """Raise `SourceError` where a video states another frame rate than `fps`."""
+    with _opened(path, label) as stream:
+        rate = float(stream.average_rate) if stream.average_rate else fps
+    if abs(rate - fps) > TOLERANCE * fps:
+        found = f"{path}, {label}: the video's rate is {rate:g} frames/s"
+        fix = _constant_rate(Clip(path, 0, fps, None, label))
+        raise SourceError(found, expected=f"one every 1/{fps:g} s", fix=fix)
+
+
 @contextmanager
 def _opened(path: Path, label: str) -> Iterator[av.VideoStream]:
     """Open a video's first stream. What FFmpeg raises becomes a `SourceError`."""
