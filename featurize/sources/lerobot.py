@@ -249,7 +249,8 @@ class LeRobotSource:
         """Return the declared cameras without videos that are left out: where none is chosen and others remain."""
         if self._cameras is not None or not videos:
             return []
-        absent = [name for name in without_videos(info, videos) if name not in self._map.values()]
+        # A name that is no folder's is not left out: `resolve` refuses it.
+        absent = [name for name in without_videos(info, videos) if name not in self._map.values() and "/" not in name]
         pictures = [name for name, column in there.items() if column.kind in ("picture", "video")]
         return absent if len(absent) < len(pictures) else []
 

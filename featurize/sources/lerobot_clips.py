@@ -67,6 +67,8 @@ def place_clips(
     for row, first_time in rows:
         member = Member(row, row.videos[column], first_time, f"camera {camera}, {row.id}")
         files.setdefault(member.span.path, []).append(member)
+    if not files:
+        return Placement({}, [])
     files = {relative: sorted(members, key=Member.order) for relative, members in files.items()}
     shifts = np.concatenate([_shifts(members, info.fps) for members in files.values()])
     # Half of all episodes are off by no more, half by no less: an offset that one episode has alone is an error.
