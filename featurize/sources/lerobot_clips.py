@@ -77,7 +77,7 @@ def place_clips(
     unclaimed: list[str] = []
     for relative, members in files.items():
         try:
-            found = _place(info, relative, info.columns[column], files[relative], align, usual)
+            found = _place(info, relative, info.columns[column], members, align, usual)
         except SourceError as error:
             found = Placement({member.row.index: error for member in members}, [])
         placed |= found.clips
@@ -89,7 +89,8 @@ def _shifts(members: Sequence[Member], fps: float) -> NDArray[np.float64]:
     """Return by how many frames the span of each episode of a file begins after the rows of those before it."""
     lengths = np.asarray([member.row.length for member in members])
     starts = np.asarray([member.span.start for member in members], np.float64)
-    return starts * fps - (np.cumsum(lengths) - lengths)
+    shifts: NDArray[np.float64] = starts * fps - (np.cumsum(lengths) - lengths)
+    return shifts
 
 
 def _place(
@@ -147,11 +148,8 @@ def _by_time(
         if not (np.isfinite(begin) and begin > -0.5 and abs(begin - first) <= TOLERANCE):
             found, expected = f" begins at {begin:.2f} frames", "a whole frame"
         elif end > count:
-            # In frames of the episode, as where a reader meets the end.
-            found, expected = (
-                f": the video ends before frame {max(count - first, 0)}",
-                f"frames up to {end - first - 1}",
-            )
+            found = f": the video ends before frame {max(count - first, 0)}"  # counted from the episode's first
+            expected = f"frames up to {end - first - 1}"
         else:
             continue
         errors[at] = SourceError(f"{path}, {member.label}{found}", expected=expected, fix=SKIP)
