@@ -39,7 +39,7 @@ class CheckConfig(Settings):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong. `check` is one of layout, episode, length, steps, instruction, picture."""
+    """One thing that is wrong. `check` is one of layout, records, episode, length, steps, instruction, picture."""
 
     check: str
     found: str
@@ -75,6 +75,7 @@ def check_source(config: CheckConfig, progress: Progress = lambda done, total: N
         report.add("layout", error)
         return report
     _describe(index, report)
+    report.findings += [Finding("records", line) for line in index.warnings]
     for name, reason in index.skipped.items():
         report.add("episode", f"{name}: {reason}")
     values = _check_steps(source, index, report, progress)

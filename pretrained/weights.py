@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 
 from vla.stores.errors import DataError, MachineError
+from vla.stores.pointers import refuse_pointer
 
 RANDOM = "random"
 """The value of `--weights` that asks for random weights by name; nothing falls back to them."""
@@ -88,6 +89,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except DAMAGE as error:
+        refuse_pointer(path)
         raise DataError(f"{path} is not a file of weights: {str(error).partition(chr(10))[0]}") from None
     if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
         raise DataError(f"{path} holds no state dict", expected="{name: tensor}")

@@ -45,6 +45,10 @@ class SourceError(DataError):
     """Raw demonstrations that are missing, damaged or laid out differently from what was said."""
 
 
+class PointerError(DataError):
+    """A Git-LFS pointer in the place of a file: one cause for a whole checkout, so no episode can be skipped for it."""
+
+
 class StoreError(DataError):
     """A store that is missing, incomplete, or not a store."""
 

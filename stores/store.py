@@ -226,6 +226,9 @@ def _check_tables(root: Path, manifest: Manifest, episodes: EpisodeTable) -> Non
         or int(ends.max()) != manifest.rows
         or len(set(episodes.ids)) < len(episodes.ids)
     )
+    # Episodes lie end to end: one that overlaps another would read its frames.
+    order = np.argsort(episodes.row_start, kind="stable") if not bad else np.zeros(0, np.int64)
+    bad = bad or not np.array_equal(episodes.row_start[order], np.r_[0, ends[order][:-1]])
     bad = bad or not _in_range(episodes.task, len(episodes.tasks))
     if episodes.labels:
         bad = bad or len(episodes.label) != len(episodes) or not _in_range(episodes.label, len(episodes.labels))

@@ -46,6 +46,8 @@ def show_plan(plan: dict[str, Any], as_json: bool) -> None:
         f"{plan['units']} units of {plan['unit_rows']} frames, {plan['bytes'] / 2**20:.1f} MiB in {plan['files']} files"
         f"; weights: {plan['weights_licence']}"
     )
+    for line in plan.get("warnings", ()):
+        open_log().print(f"warning: {line}", markup=False)
     if plan.get("frames_per_s"):
         open_log().print(
             f"{plan['pending_units']} units to make, about {_duration(plan['hours'] * 3600)} at "

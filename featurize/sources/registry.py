@@ -26,7 +26,7 @@ class Entry(NamedTuple):
 
 
 SOURCES: dict[str, Entry] = {
-    "lerobot": Entry("vla.featurize.sources.lerobot:LeRobotSource", ("meta/info.json",), "LeRobot v3.0 or v2.1"),
+    "lerobot": Entry("vla.featurize.sources.lerobot:LeRobotSource", ("meta/info.json",), "LeRobot v3.0, v2.1 or v2.0"),
     "store": Entry("vla.featurize.sources.cached:StoreSource", ("commits/writer.lock",), "a store of cached features"),
     "trackvla": Entry(
         "vla.featurize.sources.trackvla:TrackVLASource",
