@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import typer
+
+from vla.terminal.streams import ENVIRONMENT_LACKS, OutputError, end_output
 
 INTERRUPTED = 130
 
@@ -16,7 +17,7 @@ def run_app(app: typer.Typer, arguments: Sequence[str]) -> int:
     """Run the command that `arguments` name and return its exit code; without any, show the help.
 
     Where they are wrong, one line on stderr says what was found and what to type, and 2 is returned; 130 after Ctrl-C;
-    0 where the reader of stdout has had enough (`vla … | head`). What a command raises on purpose is raised.
+    4 where the result cannot be written to stdout. What a command raises on purpose is raised.
     """
     wrong: Any = typer.BadParameter.__base__  # click's UsageError, which typer exports under no name
     try:
@@ -26,14 +27,11 @@ def run_app(app: typer.Typer, arguments: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         code = INTERRUPTED
-    except SystemExit as end:
-        if not isinstance(end.__context__, BrokenPipeError):
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OutputError as error:
+        return end_output(ENVIRONMENT_LACKS, error)
     if code == INTERRUPTED:
         sys.stderr.write("vla: interrupted; what was committed is kept, --resume goes on\n")
-    return code or 0
+    return end_output(code or 0)
 
 
 def _one_line(error: Any) -> str:
