@@ -34,7 +34,7 @@ def featurize(
     backbone: Annotated[str | None, opt.goes_in("A name of `vla backbones`.")] = None,
     out: Annotated[str, opt.comes_out("Folder or s3:// URL that gets the store OUT/NAME.")] = "stores",
     source: opt.Source = None,
-    weights: Annotated[str | None, opt.goes_in("Folder, hub id, or random.")] = None,
+    weights: Annotated[str | None, opt.goes_in("Folder, hub id, or random: a tiny network for trial runs.")] = None,
     name: Annotated[str | None, opt.comes_out("Name of the store. Left out: the backbone's.")] = None,
     format_: Annotated[str | None, opt.comes_out("zarr (the default), or h5: a file a unit.", "--format")] = None,
     dtype: opt.Dtype = None,
