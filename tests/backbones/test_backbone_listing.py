@@ -17,7 +17,8 @@ from vla.featurize.backbones.registry import BACKBONES, load_backbone_class, mak
 
 CHECKOUTS = {"croco": "VLA_CROCO_CHECKOUT", "vggt": "VLA_VGGT_CHECKOUT"}
 RANDOM = {"weights": "random"}
-SIZED_BY_THE_USER: dict[str, dict[str, Any]] = {"rgb2pc": {"student": {"inputs": {"grid": [2, 2, 4]}, "teacher_dim": 8}}}
+STUDENT = {"inputs": {"grid": [2, 2, 4]}, "teacher_dim": 8}
+SIZED_BY_THE_USER: dict[str, dict[str, Any]] = {"rgb2pc": {"student": STUDENT}}
 """A student has no published size; its width is that of the user's teacher."""
 BUILT: dict[str, dict[str, str]] = {
     "efficientnet": {},

@@ -16,7 +16,7 @@ import pytest
 
 from vla.cli import app
 from vla.stores.errors import VlaError
-from vla.terminal import output, reports
+from vla.terminal import output, reports, tables
 from vla.terminal.progress import show_training, show_workers
 from vla.terminal.run_app import run_app
 from vla.terminal.streams import LogStream, ResultStream
@@ -122,7 +122,7 @@ def test_json_in_an_ascii_locale_is_escaped_and_nothing_is_replaced(
 SHOWN: dict[str, Callable[[], None]] = {
     "facts": lambda: output.show_facts({"tasks": CHINESE, CHINESE: [CHINESE]}),
     "rows": lambda: output.show_rows(CHINESE, [{"name": CHINESE, "mean": 1.0}]),
-    "table": lambda: reports.show_table([CHINESE], [[CHINESE]]),
+    "table": lambda: tables.draw_table(output.open_out(), [CHINESE], [[CHINESE]]),
     "line": lambda: reports.print_line(CHINESE),
     "findings": lambda: reports.show_findings([CHINESE]),
     "left out": lambda: reports.show_left_out({CHINESE: CHINESE}),
