@@ -24,7 +24,8 @@ is_there = partial(_option, "What is there already")
 settings = partial(_option, SETTINGS)
 
 Source = Annotated[
-    str | None, goes_in("Raw demonstrations: a folder, KIND:FOLDER, or synthetic. Left out: examples/push.", "--source")
+    str | None,
+    goes_in("Demonstrations: a folder, KIND:FOLDER, or synthetic. Left out: the shipped ones.", "--source"),
 ]
 Map = Annotated[list[str] | None, goes_in("OURS=THEIRS, such as action=actions.", "--map")]
 SkipBad = Annotated[bool, goes_in("Leave unreadable episodes out; count them.", "--skip-bad")]
