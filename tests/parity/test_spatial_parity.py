@@ -1,8 +1,8 @@
 """`spatial` against the code it follows, in checkouts that environment variables name.
 
 VLA_LLAVA_3D_CHECKOUT: github.com/ZCMax/LLaVA-3D (its leaf modules import with torch alone; 91d979d was compared).
-VLA_MAP_ANYTHING_CHECKOUT: github.com/facebookresearch/map-anything at the commit of `mapanything.REPOSITORY`, its packages
-(uniception, hydra-core, jaxtyping, timm, opencv, torchvision) importable.
+VLA_MAP_ANYTHING_CHECKOUT: github.com/facebookresearch/map-anything at the commit of `mapanything.REPOSITORY`, with its
+packages (uniception, hydra-core, jaxtyping, timm, opencv, torchvision) importable.
 """
 
 from __future__ import annotations
