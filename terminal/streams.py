@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import TextIO
 
 STDIN, STDOUT, STDERR = range(3)
 ENVIRONMENT_LACKS = 4
@@ -79,17 +80,19 @@ def protect_streams() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, flags)  # returns the lowest free number, which is this one
-    sys.stdout = sys.__stdout__ = _wrap(sys.stdout, STDOUT, ResultStream)
-    sys.stderr = sys.__stderr__ = _wrap(sys.stderr, STDERR, LogStream)
+    if sys.stdout is sys.__stdout__:  # else a caller captures what is written
+        sys.stdout = _wrap(sys.stdout, STDOUT, ResultStream)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _wrap(sys.stderr, STDERR, LogStream)
 
 
-def _wrap(stream: io.TextIOWrapper | None, descriptor: int, kind: type[io.TextIOWrapper]) -> io.TextIOWrapper:
+def _wrap(stream: TextIO | None, descriptor: int, kind: type[io.TextIOWrapper]) -> io.TextIOWrapper:
     """Return `kind` over the bytes of a stream; Python has no stream where the descriptor was closed at the start."""
-    if stream is None:
+    if not isinstance(stream, io.TextIOWrapper):
         return kind(open(descriptor, "wb", closefd=False), "utf-8", "backslashreplace", line_buffering=True)
-    how = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
-    encoding = stream.encoding
-    return kind(stream.detach(), encoding, "backslashreplace", **how)
+    lines, through = stream.line_buffering, stream.write_through
+    # The replaced stream lives on in `sys.__stdout__` or `sys.__stderr__`, so that its end closes no descriptor.
+    return kind(stream.buffer, stream.encoding, "backslashreplace", line_buffering=lines, write_through=through)
 
 
 def end_output(code: int, error: OutputError | None = None) -> int:
