@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from vla.terminal.streams import ENVIRONMENT_LACKS, OutputError, end_output
+from vla.terminal.streams import OutputError, end_output
 
 INTERRUPTED = 130
 
@@ -28,7 +28,7 @@ def run_app(app: typer.Typer, arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         code = INTERRUPTED
     except OutputError as error:
-        return end_output(ENVIRONMENT_LACKS, error)
+        return end_output(0, error)
     if code == INTERRUPTED:
         sys.stderr.write("vla: interrupted; what was committed is kept, --resume goes on\n")
     return end_output(code or 0)

@@ -96,18 +96,16 @@ def _wrap(stream: TextIO | None, descriptor: int, kind: type[io.TextIOWrapper]) 
 
 
 def end_output(code: int, error: OutputError | None = None) -> int:
-    """Write what is left of the result and return the exit code: `code`, or 4 where the result cannot be written.
+    """Write what is left of the result and return the exit code: `code`, or 4 for 0 where the result cannot be written.
 
-    `error` is the failure that already ended the command. Returns 0 where the reader of stdout closed the pipe.
+    `error` is the failure that already ended the command. A reader that closed the pipe of stdout changes no code.
     """
     try:
         if error is None:
             sys.stdout.flush()
     except OutputError as failure:
         error = failure
-    if error is None:
+    if error is None or error.reader_left:
         return code
-    if error.reader_left:
-        return 0
     sys.stderr.write(f"vla: {error}\n")
-    return ENVIRONMENT_LACKS
+    return code or ENVIRONMENT_LACKS

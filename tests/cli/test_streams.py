@@ -19,7 +19,7 @@ from vla.stores.errors import VlaError
 from vla.terminal import output, reports, tables
 from vla.terminal.progress import show_training, show_workers
 from vla.terminal.run_app import run_app
-from vla.terminal.streams import LogStream, ResultStream
+from vla.terminal.streams import LogStream, ResultStream, end_output
 
 CHINESE = "把红色方块放进盒子 │ é \udcff"
 """The last is a byte of a file's name that is no UTF-8, as Python decodes one."""
@@ -72,6 +72,13 @@ def test_a_full_stdout_is_one_line_and_exit_code_4(
     sys.stderr.flush()
     assert said.getvalue().count(b"\n") == 1
     assert said.getvalue().startswith(b"vla: ")
+
+
+@pytest.mark.parametrize(("code", "ends"), [(0, 4), (1, 1), (3, 3)])
+def test_a_lost_result_hides_no_failure(code: int, ends: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams(monkeypatch, Full(), io.BytesIO())
+    sys.stdout.write("a result that is still in the buffer")
+    assert end_output(code) == ends
 
 
 @pytest.mark.parametrize(
