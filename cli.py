@@ -20,6 +20,7 @@ from vla.terminal.help import Command, HeadCommand
 from vla.terminal.output import emit, figures, open_log, show_facts, show_plan
 from vla.terminal.progress import show_progress, show_training, show_workers
 from vla.terminal.run_app import run_app
+from vla.terminal.streams import end_output, protect_streams
 
 app = typer.Typer(
     help="Run a frozen backbone once over demonstrations; train heads from the cache; act.",
@@ -35,7 +36,7 @@ def featurize(
     backbone: opt.Backbone = None,
     out: Annotated[str, opt.comes_out("Folder or s3:// URL that gets the store OUT/NAME.")] = "stores",
     source: opt.Source = None,
-    weights: Annotated[str | None, opt.goes_in("Folder, hub id, or random.")] = None,
+    weights: Annotated[str | None, opt.goes_in("Folder, hub id, or random: a tiny network for trial runs.")] = None,
     name: Annotated[str | None, opt.comes_out("Name of the store. Left out: the backbone's.")] = None,
     format_: Annotated[str | None, opt.comes_out("zarr (the default), or h5: a file a unit.", "--format")] = None,
     dtype: opt.Dtype = None,
@@ -492,13 +493,14 @@ def main() -> NoReturn:
     """Run the command line; turn errors into one line and an exit code."""
     # Spinning OpenMP threads on a busy machine slow a 6 ms step to 400 ms; torch reads this when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    protect_streams()
     from vla.stores.errors import VlaError
 
     try:
         sys.exit(run_app(app, sys.argv[1:], process=True))
     except VlaError as error:
         sys.stderr.write(f"vla: {error}\n")
-        sys.exit(error.exit_code)
+        sys.exit(end_output(error.exit_code))
 
 
 if __name__ == "__main__":

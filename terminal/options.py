@@ -58,7 +58,7 @@ def _place(what: str, text: str) -> Any:
 
 Source = Annotated[
     str | None,
-    _named("source", "Raw demonstrations: a folder, KIND:FOLDER, or synthetic. Left out: examples/push.", "--source"),
+    _named("source", "Demonstrations: a folder, KIND:FOLDER, or synthetic. Left out: the shipped ones.", "--source"),
 ]
 Backbone = Annotated[str | None, _named("backbone", "A name of `vla backbones`.", "--backbone")]
 Map = Annotated[list[str] | None, goes_in("OURS=THEIRS, such as action=actions.", "--map")]

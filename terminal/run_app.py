@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,14 +11,15 @@ import typer
 
 from vla.stores.interrupt import catch_signals
 from vla.terminal.help import KEPT, InterruptedCommand
+from vla.terminal.streams import OutputError, end_output
 
 
 def run_app(app: typer.Typer, arguments: Sequence[str], *, process: bool = False) -> int:
     """Run the command that `arguments` name and return its exit code; without any, show the help.
 
     Where they are wrong, one line on stderr says what was found and what to type, and 2 is returned; 128 + n after
-    signal n, 130 after Ctrl-C; 0 where the reader of stdout has had enough (`vla … | head`). What a command raises on
-    purpose is raised. `process`: the command is all that this process does; a second signal ends the process.
+    signal n, 130 after Ctrl-C; 4 where the result cannot be written to stdout. What a command raises on purpose is
+    raised. `process`: the command is all that this process does; a second signal ends the process.
     """
     wrong: Any = typer.BadParameter.__base__  # click's UsageError, which typer exports under no name
     try:
@@ -29,17 +29,15 @@ def run_app(app: typer.Typer, arguments: Sequence[str], *, process: bool = False
         sys.stderr.write(f"vla: {_one_line(error)}\n")
         return 2
     except InterruptedCommand as ended:
-        return _interrupted(ended.number, ended.left)
+        code = _interrupted(ended.number, ended.left)
     except KeyboardInterrupt as error:
-        return _interrupted(getattr(error, "number", signal.SIGINT), KEPT)
-    except SystemExit as end:
-        if not isinstance(end.__context__, BrokenPipeError):
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    if code == 128 + signal.SIGINT:  # typer's own answer to Ctrl-C outside a command of ours
-        return _interrupted(signal.SIGINT, KEPT)
-    return code or 0
+        code = _interrupted(getattr(error, "number", signal.SIGINT), KEPT)
+    except OutputError as error:
+        return end_output(0, error)
+    else:
+        if code == 128 + signal.SIGINT:  # typer's own answer to Ctrl-C outside a command of ours
+            code = _interrupted(signal.SIGINT, KEPT)
+    return end_output(code or 0)
 
 
 def _interrupted(number: int, left: str) -> int:

@@ -84,7 +84,7 @@ def open_source(spec: str | Path, **options: Any) -> Source:
 
 
 def shipped() -> Path:
-    """Return the data set that ships with a checkout. Raises `UsageError` outside of one."""
+    """Return the data set that ships with a checkout and with the wheel. Raises `UsageError` where there is none."""
     path = Path(__file__).parents[2] / "examples" / "push"
     if not path.is_dir():
         raise UsageError("no --source given", expected="a folder of demonstrations", fix="--source DIR")
