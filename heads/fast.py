@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models
 from tokenizers.trainers import BpeTrainer
 
+from vla.stores.documents import read_json_file
 from vla.stores.errors import DataError, UsageError
 
 SETTINGS, TOKENIZER = "processor_config.json", "tokenizer.json"
@@ -234,8 +235,8 @@ class FastTokenizer:
 def _settings(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = read_json_file(path)
+    except (OSError, ValueError) as error:
         fix = "vla fit-fast, or `hf download physical-intelligence/fast`"
         raise DataError(f"{path} does not read ({type(error).__name__})", expected="a FAST folder", fix=fix) from None
     if not isinstance(found, dict):
@@ -273,8 +274,8 @@ def read_mapping(path: Path, size: int) -> NDArray[np.int64]:
     `action_to_vlm_mapping`, in a pickle, which would run code). Raises `DataError`.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = read_json_file(path)
+    except (OSError, ValueError) as error:
         expected = "JSON: a list, or an object of FAST ids"
         raise DataError(f"{path} does not read ({type(error).__name__})", expected=expected) from None
     if isinstance(found, dict):

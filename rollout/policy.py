@@ -20,10 +20,11 @@ import torch
 from numpy.typing import NDArray
 
 from vla.featurize.backbones.base import Backbone
-from vla.featurize.job import choose_device, rebuild_backbone
+from vla.featurize.job import choose_device
+from vla.featurize.rebuild import BackboneSettings, rebuild_backbone, require_known
 from vla.featurize.views import live_view
 from vla.heads.batch import Batch
-from vla.heads.checkpoint import StoreRecord, TrainedHead, load_head
+from vla.heads.checkpoint import HeadSettings, StoreRecord, TrainedHead, load_head
 from vla.heads.storage import through_storage
 from vla.rollout.envs.base import EnvSpec, Observation
 from vla.stores.errors import DataError, UsageError
@@ -35,6 +36,12 @@ log = logging.getLogger(__name__)
 
 CAMERA_PREFIX = "observation.images."
 """LeRobot's column prefix: its camera `observation.images.top` is the environment's `top`."""
+
+
+class RolloutSettings(HeadSettings):
+    """What `vla rollout --set` gives: `model` of the head, `backbones` as `Policy` describes them."""
+
+    backbones: BackboneSettings = {}
 
 
 @dataclass
@@ -66,9 +73,19 @@ class Policy:
     the demonstrations had, or their features are not those of the training: backbones resize, and say nothing. `check`
     compares an environment; a robot's own pictures are taken as they are. Raises `UsageError` for a head whose label is
     a chunk that rows hold as a whole, such as waypoints: none of its steps is an action.
+
+    `backbones` {name: {option: value}}: checkouts and weights of the backbones, which a checkpoint records and never
+    chooses, such as {"da3": {"weights": "weights/da3"}}; nothing for backbones with their own default weights.
     """
 
-    def __init__(self, head: TrainedHead, *, device: str = "auto", n_action: int | None = None) -> None:
+    def __init__(
+        self,
+        head: TrainedHead,
+        *,
+        device: str = "auto",
+        n_action: int | None = None,
+        backbones: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         if head.artefact.io.chunk is not None:
             raise UsageError(
                 f"the head plans {head.artefact.data.target!r}, which no simulator here executes",
@@ -93,11 +110,13 @@ class Policy:
         self._reads = self._model.reads
         self._masks = {name: f"{name}_mask" for name in self._reads if self._io.features[name].masked}
         self._wanted = {*self._reads, *self._masks.values()}
-        for store in head.artefact.stores:
-            if set(store.features) & self._wanted:
-                backbone = rebuild_backbone(store.recipe, store.fingerprint["backbone"])
-                backbone.to(self._device)
-                self._backbones.append((backbone, store))
+        live = [store for store in head.artefact.stores if set(store.features) & self._wanted]
+        require_known(backbones or {}, [(store.recipe, store.features) for store in live])
+        for store in live:
+            identity = store.fingerprint["backbone"]
+            backbone = rebuild_backbone(store.recipe, identity, backbones, features=tuple(store.features))
+            backbone.to(self._device)
+            self._backbones.append((backbone, store))
         # Frames whose pictures a decision reads: its observations, and what their features look back on.
         self._reach = head.config.n_obs + max((backbone.spec().context for backbone, _ in self._backbones), default=0)
         self._n_action = head.config.n_action if n_action is None else n_action
@@ -108,14 +127,18 @@ class Policy:
     @classmethod
     def from_run(
         cls,
-        run: Path,
+        run: Path | str,
         *,
         device: str = "auto",
         n_action: int | None = None,
         settings: Mapping[str, Any] | None = None,
+        backbones: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Policy:
-        """Load a run of `vla train-head` or one of its checkpoints; `settings` as `load_head` takes them."""
-        return cls(load_head(run, settings=settings), device=device, n_action=n_action)
+        """Return the policy of a run of `vla train-head`, or of one of its checkpoints.
+
+        `settings`: see `load_head`; `backbones`: see the class.
+        """
+        return cls(load_head(run, settings=settings), device=device, n_action=n_action, backbones=backbones)
 
     def env_options(self) -> dict[str, Any]:
         """Return what an environment has to be made with: the cameras that the backbones look through, and the size of

@@ -29,15 +29,13 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from vla.stores.documents import read_json_file
 from vla.stores.errors import CheckpointError
 from vla.stores.filesystem import PARTIAL, digest_file, explaining, fsync_dir, fsync_tree
 from vla.stores.settings import Settings
 
 REQUIRED = {"model.safetensors", "optimizer.safetensors", "state.json", "artefact.json"}
 OPTIONAL = {"ema.safetensors"}
-MAX_JSON_BYTES = 64 << 20
-"""A larger JSON file is none of ours: state.json of ten thousand parameters has 1 MB."""
-
 CHECKPOINT_NAME = r"^step-[0-9]{8,}$"
 _NAME = re.compile(CHECKPOINT_NAME)
 log = logging.getLogger(__name__)
@@ -230,13 +228,11 @@ def read_state(folder: Path) -> dict[str, Any]:
 def read_object(file: Path) -> dict[str, Any]:
     """Read a JSON object of bounded size. Raises `CheckpointError` naming the file."""
     try:
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{file} has {file.stat().st_size} bytes", expected=f"at most {MAX_JSON_BYTES}")
-        value = json.loads(file.read_bytes())
+        value = read_json_file(file)
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing", expected="a complete checkpoint or a run folder") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: {type(error).__name__}", expected="JSON") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: {error}", expected="JSON") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} holds a {type(value).__name__}", expected="a JSON object")
     return value

@@ -267,7 +267,11 @@ def test_features_live_equal_those_cached(code: Code, tmp_path: Path) -> None:
     run(job, tmp_path / "s")
     store = open_store(tmp_path / "s")
     assert store.manifest.provenance["weights_licence"] == LICENCE
-    live = rebuild_backbone(store.manifest.provenance["backbone"], store.manifest.fingerprint["backbone"])
+    live = rebuild_backbone(
+        store.manifest.provenance["backbone"],
+        store.manifest.fingerprint["backbone"],
+        {"croco": {**code.options, "weights": str(code.file)}},
+    )
     frames = SyntheticSource(episodes=1, length=(3, 3), cameras=2, image_size=24).frames(0, 0, 3)
     for row, views in enumerate(frames):
         seen = encode(live, torch.stack([live.preprocess(view) for view in views])[None])[0]

@@ -314,7 +314,11 @@ def test_a_store_holds_what_a_rebuilt_backbone_makes_of_the_same_views(folder: P
     store = open_store(tmp_path / "s")
     dtypes = {name: info.dtype for name, info in store.manifest.features.items()}
     assert dtypes == {"spatial": "float16", "spatial_mask": "uint8", "spatial_xyz": "float32"}
-    backbone = rebuild_backbone(store.manifest.provenance["backbone"], store.manifest.fingerprint["backbone"])
+    backbone = rebuild_backbone(
+        store.manifest.provenance["backbone"],
+        store.manifest.fingerprint["backbone"],
+        {"spatial": {"weights": str(folder)}},
+    )
     source = SyntheticSource(episodes=2, length=(3, 3), cameras=2, image_size=16, depth=True)
     for episode in range(2):
         for frame, views in enumerate(source.views(episode, 0, 3, backbone.spec().inputs)):
