@@ -66,23 +66,31 @@ def set_dotted(values: dict[str, Any], text: str) -> None:
     """Apply one `a.b=c` to nested `values` in place; `c` is read as JSON where it parses, as a string where not."""
     key, equals, raw = text.partition("=")
     if not equals or not key:
-        raise UsageError(f"--set {text!r} has no '='", expected="key=value, such as --set train.lr=3e-4")
+        raise UsageError(f"--set {text[:60]!r} has no '='", expected="key=value, such as --set train.lr=3e-4")
     if len(text) > MAX_TEXT_BYTES or key.count(".") >= MAX_DEPTH:
         raise UsageError(f"--set {text[:60]!r}…", expected=f"up to {MAX_TEXT_BYTES} characters, {MAX_DEPTH} keys deep")
-    value: Any
-    try:
-        value = json.loads(raw)
-        require_sane(value)
-    except json.JSONDecodeError:
-        value = raw
-    except (ValueError, RecursionError) as error:  # JSON of thousands of digits or levels
-        raise UsageError(f"--set {text[:60]!r}…: {error}", expected="a value within limits") from None
+    value = parse_value(raw)
     *parents, leaf = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise UsageError(f"--set {text!r}: {parent!r} is a value", expected="a table")
     values[leaf] = value
+
+
+def parse_value(raw: str) -> Any:
+    """Return what a user typed as JSON where it parses, as a string where not.
+
+    Raises `UsageError` for JSON beyond the limits of `require_sane`.
+    """
+    try:
+        value = json.loads(raw)
+        require_sane(value)
+    except json.JSONDecodeError:
+        return raw
+    except (ValueError, RecursionError) as error:  # thousands of digits or levels
+        raise UsageError(f"the value {raw[:40]}…: {error}", expected="a value within limits") from None
+    return value
 
 
 def read_pairs(texts: Iterable[str] | None) -> dict[str, str] | None:

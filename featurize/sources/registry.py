@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from vla.featurize.options import checked_options, keywords, options_model
 from vla.featurize.sources.base import Source
 from vla.stores.debris import refuse_overwriting
 from vla.stores.errors import SourceError, UsageError
-from vla.stores.settings import nearest
+from vla.stores.settings import nearest, parse_value
 from vla.stores.user_given import resolve
 
 
@@ -172,10 +171,7 @@ def _written(kind: str, text: str) -> dict[str, Any]:
         key, equals, raw = pair.partition("=")
         if not equals:
             raise UsageError(f"{kind} source option {pair!r}", expected=f"KEY=VALUE, such as {kind}:episodes=8,seed=1")
-        try:
-            options[key.strip()] = json.loads(raw)
-        except (json.JSONDecodeError, RecursionError):
-            options[key.strip()] = raw
+        options[key.strip()] = parse_value(raw)
     return options
 
 
