@@ -414,11 +414,12 @@ def rollout(
 
     keep_freed_memory()
     settings = RolloutSettings.from_sources(None, set_ or ())
-    policy = Policy.from_run(run, n_action=n_action, settings=settings.model, backbones=settings.backbones)
+    how: dict[str, Any] = {"backbones": settings.backbones, "far_state": settings.policy.far_state}
+    policy = Policy.from_run(run, n_action=n_action, settings=settings.model, **how)
     world = make_env(env, **policy.env_options())
     try:
         with show_progress("rollout", "episodes") as progress:
-            how: dict[str, Any] = {"seed": seed, "video": video, "overwrite": overwrite, "progress": progress}
+            how = {"seed": seed, "video": video, "overwrite": overwrite, "progress": progress}
             report = roll_out(world, policy, episodes, **how)
     finally:
         world.close()

@@ -48,7 +48,8 @@ class Artefact(Settings):
     them, whose weights stay where they were.
     `init_from`: the run that it started from. `online`: how pictures were shown to the backbones in the loop; empty
     where features came from the stores. `action_mean` [A]: the mean of the training actions, the baseline of every
-    evaluation; () of checkpoints made before it was kept.
+    evaluation; () of checkpoints made before it was kept. `state_range` [S]: the least and greatest value of each state
+    column in training, likewise.
     """
 
     head: str
@@ -63,6 +64,7 @@ class Artefact(Settings):
     init_from: str | None = None
     online: dict[str, Any] = {}
     action_mean: tuple[float, ...] = ()
+    state_range: tuple[tuple[float, float], ...] = ()
     vla_version: str
 
 
