@@ -191,8 +191,9 @@ class FastTokenizer:
         H, A = chunks.shape[1:]
         return cls(tokenizer, scale, low, H, A, max_token=high, action_norm=action_norm, statistics=statistics)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path | str) -> None:
         """Write both files into a folder, which is made."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(str(folder / TOKENIZER))
         settings = {
@@ -210,11 +211,12 @@ class FastTokenizer:
         (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path, horizon: int, action_dim: int) -> FastTokenizer:
+    def load(cls, folder: Path | str, horizon: int, action_dim: int) -> FastTokenizer:
         """Read a folder of `save` or of the published layout, for chunks [horizon, action_dim]; runs none of its code.
 
         Raises `UsageError` for a folder fitted to other chunks, `DataError` for files that do not hold.
         """
+        folder = Path(folder)
         settings = _settings(folder)
         for name, ours in (("time_horizon", horizon), ("action_dim", action_dim)):
             if settings.get(name) not in (None, ours):
@@ -267,12 +269,13 @@ def _statistics(
     return centre, scale
 
 
-def read_mapping(path: Path, size: int) -> NDArray[np.int64]:
+def read_mapping(path: Path | str, size: int) -> NDArray[np.int64]:
     """Read which id of a language model stands for each FAST id [size]: a JSON list, or an object {"0": 257024, …}.
 
     What a domain transfer makes that adds action tokens to a language model's vocabulary (the origin keeps it, as
     `action_to_vlm_mapping`, in a pickle, which would run code). Raises `DataError`.
     """
+    path = Path(path)
     try:
         found = read_json_file(path)
     except (OSError, ValueError) as error:

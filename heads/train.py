@@ -62,7 +62,7 @@ class Supplier(Protocol):
 
 def train_head(
     config: HeadTrainConfig,
-    run_dir: Path,
+    run_dir: Path | str,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -75,6 +75,7 @@ def train_head(
     `supplier` gives the training batches their features; statistics and validation read the stores all the same.
     `begun` is called with the head before the first step.
     """
+    run_dir = Path(run_dir)
     asked = config.train
     config = with_head_defaults(config, begun=resume and begun_warmup(run_dir) is not None)
     if config.train.threads:

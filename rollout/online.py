@@ -87,13 +87,14 @@ class OnlineTrainConfig(HeadTrainConfig):
 
 
 def train_online(
-    config: OnlineTrainConfig, run_dir: Path, *, resume: bool = False, overwrite: bool = False, **hooks: Any
+    config: OnlineTrainConfig, run_dir: Path | str, *, resume: bool = False, overwrite: bool = False, **hooks: Any
 ) -> FitReport:
     """Train a head with its backbones in the loop; see `train_head`, whose arguments `hooks` are.
 
     Raises `UsageError` where a run that was begun from cached features is to be resumed, and what opening the source
     and rebuilding the backbones raise.
     """
+    run_dir = Path(run_dir)
     begun = run_dir / "run.json"
     if resume and begun.is_file() and not read_object(begun).get("artefact", {}).get("online"):
         raise UsageError(

@@ -58,8 +58,9 @@ def norm_stats_of(store: Store) -> dict[str, NormStats]:
     }
 
 
-def write_norm_stats(path: Path, stats: Mapping[str, NormStats]) -> None:
+def write_norm_stats(path: Path | str, stats: Mapping[str, NormStats]) -> None:
     """Write the file; an existing one is refused with `UsageError`."""
+    path = Path(path)
     if path.exists():
         raise UsageError(f"{path} exists: refuse to replace it", expected="a new file")
     entries = {
@@ -71,8 +72,9 @@ def write_norm_stats(path: Path, stats: Mapping[str, NormStats]) -> None:
         path.write_text(json.dumps({"norm_stats": entries}, indent=2) + "\n", encoding="utf-8")
 
 
-def read_norm_stats(path: Path) -> dict[str, NormStats]:
+def read_norm_stats(path: Path | str) -> dict[str, NormStats]:
     """Read the file, or `norm_stats.json` in a folder. Raises `DataError` naming what does not hold."""
+    path = Path(path)
     path = path / "norm_stats.json" if path.is_dir() else path
     try:
         found = read_json_file(path)

@@ -72,7 +72,7 @@ class Survey:
 
 
 def save_checkpoint(
-    run_dir: Path,
+    run_dir: Path | str,
     step: int,
     models: Mapping[str, torch.nn.Module],
     optimizer_tensors: Mapping[str, torch.Tensor],
@@ -84,6 +84,7 @@ def save_checkpoint(
     `models`: "model" and, where averaging is on, "ema". `state` and `artefact` are JSON-able.
     Raises `MachineError` where the disk refuses; nothing is left under the checkpoint's name then.
     """
+    run_dir = Path(run_dir)
     folder = run_dir / "checkpoints" / f"step-{step:08d}"
     partial = folder.with_name(folder.name + PARTIAL)
     with explaining(folder):
@@ -103,8 +104,9 @@ def save_checkpoint(
     return folder
 
 
-def checkpoints(run_dir: Path) -> list[Path]:
+def checkpoints(run_dir: Path | str) -> list[Path]:
     """Return the run's checkpoint folders, newest first, whole or not."""
+    run_dir = Path(run_dir)
     found = [path for path in (run_dir / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=step_of, reverse=True)
 
@@ -114,8 +116,9 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def survey(run_dir: Path) -> Survey:
+def survey(run_dir: Path | str) -> Survey:
     """Find the newest checkpoint whose every file matches its digest; say in the log which were passed over."""
+    run_dir = Path(run_dir)
     passed_over: list[str] = []
     for folder in checkpoints(run_dir):
         try:
@@ -128,8 +131,9 @@ def survey(run_dir: Path) -> Survey:
     return Survey(None, tuple(passed_over))
 
 
-def newest_complete(run_dir: Path) -> Path:
+def newest_complete(run_dir: Path | str) -> Path:
     """Return the newest complete checkpoint of a run. Raises `CheckpointError` where there is none."""
+    run_dir = Path(run_dir)
     if not run_dir.exists():
         raise CheckpointError(f"{run_dir} does not exist", expected="a run of `vla train-head`, or one checkpoint")
     found = survey(run_dir)
@@ -144,11 +148,12 @@ def newest_complete(run_dir: Path) -> Path:
     return found.newest
 
 
-def load_checkpoint(path: Path, *, which: str = "newest") -> Checkpoint:
+def load_checkpoint(path: Path | str, *, which: str = "newest") -> Checkpoint:
     """Open one checkpoint folder, or a run folder's "newest" complete or "best" one, for inference.
 
     Raises `CheckpointError` naming the file that is missing or damaged.
     """
+    path = Path(path)
     if _NAME.fullmatch(path.name) or (path / "complete.json").exists():
         folder = path
         verify_checkpoint(folder)
@@ -169,8 +174,9 @@ def load_checkpoint(path: Path, *, which: str = "newest") -> Checkpoint:
     )
 
 
-def best_of(run_dir: Path) -> str:
+def best_of(run_dir: Path | str) -> str:
     """Return the name of the checkpoint that `best.json` points to. Raises `CheckpointError` where it does not."""
+    run_dir = Path(run_dir)
     file = run_dir / "best.json"
     name = read_object(file).get("checkpoint")
     if not isinstance(name, str) or not _NAME.fullmatch(name):  # no way out of the folder
@@ -178,8 +184,9 @@ def best_of(run_dir: Path) -> str:
     return name
 
 
-def verify_checkpoint(folder: Path) -> None:
+def verify_checkpoint(folder: Path | str) -> None:
     """Compare every file with `complete.json`. Raises `CheckpointError` naming the first that differs."""
+    folder = Path(folder)
     record = folder / "complete.json"
     try:
         complete = _Complete.model_validate(read_object(record))
@@ -199,8 +206,9 @@ def verify_checkpoint(folder: Path) -> None:
                 raise CheckpointError(f"{file} differs from {record.name}: truncated or changed")
 
 
-def load_weights(module: torch.nn.Module, file: Path) -> None:
+def load_weights(module: torch.nn.Module, file: Path | str) -> None:
     """Load a safetensors file into `module`. Raises `CheckpointError` where names or shapes differ."""
+    file = Path(file)
     tensors, wanted = read_tensors(file), module.state_dict()
     wrong = sorted(tensors.keys() ^ wanted.keys()) or [n for n in wanted if wanted[n].shape != tensors[n].shape]
     if wrong:

@@ -69,7 +69,7 @@ def fit(
     module: torch.nn.Module,
     batches: Batches,
     config: TrainConfig,
-    run_dir: Path,
+    run_dir: Path | str,
     *,
     artefact: Mapping[str, Any],
     places: Sequence[str] = (),
@@ -97,6 +97,7 @@ def fit(
     `MachineError` where device, tracker or disk refuse. On Ctrl-C it finishes the step, writes a checkpoint and raises
     `KeyboardInterrupt`; with several processes it only raises.
     """
+    run_dir = Path(run_dir)
     kept = json.loads(json.dumps(artefact))
     with accelerated(config, run_dir) as accelerator:
         ready: list[Any] = [None]
