@@ -301,9 +301,8 @@ def open_demonstrations(store: Store, place: str | None = None, options: Mapping
     first = root.partition(", ")[0]
     if not is_url(first) and recognise(Path(first)) == "store":
         return open_demonstrations(_first_store(first, store), place, options)
-    given = provenance["backbone"].get("source", {"given": root, "map": fingerprint["mapping"], "options": {}})
-    spec = str(given["given"])
-    kind, colon, _ = spec.partition(":")
+    given = _source_record(store, root)
+    kind, colon, _ = given.given.partition(":")
     folder = not (kind in SOURCES and not SOURCES[kind].markers)
     if place is None and folder and not _ships(root):
         raise UsageError(
@@ -313,10 +312,12 @@ def open_demonstrations(store: Store, place: str | None = None, options: Mapping
         )
     fix = "--set online.source=DIR"
     try:
-        opened = place or (f"{kind}:{root}" if folder and kind in SOURCES and colon else root if folder else spec)
+        opened = place or (
+            f"{kind}:{root}" if folder and kind in SOURCES and colon else root if folder else given.given
+        )
         asked = {"artefact": store.place, "prefix": "online.source_options."}
-        settings = resolve_options(opened, given["options"], options or {}, **asked)
-        source = open_source(opened, map=given["map"], **settings)
+        settings = resolve_options(opened, given.options, options or {}, **asked)
+        source = open_source(opened, map=given.map, **settings)
         found = source.digest()
     except SourceError as error:
         what = f"the demonstrations of {store.place}: {error.found}"
@@ -328,6 +329,24 @@ def open_demonstrations(store: Store, place: str | None = None, options: Mapping
             fix=fix,
         )
     return source
+
+
+class _SourceRecord(Settings):
+    """How the demonstrations of a store were opened."""
+
+    given: str
+    map: dict[str, str] = {}
+    options: dict[str, Any] = {}
+
+
+def _source_record(store: Store, root: str) -> _SourceRecord:
+    """Return what a store records; old stores know the mapping alone. Raises `SourceError` for another shape."""
+    mapping = store.manifest.fingerprint["source"]["mapping"]
+    recorded = store.manifest.provenance["backbone"].get("source", {"given": root, "map": mapping})
+    try:
+        return _SourceRecord.build(recorded, where=f"the source of {store.place}")
+    except UsageError as error:  # an artefact's mistake, not the user's
+        raise SourceError(str(error)) from None
 
 
 def _first_store(path: str, store: Store) -> Store:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_JSON_BYTES = 64 << 20
-"""A larger JSON file is none of ours: state.json of ten thousand parameters has 1 MB."""
+"""Of an artefact, a tokenizer's settings or a model's config.json: more than any that was published."""
 MAX_DEPTH = 64
 """Of lists and tables within each other. A deep artefact of ours has 12; Python's own limit is near 900."""
 MAX_VALUES = 1_000_000

@@ -53,11 +53,10 @@ def resolve(
     """
     values, chosen, lacking = dict(recorded), dict(given), []
     for name, field in settings.model_fields.items():
-        mark = next((mark for mark in field.metadata if isinstance(mark, UserGiven)), None)
-        nested = _nested(field)
+        mark, nested = _mark(field), _nested(field)
         if mark is not None and name in chosen:
             values[name] = chosen.pop(name)
-        elif mark is not None and not mark.training_only and not _is_harmless(values, name, field, mark):
+        elif mark is not None and not _is_harmless(values, name, field, mark):
             lacking.append((prefix + name, values[name]))
         elif nested is not None and isinstance(values.get(name, {}), Mapping):
             inner = chosen.pop(name, {})
@@ -84,9 +83,9 @@ def resolve(
 
 
 def user_given(settings: type[BaseModel]) -> Iterator[str]:
-    """Yield the dotted names of the user-given settings of a class, nested ones included."""
+    """Yield the dotted names of the settings of a class that the user gives at every use, nested ones included."""
     for name, field in settings.model_fields.items():
-        if any(isinstance(mark, UserGiven) for mark in field.metadata):
+        if _mark(field) is not None:
             yield name
         elif (nested := _nested(field)) is not None:
             yield from (f"{name}.{inner}" for inner in user_given(nested))
@@ -111,6 +110,11 @@ def _is_harmless(values: Mapping[str, Any], name: str, field: FieldInfo, mark: U
         return True
     default = field.get_default(call_default_factory=False)
     return any(type(values[name]) is type(allowed) and values[name] == allowed for allowed in (default, *mark.harmless))
+
+
+def _mark(field: FieldInfo) -> UserGiven | None:
+    """Return the mark of a setting that the user gives at every use."""
+    return next((mark for mark in field.metadata if isinstance(mark, UserGiven) and not mark.training_only), None)
 
 
 def _nested(field: FieldInfo) -> type[BaseModel] | None:

@@ -45,7 +45,7 @@ Overwrite = Annotated[bool, is_there("Replace it.", "--overwrite")]
 Config = Annotated[Path | None, settings("TOML, JSON or YAML file with any setting.", "--config")]
 Set = Annotated[list[str] | None, settings("One setting, KEY=VALUE; repeat for several.", "--set")]
 TrainSet = Annotated[list[str] | None, settings("One setting, such as --set train.batch_size=32.", "--set")]
-ModelSet = Annotated[list[str] | None, settings("Of the head, such as --set model.n_action=1.", "--set")]
+ModelSet = Annotated[list[str] | None, settings("Such as --set model.n_action=1.", "--set")]
 Json = Annotated[bool, settings("Print one JSON object on stdout, the log on stderr.", "--json")]
 
 

@@ -34,6 +34,9 @@ from vla.stores.errors import CheckpointError
 from vla.stores.filesystem import PARTIAL, digest_file, explaining, fsync_dir, fsync_tree
 from vla.stores.settings import Settings
 
+MAX_JSON_BYTES = 64 << 20
+"""A larger JSON file is none of ours: state.json of ten thousand parameters has 1 MB."""
+
 REQUIRED = {"model.safetensors", "optimizer.safetensors", "state.json", "artefact.json"}
 OPTIONAL = {"ema.safetensors"}
 CHECKPOINT_NAME = r"^step-[0-9]{8,}$"
@@ -236,7 +239,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 def read_object(file: Path) -> dict[str, Any]:
     """Read a JSON object of bounded size. Raises `CheckpointError` naming the file."""
     try:
-        value = read_json_file(file)
+        value = read_json_file(file, MAX_JSON_BYTES)
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing", expected="a complete checkpoint or a run folder") from None
     except (OSError, ValueError) as error:

@@ -341,3 +341,10 @@ def test_demonstrations_that_a_store_names_are_asked_for(tmp_path: Path) -> None
     with pytest.raises((UsageError, SourceError), match=r"elsewhere") as refused:
         train_online(OnlineTrainConfig.build(training(path)), tmp_path / "out")
     assert f"--set online.source={tmp_path / 'elsewhere'}" in refused.value.fix
+
+
+@pytest.mark.parametrize("change", [{"given": 3}, {"options": 3}, {"map": []}, {"options": {"nothing": 1}}])
+def test_a_record_of_demonstrations_of_another_shape_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    path = foreign_store(tmp_path / "store", lambda provenance: provenance["backbone"]["source"].update(change))
+    with pytest.raises((UsageError, SourceError)):
+        train_online(OnlineTrainConfig.build(training(path)), tmp_path / "out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -225,6 +226,19 @@ def test_a_language_model_that_was_exchanged_after_training_is_refused(root: Pat
     paligemma(root / "exchanged", 2)
     with pytest.raises(CheckpointError, match=r"the weights of language are not those that .* was trained with"):
         load_head(root / "exchanged-run", settings={"weights": str(root / "exchanged")})
+
+
+def test_a_run_that_starts_from_another_reads_the_weights_that_it_names_itself(root: Path, trained: Path) -> None:
+    folder = shutil.copytree(load_head(trained, settings=own(trained)).folder, root / "foreign")
+    artefact = json.loads((folder / "artefact.json").read_text())
+    artefact["config"]["weights"] = artefact["config"]["tokenizer"] = "/somewhere/else"
+    data = json.dumps(artefact).encode()
+    (folder / "artefact.json").write_bytes(data)
+    complete = json.loads((folder / "complete.json").read_text())
+    complete["files"]["artefact.json"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "complete.json").write_text(json.dumps(complete))
+    config = config_of(root).model_copy(update={"init_from": str(folder)})
+    assert train_head(config, root / "continued").step == 4
 
 
 def test_the_run_file_names_every_switch(trained: Path) -> None:
