@@ -387,11 +387,11 @@ def evaluate(
 ) -> None:
     """Compare sampled actions with demonstrated ones, per dimension, in the data's units."""
     from vla.heads.checkpoint import load_head
-    from vla.heads.evaluate import evaluate_head
-    from vla.stores.settings import read_model_settings
+    from vla.heads.evaluate import EvaluateSettings, evaluate_head
 
-    head = load_head(run, settings=read_model_settings(set_))
-    error = evaluate_head(head, tuple(store) if store else None, seed=seed)
+    settings = EvaluateSettings.from_sources(None, set_ or ())
+    head = load_head(run, settings=settings.model)
+    error = evaluate_head(head, store or None, seed=seed, data=settings.data)
     facts = {"checkpoint": str(head.folder), "step": head.step, **error.to_json()}
     emit(facts) if as_json else reports.show_errors(facts, error.extra)
 
@@ -406,11 +406,11 @@ def export(
     as_json: opt.Json = False,
 ) -> None:
     """Write a head as one file for torch.export: sampler and normalisation inside. --set model.sampler=…."""
-    from vla.heads.checkpoint import load_head
+    from vla.heads.checkpoint import HeadSettings, load_head
     from vla.heads.export import export_head
-    from vla.stores.settings import read_model_settings
 
-    made = export_head(load_head(run, settings=read_model_settings(set_)), out, batch=batch, overwrite=overwrite)
+    settings = HeadSettings.from_sources(None, set_ or ())
+    made = export_head(load_head(run, settings=settings.model), out, batch=batch, overwrite=overwrite)
     said = f"inputs {', '.join(made['inputs'])}; largest difference to the live head {made['largest_difference']:.1g}"
     reports.show_made(out, made, said, as_json)
 
@@ -430,16 +430,17 @@ def rollout(
     """Run backbone and head live in a simulator: success on unseen scenes, latency, a video."""
     from vla.rollout.envs.registry import make_env
     from vla.rollout.evaluate import roll_out
-    from vla.rollout.policy import Policy
+    from vla.rollout.policy import Policy, RolloutSettings
     from vla.stores.memory import keep_freed_memory
-    from vla.stores.settings import read_model_settings
 
     keep_freed_memory()
-    policy = Policy.from_run(run, n_action=n_action, settings=read_model_settings(set_))
+    settings = RolloutSettings.from_sources(None, set_ or ())
+    how: dict[str, Any] = {"backbones": settings.backbones, "far_state": settings.policy.far_state}
+    policy = Policy.from_run(run, n_action=n_action, settings=settings.model, **how)
     world = make_env(env, **policy.env_options())
     try:
         with show_progress("rollout", "episodes") as progress:
-            how: dict[str, Any] = {"seed": seed, "video": video, "overwrite": overwrite, "progress": progress}
+            how = {"seed": seed, "video": video, "overwrite": overwrite, "progress": progress}
             report = roll_out(world, policy, episodes, **how)
     finally:
         world.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,6 @@ from vla.featurize.augment import NO_COPIES, AugmentConfig
 from vla.featurize.backbones.base import Backbone
 from vla.featurize.backbones.registry import make_backbone
 from vla.featurize.batch_size import ON_CPU, find_batch_size
-from vla.featurize.chain import Chain
 from vla.featurize.plan import Plan, StoreOptions, make_plan
 from vla.featurize.room import require_room
 from vla.featurize.run import Progress, RunReport, featurize
@@ -24,7 +23,6 @@ from vla.featurize.sources.instructions import Instructions
 from vla.featurize.sources.registry import open_source, refuse_overwriting_source, shipped
 from vla.featurize.views import with_inputs
 from vla.stores.errors import UsageError
-from vla.stores.fingerprint import require_equal
 from vla.stores.metadata import read_manifest
 from vla.stores.remote.options import RemoteOptions, is_url
 from vla.stores.remote.publish import open_remote_writer
@@ -182,29 +180,6 @@ def make_units(
         units=units,
         progress=progress,
     )
-
-
-def rebuild_backbone(recipe: Mapping[str, Any], identity: Mapping[str, Any]) -> Backbone:
-    """Build the backbone that a store was made with, for a live policy.
-
-    `recipe` is the store's provenance {"name", "weights", "options"}, `identity` its fingerprint's `backbone`. Raises
-    `FingerprintError` naming the field where what is on this machine (weights, package, settings) would make other
-    features than the cached ones.
-    """
-    if recipe.get("imported"):
-        raise UsageError(
-            f"the features were imported from {recipe['root']} ({recipe['name']}): their backbone is not known here",
-            expected="a store of `vla featurize` for a live policy; `vla evaluate` works",
-        )
-    backbone = make_backbone(recipe["name"], weights=recipe["weights"], **recipe["options"])
-    if recipe.get("inputs"):
-        made, inputs = recipe["inputs"], identity["inputs"]
-        made_by = {name: rebuild_backbone(made[name]["backbone"], inputs[name]["backbone"]) for name in made}
-        backbone = Chain(backbone, made_by, inputs, {name: made[name]["scales"] for name in made})
-    spec = backbone.spec()
-    fix = "the weights and the package versions that the store was made with"
-    require_equal({"name": spec.name, **spec.identity}, identity, what=f"the live backbone {spec.name!r}", fix=fix)
-    return backbone
 
 
 def refuse_shadowing(root: Path) -> None:

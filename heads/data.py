@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from vla.stores.reader import Verify
 from vla.stores.remote.options import RemoteOptions
 from vla.stores.settings import Settings
 from vla.stores.store import Store, open_store
+from vla.stores.user_given import PlainText, UserGiven
 from vla.stores.windows import WindowIndex, WindowSpec, split_episodes
 
 CACHE_SHARE = 0.7
@@ -50,10 +51,10 @@ class DataConfig(Settings):
     (`vla featurize --augment`), where a store has any; all else reads plain features.
     """
 
-    stores: tuple[str, ...] = Field(json_schema_extra={"flag": "--store STORE"})
-    features: tuple[str, ...] | None = None
-    state: tuple[str, ...] | None = None
-    target: str = "action"
+    stores: Annotated[tuple[str, ...], UserGiven()] = Field(json_schema_extra={"flag": "--store STORE"})
+    features: Annotated[tuple[str, ...] | None, PlainText()] = None
+    state: Annotated[tuple[str, ...] | None, PlainText()] = None
+    target: Annotated[str, PlainText()] = "action"
     dims: tuple[int, ...] | None = None
     validation: float = Field(0.1, ge=0, lt=1)
     split_seed: int = 0

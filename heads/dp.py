@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from vla.heads.nets.unet1d import ConditionalUnet1D, check_sizes
 from vla.pretrained.diffusion_policy import read_unet
 from vla.pretrained.weights import load_strictly
 from vla.stores.errors import UsageError
+from vla.stores.user_given import UserGiven
 
 if TYPE_CHECKING:
     from vla.heads.data import HeadData
@@ -76,7 +77,7 @@ class DiffusionConfig(EncodedConfig):
     sampler: Literal["ddim", "ddpm"] = "ddim"
     sample_steps: int | None = Field(None, ge=1)
     clip_sample: bool = True
-    weights: str | None = None
+    weights: Annotated[str | None, UserGiven(training_only=True)] = None
 
     @property
     def action_offset(self) -> int:

@@ -59,7 +59,7 @@ class ExportedAct(nn.Module):
         return self.head.decide(batch, GivenNoise(drawn))
 
 
-def export_head(head: TrainedHead, out: Path, *, batch: int = 1, overwrite: bool = False) -> dict[str, Any]:
+def export_head(head: TrainedHead, out: Path | str, *, batch: int = 1, overwrite: bool = False) -> dict[str, Any]:
     """Write a head to `out` (.pt2) and its description to the .json beside it; return the description.
 
     `batch`: how many observations it takes at once, fixed. The program is run once beside the live head before it is
@@ -67,6 +67,7 @@ def export_head(head: TrainedHead, out: Path, *, batch: int = 1, overwrite: bool
     of steps, for those that torch.export cannot trace, where the exported head would act otherwise, and where either
     file exists and is not to be replaced (`overwrite`).
     """
+    out = Path(out)
     if out.suffix != ".pt2":
         raise UsageError(f"--out {out}", expected="a file .pt2, as torch.export.save writes")
     description = out.with_suffix(".json")

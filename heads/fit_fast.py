@@ -54,12 +54,13 @@ class FitFastReport:
         return dict(vars(self))
 
 
-def fit_fast(config: FitFastConfig, out: Path, *, overwrite: bool = False) -> FitFastReport:
+def fit_fast(config: FitFastConfig, out: Path | str, *, overwrite: bool = False) -> FitFastReport:
     """Fit, save into `out`, and measure the round trip.
 
     Raises `UsageError` where `out` exists and is not to be overwritten, or is something else; what opening the stores
     and fitting raise; `DataError` where no chunk is free of padding.
     """
+    out = Path(out)
     if out.exists() and not (overwrite and (out / SETTINGS).is_file()):
         fix = "another --out" if overwrite else "--overwrite to replace it, or another --out"
         raise UsageError(f"{out} exists{' and is no FAST folder' if overwrite else ''}", fix=fix)

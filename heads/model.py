@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from vla.stores.errors import DataError, UsageError
 from vla.stores.norm_stats import read_norm_stats
 from vla.stores.ranges import is_constant
 from vla.stores.settings import Settings
+from vla.stores.user_given import UserGiven
 from vla.stores.windows import WindowSpec
 from vla.training.processes import Divisors, divisor
 
@@ -56,7 +57,7 @@ class HeadConfig(Settings):
     n_action: int = Field(2, ge=1)
     action_norm: Mode = "limits"
     state_norm: Mode = "zscore"
-    norm_stats: str | None = None
+    norm_stats: Annotated[str | None, UserGiven(training_only=True)] = None
 
     @property
     def window(self) -> WindowSpec:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from vla.pretrained.language import LanguageSizes, language_sizes, load_language
 from vla.pretrained.weights import RANDOM
 from vla.stores.errors import DataError, UsageError
 from vla.stores.ranges import constant_columns
+from vla.stores.user_given import WEIGHTS, PlainText, UserGiven
 
 if TYPE_CHECKING:
     from vla.heads.data import HeadData
@@ -69,10 +70,10 @@ class TrackConfig(HeadConfig):
     width: int = Field(256, ge=8)
     token_width: int = Field(32, ge=1)
     llm: Tuning = "frozen"
-    llm_weights: str = "Qwen/Qwen3-0.6B"
+    llm_weights: Annotated[str, WEIGHTS] = "Qwen/Qwen3-0.6B"
     llm_sizes: LanguageSizes | None = None
-    planner: str | None = None
-    angle: int | str | None = None
+    planner: Annotated[str | None, UserGiven()] = None
+    angle: Annotated[int | str | None, PlainText()] = None
     max_time: int = Field(4096, ge=1)
     max_text: int = Field(128, ge=1)
 

@@ -31,8 +31,9 @@ from vla.training.run_folder import begun_run, begun_warmup, can_resume, saved_s
 from vla.training.storage import live_scales
 from vla.training.torch_device import choose_device
 
-PLACES = ("data.stores", "stores.path")
-"""Entries of an artefact that say where a store is, not what it holds: a moved one goes on, for its digest is there."""
+PLACES = ("data.stores", "stores.path", "state_range")
+"""Entries of an artefact that say where a store is, not what it holds: a moved one goes on, for its digest is there.
+Runs that were begun before `state_range` was kept go on as well."""
 
 
 class HeadTrainConfig(Settings):
@@ -84,7 +85,7 @@ class Supplier(Protocol):
 
 def train_head(
     config: HeadTrainConfig,
-    run_dir: Path,
+    run_dir: Path | str,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -97,6 +98,7 @@ def train_head(
     `supplier` gives the training batches their features; statistics and validation read the stores all the same.
     `begun` is called with the head before the first step.
     """
+    run_dir = Path(run_dir)
     asked = config.train
     config = with_head_defaults(config, begun=resume and begun_warmup(run_dir) is not None)
     if config.train.threads:
@@ -182,6 +184,12 @@ def _trained_tasks(model: HeadModel, data: HeadData) -> tuple[str, ...]:
     return tuple(text for text in model.instructions if text in told)
 
 
+def _state_range(data: HeadData) -> tuple[tuple[float, float], ...]:
+    """Return the least and greatest value of each state column [S] over the training split."""
+    states = data.states(data.training)
+    return tuple(zip(states.min(axis=0).tolist(), states.max(axis=0).tolist(), strict=True)) if len(states) else ()
+
+
 def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData, online: Mapping[str, Any]) -> Artefact:
     """Collect what the checkpoint keeps beside the weights. `online`: the identity of a supplier; {} without one."""
     masks = {f"{name}_mask" for name, feature in data.io.features.items() if feature.masked}
@@ -216,4 +224,5 @@ def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData, onlin
         frozen={name: frozen.digest for name, frozen in model.frozen.items()},
         online=dict(online),
         action_mean=tuple(mean_action(data).tolist()),
+        state_range=_state_range(data),
     )

@@ -6,7 +6,6 @@ are loaded through its own `from_pretrained`, which knows the old names, and eve
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from transformers.utils import logging
 
 from vla.pretrained.inference import freeze
 from vla.pretrained.weights import DAMAGE, require_finite, require_keys
+from vla.stores.documents import read_json_file
 from vla.stores.errors import DataError, MachineError
 from vla.stores.fingerprint import digest
 from vla.stores.pointers import refuse_pointer
@@ -84,12 +84,20 @@ def weight_files(folder: Path) -> list[Path]:
         return [single]
     if not index.is_file():
         return []
-    files = [folder / file for file in sorted(set(read_json(index).get("weight_map", {}).values()))]
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not all(_is_name(file) for file in named.values()):
+        raise DataError(f"{index} names no files of {folder}", expected='{"weight_map": {parameter: file}}')
+    files = [folder / file for file in sorted(set(named.values()))]
     if not all(file.is_file() for file in files):
         return []
     for file in files:
         refuse_pointer(file)
     return files
+
+
+def _is_name(file: object) -> bool:
+    """Return whether a value names a file of the folder itself: an index never leads out of it."""
+    return isinstance(file, str) and file not in ("", ".", "..") and not {"/", "\\", "\0"} & set(file)
 
 
 def read_model_config(folder: Path) -> tuple[str, str]:
@@ -131,17 +139,13 @@ def _load(model_class: Any, path: Path, unused: tuple[str, ...], source: Mapping
 def read_json(path: Path) -> Mapping[str, Any]:
     """Read a file such as `config.json`. Raises `DataError` where it holds no table."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        values = read_json_file(path, finite=True)
     except (OSError, ValueError) as error:
         refuse_pointer(path)
         raise DataError(f"cannot read {path}: {error}") from None
     if not isinstance(values, dict):
         raise DataError(f"{path} holds a {type(values).__name__}", expected="a table")
     return values
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not a number")
 
 
 @contextmanager

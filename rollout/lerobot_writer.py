@@ -91,7 +91,7 @@ class LeRobotWriter:
 
     def __init__(
         self,
-        out: Path,
+        out: Path | str,
         *,
         vectors: Mapping[str, VectorFeature],
         cameras: Sequence[str],
@@ -103,6 +103,7 @@ class LeRobotWriter:
         data_files_size_in_mb: float = DATA_FILES_SIZE_IN_MB,
         video_files_size_in_mb: float = VIDEO_FILES_SIZE_IN_MB,
     ) -> None:
+        out = Path(out)
         if image_size % 2:
             raise UsageError(f"image size {image_size}", expected="an even number: H.264 halves the colour planes")
         refuse_existing(out, overwrite=overwrite)

@@ -127,7 +127,7 @@ class Scene:
 
 def record_replay(
     task: str,
-    out: Path,
+    out: Path | str,
     *,
     episodes: int | None = None,
     cameras: Sequence[str] | None = None,
@@ -141,6 +141,7 @@ def record_replay(
     pixels (None: 128). `progress(done, total)` counts frames. Raises `UsageError` for a wrong name and where `out`
     exists, `MachineError` where a package or library is missing, `SourceError` where the record does not hold.
     """
+    out = Path(out)
     if episodes is not None and episodes < 1:
         raise UsageError(f"{episodes} episodes", expected="at least 1")
     found = find_demonstrations(task)

@@ -53,7 +53,7 @@ class ConvertReport:
 
 def convert_store(
     root: Path | str,
-    out: Path,
+    out: Path | str,
     options: ConvertOptions,
     *,
     resume: bool = False,
@@ -65,6 +65,7 @@ def convert_store(
     Raises `UsageError` where `out` exists and neither flag is given, or lies in the store; `StoreError` where units
     are missing; `CorruptionError` where a row differs from its commit: what is damaged is not carried on.
     """
+    out = Path(out)
     out = require_folder(out)
     store = open_store(root)
     if out.resolve() == store.root.resolve() or store.root.resolve() in out.resolve().parents:

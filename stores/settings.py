@@ -17,7 +17,8 @@ from typing import Any, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from vla.stores.config_files import merged, read_config
+from vla.stores.config_files import MAX_TEXT_BYTES, merged, read_config, require_sane
+from vla.stores.documents import MAX_DEPTH
 from vla.stores.errors import UsageError
 
 SAVED = ("run.json", "zarr.json")
@@ -62,11 +63,12 @@ class Settings(BaseModel):
         return values
 
     @classmethod
-    def from_sources(cls, file: Path | None = None, overrides: Iterable[str] = (), **explicit: Any) -> Self:
+    def from_sources(cls, file: Path | str | None = None, overrides: Iterable[str] = (), **explicit: Any) -> Self:
         """Merge defaults, a configuration `file`, explicit keyword values that are not None, and `a.b=c` strings.
 
         `file` may also be what a run or a store has saved of itself, or their folder.
         """
+        file = None if file is None else Path(file)
         if file is not None and file.is_dir():  # a run or a store
             file = next((file / name for name in SAVED if (file / name).is_file()), file)
         written: dict[str, Any] = cls.from_saved(read_config(file), file) if file is not None else {}
@@ -84,17 +86,31 @@ def set_dotted(values: dict[str, Any], text: str) -> None:
     """Apply one `a.b=c` to nested `values` in place; `c` is read as JSON where it parses, as a string where not."""
     key, equals, raw = text.partition("=")
     if not equals or not key:
-        raise UsageError(f"--set {text!r} has no '='", expected="key=value, such as --set train.lr=3e-4")
-    try:
-        value = json.loads(raw)
-    except (json.JSONDecodeError, RecursionError):
-        value = raw
+        raise UsageError(f"--set {text[:60]!r} has no '='", expected="key=value, such as --set train.lr=3e-4")
+    if len(text) > MAX_TEXT_BYTES or key.count(".") >= MAX_DEPTH:
+        raise UsageError(f"--set {text[:60]!r}…", expected=f"up to {MAX_TEXT_BYTES} characters, {MAX_DEPTH} keys deep")
+    value = parse_value(raw)
     *parents, leaf = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise UsageError(f"--set {text!r}: {parent!r} is a value", expected="a table")
     values[leaf] = value
+
+
+def parse_value(raw: str) -> Any:
+    """Return what a user typed as JSON where it parses, as a string where not.
+
+    Raises `UsageError` for JSON beyond the limits of `require_sane`.
+    """
+    try:
+        value = json.loads(raw)
+        require_sane(value)
+    except json.JSONDecodeError:
+        return raw
+    except (ValueError, RecursionError) as error:  # thousands of digits or levels
+        raise UsageError(f"the value {raw[:40]}…: {error}", expected="a value within limits") from None
+    return value
 
 
 def read_pairs(texts: Iterable[str] | None) -> dict[str, str] | None:
@@ -106,19 +122,6 @@ def read_pairs(texts: Iterable[str] | None) -> dict[str, str] | None:
             raise UsageError(f"--map {text!r}", expected="OURS=THEIRS, such as --map action=actions")
         pairs[ours] = theirs
     return pairs or None
-
-
-def read_model_settings(texts: Iterable[str] | None) -> dict[str, Any]:
-    """Return what `--set model.KEY=VALUE` gives a head that is trained already. Raises `UsageError` for other keys."""
-    values: dict[str, Any] = {"model": {}}
-    for text in texts or ():
-        set_dotted(values, text)
-    others = values.keys() - {"model"}
-    if others:
-        raise UsageError(f"--set {min(others)} of a trained head", expected="model.KEY=VALUE")
-    if not isinstance(values["model"], dict):
-        raise UsageError(f"--set model={json.dumps(values['model'])}", expected="model.KEY=VALUE")
-    return dict(values["model"])
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -165,7 +168,10 @@ def _explained(cls: type[BaseModel], error: ValidationError, where: str, under: 
     loc = [str(part) for part in first["loc"]]
     key = ".".join(loc)
     if first["type"] == "missing":
-        name, flag = _required(_model_at(cls, loc[:-1]), loc[-1])
+        table = _model_at(cls, loc[:-1])
+        if loc[-1] not in table.model_fields:  # inside a list or a table of tables, which no flag gives
+            return UsageError(f"{where}: {key} is not given")
+        name, flag = _required(table, loc[-1])
         name = under + ".".join([*loc[:-1], name])
         return UsageError(f"{name} is not given", fix=flag or f"--set {name}=VALUE")
     if first["type"] != "extra_forbidden":

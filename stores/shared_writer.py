@@ -101,7 +101,7 @@ class SharedWriter(StoreWriter):
 
 @contextmanager
 def open_shared_writer(
-    root: Path, manifest: Manifest, episodes: EpisodeTable, *, resume: bool = True, overwrite: bool = False
+    root: Path | str, manifest: Manifest, episodes: EpisodeTable, *, resume: bool = True, overwrite: bool = False
 ) -> Iterator[SharedWriter]:
     """Join the writers of the store at `root`; make it where it is not there.
 
@@ -109,6 +109,7 @@ def open_shared_writer(
     made with other settings, `StoreError` where a writer that does not share holds it, `MachineError` where the file
     system knows no locks.
     """
+    root = Path(root)
     with explaining(require_folder(root)):
         root = root.resolve()
         manifest = with_tables(manifest, episodes)

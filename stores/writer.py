@@ -42,7 +42,8 @@ from vla.stores.unit_buffer import UnitBuffer, empty_value, unit_buffer
 class StoreWriter:
     """The one writer of a store. Use `open_writer`, which holds the lock."""
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
+    def __init__(self, root: Path | str, manifest: Manifest) -> None:
+        root = Path(root)
         self.root, self.manifest = root, manifest
         self.commits = read_commits(root, manifest)
 
@@ -106,13 +107,14 @@ class StoreWriter:
 
 @contextmanager
 def open_writer(
-    root: Path, manifest: Manifest, episodes: EpisodeTable, *, resume: bool = False, overwrite: bool = False
+    root: Path | str, manifest: Manifest, episodes: EpisodeTable, *, resume: bool = False, overwrite: bool = False
 ) -> Iterator[StoreWriter]:
     """Create the store at `root`, or go on with it, and hold its writer lock.
 
     `manifest.tables` is filled in here. Raises `UsageError` where `root` exists and neither flag is given,
     `FingerprintError` where a resumed store was made with other settings, `StoreError` where another writer holds it.
     """
+    root = Path(root)
     with explaining(require_folder(root)):
         root = root.resolve()  # behind a link, the store is made and replaced where it lies
         manifest = with_tables(manifest, episodes)
@@ -130,8 +132,9 @@ def with_tables(manifest: Manifest, episodes: EpisodeTable) -> Manifest:
     return manifest.model_copy(update={"tables": table_digests(episodes.to_arrays())})
 
 
-def refuse_existing(root: Path, *, resume: bool, overwrite: bool) -> None:
+def refuse_existing(root: Path | str, *, resume: bool, overwrite: bool) -> None:
     """Raise `UsageError` where there is something at `root` and neither flag says what to do with it."""
+    root = Path(root)
     if root.exists() and not (resume or overwrite):
         fix = "--resume to go on with it, --overwrite to replace it, or another --out"
         raise UsageError(f"{root} exists", fix=fix)

@@ -96,7 +96,7 @@ Config = Annotated[
 ]
 Set = Annotated[list[str] | None, settings("One setting, KEY=VALUE; repeat for several.", "--set")]
 TrainSet = Annotated[list[str] | None, settings("One setting, such as --set train.batch_size=32.", "--set")]
-ModelSet = Annotated[list[str] | None, settings("Of the head, such as --set model.n_action=1.", "--set")]
+ModelSet = Annotated[list[str] | None, settings("Such as --set model.n_action=1.", "--set")]
 Json = Annotated[bool, settings("Print one JSON object on stdout, the log on stderr.", "--json")]
 
 

@@ -91,7 +91,7 @@ def fit(
     module: torch.nn.Module,
     batches: Batches,
     config: TrainConfig,
-    run_dir: Path,
+    run_dir: Path | str,
     *,
     artefact: Mapping[str, Any],
     places: Sequence[str] = (),
@@ -121,6 +121,7 @@ def fit(
     `MachineError` where device, tracker or disk refuse. On Ctrl-C, SIGTERM and the other `SIGNALS` it finishes the
     step, writes a checkpoint and raises `Interrupted`, a `KeyboardInterrupt`; several processes stop after one step.
     """
+    run_dir = Path(run_dir)
     kept = json.loads(json.dumps(artefact))
     if not (resume and can_resume(run_dir)):  # a checkpoint holds every tensor
         wrong = first_not_finite(module.state_dict())

@@ -7,7 +7,7 @@ is sized (`croco_kwargs`), so ViT-B and ViT-L are both read. Code and weights ar
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -30,6 +30,7 @@ from vla.pretrained.weights import (
 from vla.stores.errors import DataError, MachineError
 from vla.stores.pointers import refuse_pointer
 from vla.stores.settings import Settings
+from vla.stores.user_given import WEIGHTS, UserGiven
 
 REPOSITORY = Repository(
     url="https://github.com/naver/croco",
@@ -72,9 +73,9 @@ class CrocoSettings(Settings):
     tokens to pool x pool cells (None: all of them). `seed`: of random weights.
     """
 
-    checkout: str | None = None
-    any_commit: bool = False
-    weights: str | None = None
+    checkout: Annotated[str | None, UserGiven()] = None
+    any_commit: Annotated[bool, UserGiven()] = False
+    weights: Annotated[str | None, WEIGHTS] = None
     pool: int | None = Field(None, ge=1, le=64)
     seed: int = Field(0, ge=0)
 

@@ -11,7 +11,7 @@ own. The views of a scene attend to each other; time steps never do. The head ru
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -25,6 +25,7 @@ from vla.pretrained.inference import count_parameters, frozen_inference
 from vla.pretrained.weights import RANDOM, digest_tensors
 from vla.stores.errors import DataError, UsageError
 from vla.stores.settings import Settings, nearest
+from vla.stores.user_given import WEIGHTS, PlainText
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's, of [0, 1] pixels: upstream's `input_processor.py`."""
@@ -59,9 +60,9 @@ class Da3Settings(Settings):
     "first" is the first camera throughout. `seed`: of random weights.
     """
 
-    weights: str | None = None
+    weights: Annotated[str | None, WEIGHTS] = None
     model: Model | None = None
-    features: tuple[str, ...] = Field(("ray",), min_length=1)
+    features: Annotated[tuple[str, ...], PlainText()] = Field(("ray",), min_length=1)
     target_hw: tuple[int, int] = (14, 14)
     size: int = Field(504, ge=2 * PATCH, le=2016, multiple_of=PATCH)
     picture: tuple[int, int] | None = None

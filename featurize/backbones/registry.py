@@ -177,7 +177,7 @@ def load_backbone_class(name: str) -> BackboneClass:
     return cast(BackboneClass, getattr(importlib.import_module(module), attribute))
 
 
-def make_backbone(name: str, weights: str | None = None, **options: Any) -> Backbone:
+def make_backbone(name: str, /, weights: str | None = None, **options: Any) -> Backbone:
     """Build a configured backbone on the CPU, its weights loaded and digested.
 
     `weights` is a local file or folder, "random", or None for the backbone's own; `options` are fields of its

@@ -117,7 +117,7 @@ def prepare(config: ImportConfig) -> ImportJob:
 
 def run(
     job: ImportJob,
-    root: Path,
+    root: Path | str,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -129,6 +129,7 @@ def run(
     Raises `UsageError` where `overwrite` would delete the cache or the source, and what `require_room` does where the
     disk is too small (not with `accept`).
     """
+    root = Path(root)
     if overwrite:
         refuse_overwriting(root, [job.config.path])
         if job.source is not None:

@@ -133,13 +133,14 @@ def prepare(config: DistillConfig) -> DistillJob:
 
 def distill(
     job: DistillJob,
-    run_dir: Path,
+    run_dir: Path | str,
     *,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress = lambda step, total, metrics: None,
 ) -> FitReport:
     """Train the student into `run_dir`. Raises what `fit` raises."""
+    run_dir = Path(run_dir)
     config, source = job.config, job.source
     if config.train.threads:
         torch.set_num_threads(config.train.threads)

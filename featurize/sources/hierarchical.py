@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from vla.featurize.sources.files import digest_files, folders, listing, read_num
 from vla.featurize.sources.recordings import Found, RecordedSource, Recording, choose_cameras, require_lengths
 from vla.featurize.sources.stage_texts import Said, StageTexts
 from vla.stores.errors import SourceError
+from vla.stores.user_given import UserGiven
 
 FPS = 50.0
 """An action chunk of 50 is about a second (seed §3.1); no file says it."""
@@ -47,7 +49,7 @@ class HierarchicalSource(RecordedSource):
         self,
         root: Path | str,
         *,
-        instruction_json: str | None = None,
+        instruction_json: Annotated[str | None, UserGiven()] = None,
         cameras: Sequence[str] | None = None,
         fps: float = FPS,
         skip_bad: bool = False,

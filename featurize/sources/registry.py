@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib
-import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from vla.featurize.options import checked_options, keywords
+from vla.featurize.options import checked_options, keywords, options_model
 from vla.featurize.sources.base import Source
 from vla.stores.debris import refuse_overwriting
 from vla.stores.errors import SourceError, UsageError
-from vla.stores.settings import nearest
+from vla.stores.settings import nearest, parse_value
+from vla.stores.user_given import resolve
 
 
 class Entry(NamedTuple):
@@ -96,6 +97,16 @@ def refuse_overwriting_source(root: Path | str, spec: str | Path, source: Source
     refuse_overwriting(root, [*source.index().stores, *_parse(spec)[1]])
 
 
+def resolve_options(
+    spec: str | Path, recorded: Mapping[str, Any], given: Mapping[str, Any], *, artefact: str, prefix: str
+) -> dict[str, Any]:
+    """Return the options of a source that an artefact records, those that reach the disk as the user gives them.
+
+    Raises what `vla.stores.user_given.resolve` raises.
+    """
+    return resolve(options_model(_class_of(_parse(spec)[0])), recorded, given, artefact=artefact, prefix=prefix)
+
+
 def option_names(spec: str | Path) -> list[str]:
     """Return the names of the options that the source of `spec` takes. Raises as `open_source` does."""
     return keywords(_class_of(_parse(spec)[0]))
@@ -160,10 +171,7 @@ def _written(kind: str, text: str) -> dict[str, Any]:
         key, equals, raw = pair.partition("=")
         if not equals:
             raise UsageError(f"{kind} source option {pair!r}", expected=f"KEY=VALUE, such as {kind}:episodes=8,seed=1")
-        try:
-            options[key.strip()] = json.loads(raw)
-        except (json.JSONDecodeError, RecursionError):
-            options[key.strip()] = raw
+        options[key.strip()] = parse_value(raw)
     return options
 
 
