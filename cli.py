@@ -55,6 +55,7 @@ def featurize(
     from vla.featurize.job import FeaturizeConfig, prepare
     from vla.featurize.launch import Where, launch, outlook
     from vla.stores.memory import keep_freed_memory
+    from vla.stores.owned import require_name
     from vla.stores.settings import read_pairs
     from vla.stores.writer import refuse_existing
 
@@ -70,7 +71,8 @@ def featurize(
         skip_bad=skip_bad or None,
     )
     where = Where(workers, scheduler, unit_index)
-    root = f"{out.rstrip('/')}/{name or settings.backbone}" if "://" in out else Path(out, name or settings.backbone)
+    name = require_name(settings.backbone if name is None else name, "--name")
+    root = f"{out.rstrip('/')}/{name}" if "://" in out else Path(out, name)
     if isinstance(root, Path) and not (dry_run or unit_index):
         refuse_existing(root, resume=resume, overwrite=overwrite)  # before the backbone is loaded
     job = prepare(settings)

@@ -70,8 +70,8 @@ def export_head(head: TrainedHead, out: Path, *, batch: int = 1, overwrite: bool
     if out.suffix != ".pt2":
         raise UsageError(f"--out {out}", expected="a file .pt2, as torch.export.save writes")
     description = out.with_suffix(".json")
-    for file in (out, description):
-        refuse_file(file, overwrite=overwrite)
+    refuse_file(description, overwrite=overwrite and out.is_file())  # alone, it is no export's
+    refuse_file(out, overwrite=overwrite)
     if head.model.not_exported:
         raise UsageError(f"{head.artefact.head!r} is not exported: {head.model.not_exported}")
     model = head.model.cpu().eval()

@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, decoders, models
 from tokenizers.trainers import BpeTrainer
 
 from vla.stores.errors import DataError, UsageError
+from vla.stores.filesystem import write_atomic
 
 SETTINGS, TOKENIZER = "processor_config.json", "tokenizer.json"
 STATISTICS = ("action_centre", "action_scale")
@@ -193,7 +194,7 @@ class FastTokenizer:
     def save(self, folder: Path) -> None:
         """Write both files into a folder, which is made."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(str(folder / TOKENIZER))
+        write_atomic(folder / TOKENIZER, self.tokenizer.to_str(pretty=True).encode())
         settings = {
             "processor_class": "UniversalActionProcessor",
             "scale": self.scale,
@@ -206,7 +207,7 @@ class FastTokenizer:
         }
         if self.statistics is not None:
             settings |= dict(zip(STATISTICS, self.statistics, strict=True))
-        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_atomic(folder / SETTINGS, f"{json.dumps(settings, indent=2)}\n".encode())
 
     @classmethod
     def load(cls, folder: Path, horizon: int, action_dim: int) -> FastTokenizer:

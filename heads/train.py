@@ -22,6 +22,7 @@ from vla.heads.storage import largest_scales
 from vla.heads.tensor_batches import TensorBatches
 from vla.stores.errors import UsageError
 from vla.stores.fingerprint import digest
+from vla.stores.owned import refuse_overlap
 from vla.stores.settings import Settings
 from vla.training.config import TrainConfig
 from vla.training.loop import FitReport, Progress, fit, seed_everything
@@ -69,12 +70,15 @@ def train_head(
     begun: Callable[[HeadModel], None] = lambda model: None,
     progress: Progress = lambda step, total, metrics: None,
 ) -> FitReport:
-    """Train a head into `run_dir`. Raises what opening the stores, building the head and `fit` raise.
+    """Train a head into `run_dir`. Raises what opening the stores, building the head and `fit` raise, and `UsageError`
+    where `run_dir` overlaps with a store or with the run to start from.
 
     `supplier` gives the training batches their features; statistics and validation read the stores all the same.
     `begun` is called with the head before the first step.
     """
     asked = config.train
+    if not resume:
+        refuse_overlap(run_dir, [*config.data.stores, *([config.init_from] if config.init_from else [])])
     config = with_head_defaults(config, begun=resume and begun_warmup(run_dir) is not None)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)

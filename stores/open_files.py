@@ -1,0 +1,99 @@
+"""How many files the readers of this process hold open together.
+
+Each reader keeps its own open files, which only its own thread uses while it reads. Their number is shared: before a
+reader opens one more, files of readers that are idle, or its own, are closed until all fit into a part of the limit of
+the process (`ulimit -n`). Locks are taken once a batch and once a file that is opened, never once a row.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+MAX_OPEN_FILES = 128
+"""Files of one reader: more save little, because the kernel finds a file by its name in microseconds."""
+OTHERS = 64
+"""Descriptors at least that are left to the rest of the process: libraries, pipes, sockets, the files of a run."""
+MOST = 1 << 16
+
+
+def budget() -> int:
+    """Return how many files all readers of this process may hold open, by its limit as it is now."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    limit = MOST if limit == resource.RLIM_INFINITY else min(limit, MOST)
+    return max(limit - max(OTHERS, limit // 4), limit // 4)
+
+
+class OpenFiles:
+    """The open files of one reader by unit, least recently opened first."""
+
+    def __init__(self) -> None:
+        self.most = MAX_OPEN_FILES
+        self._files: OrderedDict[int, int] = OrderedDict()
+        self._busy = threading.RLock()
+        with _OPENING:
+            _ALL.add(self)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keep other readers from closing these files while descriptors are being used."""
+        with self._busy:
+            yield
+
+    def get(self, unit: int, opened: Callable[[int], int]) -> int:
+        """Return the descriptor of a unit's file, opened by `opened(unit)` where it is not open. Within `in_use`."""
+        descriptor = self._files.get(unit)
+        if descriptor is None:
+            with _OPENING:
+                self._make_room()
+                self._files[unit] = -1  # counted from here on; opened without the lock, because disks may be slow
+            try:
+                descriptor = self._files[unit] = opened(unit)
+            except BaseException:
+                del self._files[unit]
+                raise
+        return descriptor
+
+    def close(self) -> None:
+        """Close all files."""
+        with self._busy:
+            while self._files:
+                self._close_oldest()
+
+    def _make_room(self) -> None:
+        if len(self._files) >= self.most:
+            self._close_oldest()
+        most, readers = budget(), list(_ALL)
+        count = sum(map(len, readers))
+        while count >= most:
+            # The reader with the most files gives first; none waits for one that is reading.
+            for reader in sorted(readers, key=len, reverse=True):
+                if len(reader) and reader._busy.acquire(blocking=False):
+                    try:
+                        reader._close_oldest()
+                    finally:
+                        reader._busy.release()
+                    count -= 1
+                    break
+            else:  # every other reader is at work: one file a thread more than the budget
+                return
+
+    def _close_oldest(self) -> None:
+        os.close(self._files.popitem(last=False)[1])
+
+
+_ALL: weakref.WeakSet[OpenFiles] = weakref.WeakSet()
+_OPENING = threading.Lock()
+"""Held while a file is counted, so that two readers do not both take the last place."""
+os.register_at_fork(before=_OPENING.acquire, after_in_parent=_OPENING.release, after_in_child=_OPENING.release)
