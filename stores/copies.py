@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from vla.stores.open_files import MAX_OPEN_FILES
+from vla.stores.reader import MAX_OPEN_FILES
 
 
 class RowReader(Protocol):

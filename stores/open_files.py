@@ -12,11 +12,11 @@ import resource
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
 
-MAX_OPEN_FILES = 128
-"""Files of one reader: more save little, because the kernel finds a file by its name in microseconds."""
+K = TypeVar("K", bound=Hashable)
 OTHERS = 64
 """Descriptors at least that are left to the rest of the process: libraries, pipes, sockets, the files of a run."""
 MOST = 1 << 16
@@ -29,12 +29,12 @@ def budget() -> int:
     return max(limit - max(OTHERS, limit // 4), limit // 4)
 
 
-class OpenFiles:
-    """The open files of one reader by unit, least recently opened first."""
+class OpenFiles(Generic[K]):
+    """The open files of one reader by a key, at most `most`, least recently opened first."""
 
-    def __init__(self) -> None:
-        self.most = MAX_OPEN_FILES
-        self._files: OrderedDict[int, int] = OrderedDict()
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._files: OrderedDict[K, int] = OrderedDict()
         self._busy = threading.RLock()
         with _OPENING:
             _ALL.add(self)
@@ -51,17 +51,17 @@ class OpenFiles:
         with self._busy:
             yield
 
-    def get(self, unit: int, opened: Callable[[int], int]) -> int:
-        """Return the descriptor of a unit's file, opened by `opened(unit)` where it is not open. Within `in_use`."""
-        descriptor = self._files.get(unit)
+    def get(self, key: K, opened: Callable[[K], int]) -> int:
+        """Return the descriptor of a file, opened by `opened(key)` where it is not open. Within `in_use`."""
+        descriptor = self._files.get(key)
         if descriptor is None:
             with _OPENING:
                 self._make_room()
-                self._files[unit] = -1  # counted from here on; opened without the lock, because disks may be slow
+                self._files[key] = -1  # counted from here on; opened without the lock, because disks may be slow
             try:
-                descriptor = self._files[unit] = opened(unit)
+                descriptor = self._files[key] = opened(key)
             except BaseException:
-                del self._files[unit]
+                del self._files[key]
                 raise
         return descriptor
 
@@ -93,7 +93,7 @@ class OpenFiles:
         os.close(self._files.popitem(last=False)[1])
 
 
-_ALL: weakref.WeakSet[OpenFiles] = weakref.WeakSet()
+_ALL: weakref.WeakSet[OpenFiles[Any]] = weakref.WeakSet()
 _OPENING = threading.Lock()
 """Held while a file is counted, so that two readers do not both take the last place."""
 os.register_at_fork(before=_OPENING.acquire, after_in_parent=_OPENING.release, after_in_child=_OPENING.release)

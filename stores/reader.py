@@ -29,6 +29,9 @@ from vla.stores.open_files import OpenFiles
 from vla.stores.shard import CRC_BYTES
 
 Verify = Literal["first", "always", "never"]
+MAX_OPEN_FILES = 128
+"""Files of one reader: more save little, because the kernel finds a file by its name in microseconds."""
+
 MAX_RUN = 512
 """Rows a single `preadv`: two buffers a row, and the kernel takes at most 1024 (IOV_MAX)."""
 
@@ -60,7 +63,7 @@ class FeatureReader:
         self._crcs = np.zeros(manifest.rows, np.uint32)
         self._verified = np.zeros(manifest.rows, bool)
         self._seen = np.zeros((manifest.units, 2), np.uint64)  # inode and time of change of each file that was opened
-        self.files = OpenFiles()
+        self.files = OpenFiles[int](MAX_OPEN_FILES)
         self._held = held or HeldFolder(root)
         self._scratch = memoryview(bytearray(CRC_BYTES))
         self._pid = os.getpid()

@@ -58,7 +58,8 @@ def prepare_run(
     `decides` is everything the weights depend on, JSON-able; `places` names what of it only says where something is,
     such as "artefact.stores.path" (of every item of a list), which may be another on resuming. Raises `UsageError`
     where the folder exists and neither flag is given, where it is not a run, where `overwrite` would delete what is no
-    part of a run, and where the run was begun with something else, naming the field; `CheckpointError` where there are checkpoints and all of them are damaged.
+    part of a run, and where the run was begun with something else, naming the field; `CheckpointError` where there are
+    checkpoints and all of them are damaged.
     """
     file = run_dir / "run.json"
     with explaining(run_dir):

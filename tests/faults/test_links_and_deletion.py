@@ -27,7 +27,9 @@ def link_away(path: Path, elsewhere: Path) -> None:
     path.symlink_to(elsewhere)
 
 
-@pytest.mark.parametrize("name", ["scales", "frames/other", "units", "notes.partial", "steps.partial", "commits.partial"])
+@pytest.mark.parametrize(
+    "name", ["scales", "frames/other", "units", "notes.partial", "steps.partial", "commits.partial"]
+)
 def test_a_repair_deletes_nothing_behind_a_linked_folder(
     root: Path, whole: Path, tmp_path: Path, files_of: Files, name: str, form: str
 ) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from vla.stores import open_files
 from vla.stores.join import join_stores
-from vla.stores.open_files import MAX_OPEN_FILES, budget
+from vla.stores.open_files import budget
 from vla.stores.store import open_store
 
 READ = """
@@ -115,6 +115,5 @@ def test_a_reader_that_is_forgotten_closes_its_files(tmp_path: Path, make_store:
     reader = joined.reader("grid")
     reader.read(np.arange(64), np.empty_like(made.features["grid"]))
     assert len(os.listdir("/proc/self/fd")) > before + 20
-    assert MAX_OPEN_FILES >= 32
     del joined, reader
     assert len(os.listdir("/proc/self/fd")) == before
