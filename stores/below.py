@@ -85,7 +85,7 @@ def read_below(root: Path, name: str, most: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > most:
             raise CorruptionError(f"{root / name} has {size} bytes", expected=f"at most {most}")
-        return file.read(most)
+        return file.read(size)
 
 
 def link_below(root: Path, name: str) -> Path | None:

@@ -62,7 +62,9 @@ def write_atomic_parts(path: Path, parts: Iterable[bytes | memoryview]) -> str:
     partial = path.with_name(path.name + PARTIAL)
     digest = hashlib.sha256()
     with explaining(path):
-        with open(partial, "wb", buffering=0, opener=_through_no_link) as file:
+        if partial.is_symlink():  # what the link leads to would be written over
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(partial))
+        with partial.open("wb", buffering=0) as file:
             for part in parts:
                 view = memoryview(part).cast("B")
                 digest.update(view)
@@ -72,10 +74,6 @@ def write_atomic_parts(path: Path, parts: Iterable[bytes | memoryview]) -> str:
         partial.replace(path)
         fsync_dir(path.parent)
     return digest.hexdigest()
-
-
-def _through_no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def fsync_dir(path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,8 +13,9 @@ from vla.cli import app
 from vla.stores.errors import UsageError
 from vla.stores.verify import verify_store
 from vla.terminal.run_app import run_app
+from vla.training.run_folder import prune
 
-SOURCE = "synthetic:episodes=4,length=[6,7],height=56,width=56"
+SOURCE = "synthetic:episodes=4,length=[6,7],image_size=56"
 TRAIN = ["data.random_weights=true", "data.validation=0.25", "train.batch_size=2", "train.ema=false"]
 TRAIN += ["train.checkpoint_every=2", "model.horizon=2", "model.n_action=1"]
 
@@ -82,8 +83,6 @@ def test_an_output_inside_an_input_is_refused_however_it_is_spelled(
         with pytest.raises(UsageError, match="which is read"):
             vla("convert", store, out, "--format", "h5")
         with pytest.raises(UsageError, match="which is read"):
-            vla("featurize", "--backbone", "toy", "--source", f"store:{store}", "--out", out)
-        with pytest.raises(UsageError, match="which is read"):
             vla("fit-fast", "--store", store, "--out", out, "--set", "horizon=2")
     monkeypatch.chdir(tmp_path)
     assert sorted(path.name for path in store.iterdir()) == before
@@ -116,17 +115,28 @@ def test_an_export_replaces_no_file_of_a_run(tmp_path: Path) -> None:
     assert (tmp_path / "run/run.json").read_bytes() == before
 
 
+def test_a_store_is_not_written_into_its_source(tmp_path: Path) -> None:
+    shutil.copytree(Path(__file__).parents[2] / "examples" / "push", tmp_path / "set")
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    for name in ("set", "link"):
+        with pytest.raises(UsageError, match="set"):
+            vla("featurize", "--backbone", "toy", "--source", tmp_path / "set", "--out", tmp_path / name / "data")
+    assert not (tmp_path / "set/data/toy").exists()
+
+
 def test_pruning_deletes_checkpoints_alone_and_walks_no_link(tmp_path: Path) -> None:
-    featurize(tmp_path)
-    run, keep = tmp_path / "run", ("--set", "train.keep_checkpoints=1", "--set", "data.validation=0")
-    train(tmp_path / "toy", run, *keep)
+    run, other = tmp_path / "run", tmp_path / "other"
+    for step in (2, 4, 6, 8):
+        folder = run / f"checkpoints/step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "complete.json").write_text("{}")
     (run / "checkpoints/step-00000002/notes.txt").write_text("mine")
-    (run / "checkpoints/step-00000002").rename(tmp_path / "other")
-    (run / "checkpoints/step-00000002").symlink_to(tmp_path / "other")
-    train(tmp_path / "toy", run, *keep, "--resume", "--set", "train.steps=6")
-    assert sorted(os.listdir(run / "checkpoints")) == ["step-00000002", "step-00000006"]
-    assert (tmp_path / "other/notes.txt").read_text() == "mine"
-    assert (tmp_path / "other/complete.json").is_file()
+    (run / "checkpoints/step-00000004").rename(other)
+    (run / "checkpoints/step-00000004").symlink_to(other)
+    prune(run, 1, 8, None)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000002", "step-00000008"]
+    assert (run / "checkpoints/step-00000002/notes.txt").read_text() == "mine"
+    assert (other / "complete.json").is_file()
 
 
 def test_a_linked_folder_of_checkpoints_is_refused(tmp_path: Path) -> None:

