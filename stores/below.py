@@ -30,6 +30,7 @@ class HeldFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor = os.open(path, _FOLDER)
+        self._status = os.fstat(self._descriptor)
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
@@ -38,7 +39,7 @@ class HeldFolder:
     def require_in_place(self) -> None:
         """Raise `StoreError` where the path now leads to another folder, or to none."""
         try:
-            same = os.path.samestat(self.path.stat(), os.fstat(self._descriptor))
+            same = os.path.samestat(self.path.stat(), self._status)
         except (FileNotFoundError, NotADirectoryError):
             same = False
         if not same:
@@ -52,6 +53,22 @@ class HeldFolder:
         """Return a descriptor of a file, as `open_below` does. Raises `StoreError` where the folder was replaced."""
         self.require_in_place()
         return _open(self._descriptor, self.path, name)
+
+    def open_again(self, name: str, inode: int, changed_ns: int) -> int | None:
+        """Return a descriptor of a file that was opened before, None where another file or none bears the name now.
+
+        One system call for all components of the name: the file is the one that was reached through no link.
+        """
+        self.require_in_place()
+        try:
+            descriptor = os.open(name, _FILE, dir_fd=self._descriptor)
+        except OSError:  # `open` says why
+            return None
+        status = os.fstat(descriptor)
+        if (status.st_ino, status.st_ctime_ns) == (inode, changed_ns):
+            return descriptor
+        os.close(descriptor)
+        return None
 
     def remove(self, name: str) -> bool:
         """Remove a file, an empty folder, or a link but never its target; return whether there was one."""

@@ -12,8 +12,8 @@ import resource
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from typing import Any, Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -34,7 +34,7 @@ class OpenFiles(Generic[K]):
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._files: OrderedDict[K, int] = OrderedDict()
+        self.descriptors: OrderedDict[K, int] = OrderedDict()
         self._busy = threading.RLock()
         with _OPENING:
             _ALL.add(self)
@@ -43,37 +43,41 @@ class OpenFiles(Generic[K]):
         self.close()
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.descriptors)
 
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Keep other readers from closing these files while descriptors are being used."""
-        with self._busy:
-            yield
+    def in_use(self) -> AbstractContextManager[bool]:
+        """Return a context in which no other reader closes these files: descriptors are used within."""
+        return self._busy
 
     def get(self, key: K, opened: Callable[[K], int]) -> int:
         """Return the descriptor of a file, opened by `opened(key)` where it is not open. Within `in_use`."""
-        descriptor = self._files.get(key)
+        descriptor = self.descriptors.get(key)
         if descriptor is None:
-            with _OPENING:
-                self._make_room()
-                self._files[key] = -1  # counted from here on; opened without the lock, because disks may be slow
+            self._take_place(key)
             try:
-                descriptor = self._files[key] = opened(key)
+                descriptor = self.descriptors[key] = opened(key)
             except BaseException:
-                del self._files[key]
+                del self.descriptors[key]
                 raise
         return descriptor
 
     def close(self) -> None:
         """Close all files."""
         with self._busy:
-            while self._files:
+            while self.descriptors:
                 self._close_oldest()
 
-    def _make_room(self) -> None:
-        if len(self._files) >= self.most:
+    def _take_place(self, key: K) -> None:
+        """Count a file from here on; it is opened afterwards, without the lock, because disks may be slow."""
+        if len(self.descriptors) >= self.most:  # one for one: the number of all files stays
+            self.descriptors[key] = -1
             self._close_oldest()
+            return
+        with _OPENING:
+            self._make_room()
+            self.descriptors[key] = -1
+
+    def _make_room(self) -> None:
         most, readers = budget(), list(_ALL)
         count = sum(map(len, readers))
         while count >= most:
@@ -90,7 +94,7 @@ class OpenFiles(Generic[K]):
                 return
 
     def _close_oldest(self) -> None:
-        os.close(self._files.popitem(last=False)[1])
+        os.close(self.descriptors.popitem(last=False)[1])
 
 
 _ALL: weakref.WeakSet[OpenFiles[Any]] = weakref.WeakSet()

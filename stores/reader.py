@@ -64,6 +64,7 @@ class FeatureReader:
         self._verified = np.zeros(manifest.rows, bool)
         self._seen = np.zeros((manifest.units, 2), np.uint64)  # inode and time of change of each file that was opened
         self.files = OpenFiles[int](MAX_OPEN_FILES)
+        self._descriptors = self.files.descriptors
         self._held = held or HeldFolder(root)
         self._scratch = memoryview(bytearray(CRC_BYTES))
         self._pid = os.getpid()
@@ -147,9 +148,15 @@ class FeatureReader:
     def _open(self, unit: int) -> int:
         if os.getpid() != self._pid:
             raise RuntimeError("a store reader was carried over fork(); open the store in the child process instead")
-        return self.files.get(unit, self._open_file)
+        descriptor = self._descriptors.get(unit)
+        return self.files.get(unit, self._open_file) if descriptor is None else descriptor
 
     def _open_file(self, unit: int) -> int:
+        seen = self._seen[unit].tolist()
+        if seen != [0, 0]:
+            descriptor = self._held.open_again(self._file(unit), *seen)
+            if descriptor is not None:
+                return descriptor
         try:
             descriptor = self._held.open(self._file(unit))
         except CorruptionError as error:
@@ -162,17 +169,16 @@ class FeatureReader:
         return descriptor
 
     def _require_committed(self, unit: int, descriptor: int) -> None:
-        """Compare a file with its commit where it was another file when it was opened before.
+        """Compare a file with its commit where another one was read for this unit before.
 
         Rows that were verified once are not verified again, and the index is not read again.
         """
         status = os.fstat(descriptor)
-        found = (status.st_ino, status.st_ctime_ns)
-        if self._seen[unit].any() and tuple(self._seen[unit].tolist()) != found:
+        if self._seen[unit].any():
             record = self._commits[unit].files[self._file(unit)]
             if status.st_size != record.size or digest_open(descriptor) != record.sha256:
                 raise self._corrupt(unit, "was replaced while it was being read, and differs from its commit")
-        self._seen[unit] = found
+        self._seen[unit] = status.st_ino, status.st_ctime_ns
 
     def _read_run(self, unit: int, offset: int, target: memoryview, first: int, last: int) -> None:
         size = self._row_bytes

@@ -89,7 +89,7 @@ class RemoteReader(FeatureReader):
             super()._read_index(unit)
 
     def _require_committed(self, unit: int, descriptor: int) -> None:
-        """Compare nothing: a file of the cache changes with each block, and every read compares every row."""
+        """Remember and compare nothing: a file of the cache changes with each block, and every read compares rows."""
 
     def _stored_sizes(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.full(len(rows), self._row_bytes + CRC_BYTES)
