@@ -24,6 +24,7 @@ from vla.stores.errors import UsageError
 from vla.stores.fingerprint import digest
 from vla.stores.owned import refuse_overlap
 from vla.stores.settings import Settings
+from vla.training.checkpoint import read_object
 from vla.training.config import TrainConfig
 from vla.training.loop import FitReport, Progress, fit, seed_everything
 from vla.training.run_folder import begun_warmup, can_resume
@@ -128,7 +129,7 @@ def train_head(
         config.train,
         run_dir,
         artefact=artefact_of(config, model, data, identity).model_dump(mode="json"),
-        places=PLACES,
+        places=PLACES if not resume or _has_content(run_dir) else (*PLACES, "stores.content"),
         validate=validate if len(data.validation) else None,
         param_groups=model.param_groups(config.train.lr),
         resume=resume,
@@ -150,6 +151,14 @@ def with_head_defaults(config: HeadTrainConfig, *, begun: bool = False) -> HeadT
         defaults = {key: value for key, value in defaults.items() if key != "warmup_steps"}
     train = TrainConfig.build({**defaults, **explicit}, where="train")
     return config.model_copy(update={"train": train})
+
+
+def _has_content(run_dir: Path) -> bool:
+    """Return whether a run was begun by a version that keeps the stores' content."""
+    file = run_dir / "run.json"
+    artefact = read_object(file).get("artefact") if file.is_file() else None
+    stores = artefact.get("stores") if isinstance(artefact, dict) else None
+    return isinstance(stores, list) and all(isinstance(store, dict) and "content" in store for store in stores)
 
 
 def _trained_tasks(model: HeadModel, data: HeadData) -> tuple[str, ...]:
@@ -178,6 +187,7 @@ def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData, onlin
             scales=largest_scales(store, data.io.features),
             fps=store.manifest.fps,
             picture_sizes=store.manifest.picture_sizes,
+            content=store.content(),
         )
         for store in (*data.stores.stores, *texts)
     ]

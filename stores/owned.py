@@ -190,9 +190,11 @@ def refuse_overlap(out: Path | str, read: Iterable[Path | str]) -> None:
             inside, around = mine.startswith(theirs), theirs.startswith(mine)
         else:
             inside, around = _within(Path(out), Path(path)), _within(Path(path), Path(out))
-        if inside or around:
-            found = f"{out} is {path}" if inside and around else f"{out} {'lies in' if inside else 'holds'} {path}"
-            raise UsageError(f"{found}, which is read", expected="an output apart from the inputs", fix="another --out")
+        fix = "another --out or --name"
+        if around:
+            raise UsageError(f"--overwrite of {out} would delete {path}, which is read", fix=fix)
+        if inside:
+            raise UsageError(f"{out} lies in {path}, which is read", expected="an output apart from it", fix=fix)
 
 
 def _within(inner: Path, outer: Path) -> bool:

@@ -16,6 +16,7 @@ from vla.stores.commits import Commit, read_commits
 from vla.stores.compressed import CompressedReader
 from vla.stores.errors import CorruptionError, StoreError, UsageError
 from vla.stores.filesystem import explaining
+from vla.stores.fingerprint import digest, digest_array
 from vla.stores.formats.registry import format_of
 from vla.stores.manifest import FeatureInfo, Manifest
 from vla.stores.metadata import check_arrays, read_manifest, read_tables
@@ -100,6 +101,13 @@ class Store:
             values = format_of(self.manifest).read_part(self.root, self.manifest, commit, f"stats/{feature}")
             total = total.merge(ChannelStatistics.from_array(values))
         return total
+
+    def content(self) -> str:
+        """Return a digest of the committed features, by their statistics: equal in every form of the same store.
+
+        The fingerprint says how features were computed; this says which ones were.
+        """
+        return digest({name: digest_array(self.statistics(name).to_array()) for name in self.manifest.features})
 
     def scales(self, feature: str) -> NDArray[np.float32] | None:
         """Return the scales of an int8 feature, float32 [units, C]; 0 in units not committed. None for other dtypes."""

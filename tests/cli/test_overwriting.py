@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from vla.cli import app
-from vla.stores.errors import UsageError
+from vla.heads.train import HeadTrainConfig, train_head
+from vla.stores.errors import StoreError, UsageError
+from vla.stores.store import open_store
 from vla.stores.verify import verify_store
+from vla.stores.writer import open_writer
 from vla.terminal.run_app import run_app
 from vla.training.run_folder import prune
 
@@ -86,6 +91,50 @@ def test_an_output_inside_an_input_is_refused_however_it_is_spelled(
             vla("fit-fast", "--store", store, "--out", out, "--set", "horizon=2")
     monkeypatch.chdir(tmp_path)
     assert sorted(path.name for path in store.iterdir()) == before
+
+
+def test_a_run_is_not_resumed_on_a_store_of_other_features_under_the_same_fingerprint(tmp_path: Path) -> None:
+    featurize(tmp_path)
+    run, store = tmp_path / "run", open_store(tmp_path / "toy")
+    train(store.root, run)
+    with open_writer(tmp_path / "other", store.manifest, store.episodes) as writer:
+        for unit in writer.pending():
+            buffer = writer.begin(unit)
+            for name in buffer.steps:
+                buffer.steps[name][: len(buffer.rows)] = store.steps(name)[buffer.rows.start : buffer.rows.stop]
+            rows = store.read("grid", np.asarray(buffer.rows)).astype(np.float32)
+            buffer.put(buffer.rows.start, {"grid": rows + 1})
+            writer.commit(buffer)
+    vla("convert", store.root, tmp_path / "same", "--format", "h5")
+    store.root.rename(tmp_path / "old")
+    (tmp_path / "other").rename(store.root)
+    with pytest.raises(UsageError, match="artefact.stores"):
+        train(store.root, run, "--resume")
+    train(tmp_path / "same", run, "--resume")  # another form of the same features
+    begun = json.loads((run / "run.json").read_text())
+    del begun["artefact"]["stores"][0]["content"]  # as earlier versions began runs
+    (run / "run.json").write_text(json.dumps(begun))
+    train(tmp_path / "same", run, "--resume")
+
+
+def test_a_store_replaced_while_a_head_trains_on_it_ends_the_run_naming_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vla.stores.reader.MAX_OPEN_FILES", 2)
+    monkeypatch.setattr(sys.modules[__name__], "SOURCE", SOURCE.replace("[6,7]", "[30,31]"))
+    featurize(tmp_path, "--set", "store.unit_mb=0.001")
+    featurize(tmp_path / "new", "--set", "store.unit_mb=0.001", "--set", "options.seed=9")
+    assert open_store(tmp_path / "toy").manifest.units > 2
+
+    def swap(step: int, total: int, metrics: object) -> None:
+        if step == 20:
+            (tmp_path / "toy").rename(tmp_path / "old")
+            (tmp_path / "new/toy").rename(tmp_path / "toy")
+
+    settings = [*TRAIN, "train.steps=100", "train.checkpoint_every=1000", f"data.stores={tmp_path / 'toy'}"]
+    config = HeadTrainConfig.from_sources(None, settings, head="mlp")
+    with pytest.raises(StoreError, match="toy"):
+        train_head(config, tmp_path / "run", progress=swap)
 
 
 def test_a_run_is_not_replaced_by_one_that_starts_from_it(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_a_store_is_not_written_into_itself(memory_path: Path, made: Any, inside
 def test_a_store_is_not_written_over_the_folder_it_lies_in(memory_path: Path, made: Any) -> None:
     convert_store(made.root, memory_path / "o", options("h5"))
     inner = made.root.rename(memory_path / "o" / "s")
-    with pytest.raises(UsageError, match=str(inner)):
+    with pytest.raises(UsageError, match=f"--overwrite of {memory_path / 'o'} would delete {inner}, which is read"):
         convert_store(inner, memory_path / "o", options("h5"), overwrite=True)
     assert verify_store(inner).findings == []
 
