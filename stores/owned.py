@@ -188,8 +188,10 @@ def refuse_overlap(out: Path | str, read: Iterable[Path | str]) -> None:
         if is_url(out) or is_url(path):
             mine, theirs = f"{str(out).rstrip('/')}/", f"{str(path).rstrip('/')}/"
             inside, around = mine.startswith(theirs), theirs.startswith(mine)
-        else:
+        elif Path(path).exists():  # a missing input is its reader's error
             inside, around = _within(Path(out), Path(path)), _within(Path(path), Path(out))
+        else:
+            continue
         fix = "another --out or --name"
         if around:
             raise UsageError(f"--overwrite of {out} would delete {path}, which is read", fix=fix)

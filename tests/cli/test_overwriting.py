@@ -108,7 +108,7 @@ def test_a_run_is_not_resumed_on_a_store_of_other_features_under_the_same_finger
     vla("convert", store.root, tmp_path / "same", "--format", "h5")
     store.root.rename(tmp_path / "old")
     (tmp_path / "other").rename(store.root)
-    with pytest.raises(UsageError, match="artefact.stores"):
+    with pytest.raises(UsageError, match=r"artefact\.stores"):
         train(store.root, run, "--resume")
     train(tmp_path / "same", run, "--resume")  # another form of the same features
     begun = json.loads((run / "run.json").read_text())
@@ -127,11 +127,12 @@ def test_a_store_replaced_while_a_head_trains_on_it_ends_the_run_naming_the_stor
     assert open_store(tmp_path / "toy").manifest.units > 2
 
     def swap(step: int, total: int, metrics: object) -> None:
-        if step == 20:
+        if step == 100:  # after the first epoch: every row was verified
             (tmp_path / "toy").rename(tmp_path / "old")
             (tmp_path / "new/toy").rename(tmp_path / "toy")
 
-    settings = [*TRAIN, "train.steps=100", "train.checkpoint_every=1000", f"data.stores={tmp_path / 'toy'}"]
+    store = tmp_path / "toy"
+    settings = [*TRAIN, "train.steps=200", "train.checkpoint_every=1000", f'data.stores=["{store}"]']
     config = HeadTrainConfig.from_sources(None, settings, head="mlp")
     with pytest.raises(StoreError, match="toy"):
         train_head(config, tmp_path / "run", progress=swap)
