@@ -132,7 +132,13 @@ def test_a_store_replaced_while_a_head_trains_on_it_ends_the_run_naming_the_stor
             (tmp_path / "new/toy").rename(tmp_path / "toy")
 
     store = tmp_path / "toy"
-    settings = [*TRAIN, "train.steps=200", "train.checkpoint_every=1000", f'data.stores=["{store}"]']
+    settings = [
+        *TRAIN,
+        "train.steps=200",
+        "train.checkpoint_every=1000",
+        "data.validation=0",
+        f'data.stores=["{store}"]',
+    ]
     config = HeadTrainConfig.from_sources(None, settings, head="mlp")
     with pytest.raises(StoreError, match="toy"):
         train_head(config, tmp_path / "run", progress=swap)
