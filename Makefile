@@ -4,7 +4,7 @@ BIN := .venv/bin
 S3 := .venv/s3
 THREADS := PATH="$$PATH:$(CURDIR)/$(S3)/bin" OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 
-.PHONY: demo test test-long lint clean
+.PHONY: demo test test-long parity lint clean
 
 demo: .venv/.ready
 	$(BIN)/python examples/demo.py
@@ -14,6 +14,11 @@ test: .venv/.ready lint
 
 test-long: .venv/.ready
 	$(THREADS) $(BIN)/pytest -n 2 --dist loadfile -q -m "long or not long"
+
+# Compares with upstream code in checkouts below CHECKOUTS; docs/parity.md names them and keeps the outcome.
+parity: .venv/.ready
+	$(if $(CHECKOUTS),,$(error make parity CHECKOUTS=DIR; docs/parity.md says which checkouts DIR holds))
+	$(THREADS) $(BIN)/python tests/parity/run_parity.py $(CHECKOUTS)
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

@@ -19,6 +19,7 @@ from vla.featurize.sources.base import Source, SourceIndex
 from vla.featurize.sources.registry import open_source, option_names
 from vla.stores.errors import SourceError
 from vla.stores.norm_stats import NAMES, NormStats
+from vla.stores.notes import column_notes
 from vla.stores.settings import Settings
 
 Progress = Callable[[int, int], None]
@@ -38,7 +39,7 @@ class CheckConfig(Settings):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong. `check` is one of layout, episode, length, steps, instruction, picture."""
+    """One thing that is wrong. `check` is one of layout, records, episode, length, steps, instruction, picture."""
 
     check: str
     found: str
@@ -74,6 +75,7 @@ def check_source(config: CheckConfig, progress: Progress = lambda done, total: N
         report.add("layout", error)
         return report
     _describe(index, report)
+    report.findings += [Finding("records", line) for line in index.warnings]
     for name, reason in index.skipped.items():
         report.add("episode", f"{name}: {reason}")
     values = _check_steps(source, index, report, progress)
@@ -127,9 +129,9 @@ def _doubled(names: Any) -> list[tuple[str, int]]:
 
 def _check_steps(
     source: Source, index: SourceIndex, report: SourceReport, progress: Progress
-) -> dict[str, list[NDArray[Any]]]:
-    """Read the numbers of every episode; return those of the vectors that hold, {column: [T, D] each}."""
-    kept: dict[str, list[NDArray[Any]]] = {}
+) -> dict[str, list[tuple[str, NDArray[Any]]]]:
+    """Read the numbers of every episode; return those of the vectors that hold, {column: (episode, [T, D]) each}."""
+    kept: dict[str, list[tuple[str, NDArray[Any]]]] = {}
     for number, episode in enumerate(index.episodes):
         progress(number, len(index.episodes))
         try:
@@ -149,16 +151,22 @@ def _check_steps(
                 rows = f"row {int(bad.argmax())}" + (f" and {int(bad.sum()) - 1} more" if bad.sum() > 1 else "")
                 report.add("steps", f"{episode.id}: {name} is NaN or infinite in {rows}")
             elif spec and len(spec.shape) == 1 and spec.role != "other":
-                kept.setdefault(name, []).append(values)
+                kept.setdefault(name, []).append((episode.id, values))
     progress(len(index.episodes), len(index.episodes))
     return kept
 
 
-def _note_statistics(index: SourceIndex, values: dict[str, list[NDArray[Any]]], report: SourceReport) -> None:
-    """Note the statistics of every component; an action that never changes is a finding, one component is a fact."""
+def _note_statistics(
+    index: SourceIndex, values: dict[str, list[tuple[str, NDArray[Any]]]], report: SourceReport
+) -> None:
+    """Note the statistics of every component; an action that never changes is a finding, one component is a fact.
+
+    So are numbers that a normalisation takes far beyond 1: they are the demonstrations', and may be right.
+    """
+    notes: list[str] = []
     table: dict[str, list[dict[str, Any]]] = {}
     for name, parts in values.items():
-        rows = np.concatenate(parts)
+        rows = np.concatenate([part for _, part in parts])
         stats = NormStats.of(rows)
         labels = index.steps[name].names or tuple(f"{name}_{i}" for i in range(rows.shape[1]))
         columns = {"min": rows.min(axis=0), "max": rows.max(axis=0), **vars(stats)}
@@ -170,7 +178,10 @@ def _note_statistics(index: SourceIndex, values: dict[str, list[NDArray[Any]]], 
             report.stats[NAMES[name]] = stats
         if name == "action" and len(rows) > 1 and (columns["min"] == columns["max"]).all():
             report.add("steps", "the action is the same in every frame")
+        places = [f"episode {episode!r}, row {row}" for episode, part in parts for row in range(len(part))]
+        notes += column_notes(name, rows, labels, places.__getitem__)
     report.facts["statistics"] = table
+    report.facts["notes"] = notes or None
 
 
 def _check_pictures(source: Source, index: SourceIndex, count: int, report: SourceReport) -> None:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 
 from vla.stores.errors import SourceError
+from vla.stores.pointers import refuse_pointer
 
 SKIP = "--skip-bad leaves the episode out"
 
@@ -27,6 +29,7 @@ def opened(path: Path) -> Iterator[h5py.File]:
             yield file
     # h5py raises OSError on truncation and failed checksums, RuntimeError and KeyError on damaged links.
     except (OSError, RuntimeError, KeyError) as error:
+        refuse_pointer(path)
         raise SourceError(f"{path} does not read: {error}", expected="a whole HDF5 file", fix=SKIP) from None
 
 
@@ -42,8 +45,8 @@ def hard_member(file: h5py.File, path: str) -> Any:
     return node
 
 
-def dataset(file: h5py.File, path: str, kinds: str = "fiu") -> h5py.Dataset:
-    """Return a data set that lies in this file, of numpy's `kinds` (floats and integers). Raises `SourceError`."""
+def dataset(file: h5py.File, path: str, kinds: str = "fiub") -> h5py.Dataset:
+    """Return a data set that lies in this file, of numpy's `kinds` (numbers and booleans). Raises `SourceError`."""
     node = hard_member(file, path)
     if not isinstance(node, h5py.Dataset) or node.is_virtual or node.external or node.dtype.kind not in kinds:
         raise SourceError(f"{file.filename}:{path} is no plain array", expected="numbers in the file itself", fix=SKIP)
@@ -60,8 +63,10 @@ def group(file: h5py.File, path: str, expected: str) -> h5py.Group:
 
 
 def text_attribute(node: Any, name: str) -> str | None:
-    """Return an attribute that is text, or None where there is none."""
+    """Return an attribute that is text, of fixed or variable length and alone or in an array of one, or None."""
     value = node.attrs.get(name)
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.reshape(-1)[0]
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     return str(value) if isinstance(value, str) else None

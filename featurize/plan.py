@@ -43,13 +43,14 @@ class StoreOptions(Settings):
 
 @dataclass(frozen=True)
 class Plan:
-    """What `featurize` is about to write. `bytes` and `files` count the whole store."""
+    """What `featurize` is about to write. `bytes` and `files` count the whole store; `warnings` are the source's."""
 
     manifest: Manifest
     episodes: EpisodeTable
     skipped: dict[str, str]
     bytes: int
     files: int
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures of `--dry-run`."""
@@ -67,6 +68,7 @@ class Plan:
             "files": self.files,
             "skipped_episodes": self.skipped,
             "weights_licence": manifest.provenance["weights_licence"],
+            **({"warnings": list(self.warnings)} if self.warnings else {}),
         }
 
 
@@ -150,7 +152,7 @@ def make_plan(
         row_bytes + sum(int(np.prod(s.shape)) * np.dtype(s.dtype).itemsize for s in steps.values()) + 24 * len(features)
     )
     files = manifest.units * (len(unit_files(manifest, 0)) + 1) + 20
-    return Plan(manifest, episodes, dict(index.skipped), size * episodes.rows, files)
+    return Plan(manifest, episodes, dict(index.skipped), size * episodes.rows, files, index.warnings)
 
 
 def _dtype(name: str, wanted: FloatName | None) -> DtypeName:

@@ -22,8 +22,8 @@ from vla.training.checkpoint import load_checkpoint
 class StoreRecord(Settings):
     """What a checkpoint keeps of a store that its head was trained on: enough to rebuild the backbone and compare.
 
-    `recipe` is {"name", "weights", "options"} of the backbone; `fingerprint` the store's; `scales` those that a live
-    policy quantises int8 features with, [C] each (storage.py). `fps`: time steps a second. `picture_sizes`: (height,
+    `recipe` is {"name", "weights", "options"} of the backbone; `fingerprint` the store's; `scales` the
+    live grid of int8 features, [C] each (training/storage.py). `fps`: time steps a second. `picture_sizes`: (height,
     width) of each camera's pictures. `content`: `Store.content`, which a resumed run compares. Checkpoints and stores
     of earlier versions lack these three.
     """

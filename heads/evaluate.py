@@ -26,9 +26,11 @@ class ActionError:
 
     `mae`, `mse` per dimension [A], in the data's units; `executed_mae` [A] over the `n_action` steps that a robot would
     execute; `baseline_mae` [A] of always predicting the training actions' mean over the same steps, NaN where a
-    checkpoint does not know it. `windows` and `steps` count what was compared; `extra` is what the head itself measures
+    checkpoint does not know it. `entries` and `executed_entries` [A] count the numbers that `mae` and `executed_mae`
+    are over. `windows` and `steps` count what was compared; `extra` is what the head itself measures
     (`HeadModel.measure`), `per_task` the executed MAE of each instruction over its real dimensions, where there are
-    several. `predicted` and `true` [W, A] are the first action of every window, in order.
+    several. `predicted` and `true` [W, A] are the first action of every window, in order. `acted`: whether the head
+    predicts actions; all errors are NaN where it does not.
     """
 
     names: tuple[str, ...]
@@ -40,23 +42,25 @@ class ActionError:
     steps: int
     predicted: NDArray[np.float32]
     true: NDArray[np.float32]
+    entries: NDArray[np.float64] = dataclasses.field(kw_only=True)
+    executed_entries: NDArray[np.float64] = dataclasses.field(kw_only=True)
     extra: dict[str, float] = dataclasses.field(default_factory=dict)
     per_task: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    @property
-    def acted(self) -> bool:
-        """Whether there were actions to compare: all errors are NaN where the head makes none."""
-        return not np.isnan(self.mae).all()
+    acted: bool = True
 
     def metrics(self) -> dict[str, float]:
-        """Return the means over dimensions; of a head that makes no actions, what it measures itself alone."""
+        """Return the means over all entries; of a head that makes no actions, what it measures itself alone.
+
+        Dimensions count by their entries: one that tasks pad weighs less, one that nothing has weighs nothing.
+        """
         if not self.acted:
             return dict(self.extra)
-        baseline = {"baseline_mae": float(self.baseline_mae.mean())} if self._has_baseline else {}
+        executed = self.executed_entries
+        baseline = {"baseline_mae": _mean(self.baseline_mae, executed)} if self._has_baseline else {}
         return {
-            "action_mae": float(self.executed_mae.mean()),
-            "horizon_mae": float(self.mae.mean()),
-            "horizon_mse": float(self.mse.mean()),
+            "action_mae": _mean(self.executed_mae, executed),
+            "horizon_mae": _mean(self.mae, self.entries),
+            "horizon_mse": _mean(self.mse, self.entries),
             **baseline,
             **self.extra,
         }
@@ -72,8 +76,9 @@ class ActionError:
             "mse": self.mse,
             "executed_mae": self.executed_mae,
         } | ({"baseline_mae": self.baseline_mae} if self._has_baseline else {})
+        there = [(place, name) for place, name in enumerate(self.names) if self.entries[place]]
         table = {
-            key: dict(zip(self.names, map(float, values), strict=True)) for key, values in columns.items() if self.acted
+            key: {name: float(values[place]) for place, name in there} for key, values in columns.items() if self.acted
         }
         tasks = {"per_task": self.per_task} if self.per_task and self.acted else {}
         return {**self.metrics(), "windows": self.windows, "steps": self.steps, "per_dimension": table, **tasks}
@@ -150,7 +155,15 @@ def action_error(
         np.concatenate(true),
         model.summarise({name: torch.cat(parts) for name, parts in measured.items()}),
         _per_task(model.io.tasks, *by_task.tolist()),
+        acted=model.acts,
+        entries=count.numpy(),
+        executed_entries=executed.numpy(),
     )
+
+
+def _mean(values: NDArray[np.float64], entries: NDArray[np.float64]) -> float:
+    """Return the mean over all entries of means [A] over `entries` [A] each; 0 where there is no entry."""
+    return float((values * entries).sum() / max(float(entries.sum()), 1.0))
 
 
 def _per_task(tasks: tuple[str, ...], errors: list[float], counts: list[float]) -> dict[str, float]:

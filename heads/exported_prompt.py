@@ -138,7 +138,7 @@ class ExportedPrompt:
     @classmethod
     def read(cls, description: Path, tokenizer: str | None = None) -> ExportedPrompt:
         """Read the .json that `vla export` wrote. Raises `UsageError` for a head that is told nothing."""
-        said: dict[str, Any] = json.loads(description.read_text())
+        said: dict[str, Any] = json.loads(description.read_text(encoding="utf-8"))
         if not isinstance(said.get("prompt"), dict):
             raise UsageError(f"{description} says of no prompt", expected="that of an exported head which reads text")
         return cls(PromptForm.build(said["prompt"], where=str(description)), tokenizer)

@@ -27,7 +27,7 @@ class Pi0Config(HeadConfig):
     `use_geom_prefix`: add geometry tokens from DA3's `ray` to the prefix; can be switched off for a trained head as
     well. `geom_model_id`: the model that the store's rays have to come from. `geom_target_hw`: rows and columns that
     they are resized to. `geom_views`: which cameras of the store, by position; None: all. `geom_init_alpha`: the scale
-    that geometry tokens begin with; `geom_alpha_warmup`: batches over which it is ramped up from 0.
+    that geometry tokens begin with; `geom_alpha_warmup`: optimiser steps of its ramp from 0.
     `geom_modality_embedding`: add a learnt vector to geometry tokens. `freeze_geom_model`: has to stay true.
     """
 

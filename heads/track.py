@@ -29,6 +29,7 @@ from vla.heads.waypoints import alpha_of, measure_plans, summarise_plans
 from vla.pretrained.language import LanguageSizes, language_sizes, load_language
 from vla.pretrained.weights import RANDOM
 from vla.stores.errors import DataError, UsageError
+from vla.stores.ranges import constant_columns
 
 if TYPE_CHECKING:
     from vla.heads.data import HeadData
@@ -171,7 +172,9 @@ class TrackHead(HeadModel):
         published.require_tanh(self.config.tanh)
         parts = {"proj": self.proj, "tvi": self.tvi, "act_token": self.act_token, "planner": self.planner}
         published.load_into(parts, angle=self.config.angle is not None)
-        self.action.set(np.zeros(3), published.alpha.numpy(), np.zeros(3, bool))
+        constant = self.action.constant.cpu().numpy()  # what never moves in these demonstrations stays as it is
+        held = np.where(constant, self.action.centre.cpu().numpy(), 0.0)
+        self.action.set(held, np.where(constant, 1.0, published.alpha.numpy()), constant)
 
     def fit_texts(self, rows: TextRows) -> None:
         """Keep the instructions, in the order of `io.tasks`. Raises `DataError` for ids that the model lacks."""
@@ -192,7 +195,9 @@ class TrackHead(HeadModel):
         if self.config.tanh == "all" and self.config.planner is None and farthest > 1:
             found = f"tanh bounds headings to 1 rad, and the training episodes turn by {farthest:.2f}"
             raise DataError(found, expected="plans that can be reached", fix="--set model.tanh=xy, or off")
-        self.action.set(np.zeros(3), np.array([alpha, alpha, 1.0]), np.zeros(3, bool))
+        constant = constant_columns(actions, dims)
+        held = np.where(constant, actions[0], 0.0)
+        self.action.set(held, np.where(constant, 1.0, [alpha, alpha, 1.0]), constant)
 
     def _require_its_own_tokens(self, rows: TextRows) -> None:
         """Raise `DataError` where the text store was made with another model than the one that will read its ids."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from vla import __version__
@@ -16,9 +17,9 @@ from vla.heads.checkpoint import Artefact, StoreRecord, build_head
 from vla.heads.data import DataConfig, HeadData, open_data
 from vla.heads.evaluate import action_error, mean_action
 from vla.heads.model import HeadModel
+from vla.heads.notes import training_notes
 from vla.heads.registry import head_class
 from vla.heads.start import start_from
-from vla.heads.storage import largest_scales
 from vla.heads.tensor_batches import TensorBatches
 from vla.stores.errors import UsageError
 from vla.stores.fingerprint import digest
@@ -27,7 +28,9 @@ from vla.stores.settings import Settings
 from vla.training.checkpoint import read_object
 from vla.training.config import TrainConfig
 from vla.training.loop import FitReport, Progress, fit, seed_everything
-from vla.training.run_folder import begun_warmup, can_resume
+from vla.training.run_folder import begun_run, begun_warmup, can_resume, saved_settings
+from vla.training.storage import live_scales
+from vla.training.torch_device import choose_device
 
 PLACES = ("data.stores", "stores.path")
 """Entries of an artefact that say where a store is, not what it holds: a moved one goes on, for its digest is there."""
@@ -39,11 +42,30 @@ class HeadTrainConfig(Settings):
     `init_from`: a run of the same head whose weights and statistics this one starts from (start.py).
     """
 
-    head: str
+    head: str = Field(json_schema_extra={"flag": "vla train-head HEAD; `vla heads` lists them"})
     data: DataConfig
     model: dict[str, Any] = {}
     train: TrainConfig = TrainConfig()
     init_from: str | None = None
+
+    @classmethod
+    def from_saved(cls, values: dict[str, Any], file: Path) -> dict[str, Any]:
+        """See `Settings.from_saved`."""
+        return saved_settings(values, file)
+
+
+def begun_head(run_dir: Path | None, head: str | None) -> tuple[Path, bool] | None:
+    """Return the file of a run's settings, and whether the backbones were in its loop; None where no run was begun.
+
+    Raises `UsageError` where the run is of another head than `head`.
+    """
+    file = begun_run(run_dir)
+    if file is None:
+        return None
+    artefact = read_object(file).get("artefact", {})
+    if head is not None and artefact.get("head") != head:
+        raise UsageError(f"{run_dir} was begun with head {artefact.get('head')!r}", expected=f"{head!r}, or no head")
+    return file, bool(artefact.get("online"))
 
 
 class Supplier(Protocol):
@@ -98,8 +120,9 @@ def train_head(
         else:
             start_from(Path(config.init_from), model, artefact_of(config, model, data, {}))
         model.check_reach(data)
+        model.notes = training_notes(model, data)
     seed_everything(config.train.seed)
-    pin = config.train.device != "cpu" and torch.cuda.is_available()
+    pin = choose_device(config.train.device, "train.device").type == "cuda"
     stored = supplier is None
     if supplier is not None:
         supplier.open(data, model)
@@ -130,6 +153,7 @@ def train_head(
         run_dir,
         artefact=artefact_of(config, model, data, identity).model_dump(mode="json"),
         places=PLACES if not resume or _has_content(run_dir) else (*PLACES, "stores.content"),
+        settings=config.model_dump(mode="json"),
         validate=validate if len(data.validation) else None,
         param_groups=model.param_groups(config.train.lr),
         resume=resume,
@@ -184,7 +208,7 @@ def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData, onlin
             features={name: info for name, info in store.manifest.features.items() if name in held},
             cameras=store.manifest.cameras,
             random_weights=store.manifest.random_weights,
-            scales=largest_scales(store, data.io.features),
+            scales=live_scales(store, data.io.features),
             fps=store.manifest.fps,
             picture_sizes=store.manifest.picture_sizes,
             content=store.content(),

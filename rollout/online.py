@@ -26,14 +26,13 @@ from pydantic import Field, field_validator
 from vla.featurize.augment import NO_COPIES, AugmentConfig, adjust, draw, require_augmentable
 from vla.featurize.backbones.base import Backbone
 from vla.featurize.batch_size import ON_CPU
-from vla.featurize.job import choose_device, rebuild_backbone
+from vla.featurize.job import rebuild_backbone
 from vla.featurize.sources.base import Source
 from vla.featurize.sources.registry import SOURCES, open_source, recognise
 from vla.featurize.views import read_views
 from vla.heads.batch import Batch
 from vla.heads.data import HeadData
 from vla.heads.model import HeadModel
-from vla.heads.storage import largest_scales, through_storage
 from vla.heads.tensor_batches import TensorBatches
 from vla.heads.train import HeadTrainConfig, train_head
 from vla.stores.background import iterate_ahead
@@ -42,6 +41,8 @@ from vla.stores.settings import Settings
 from vla.stores.store import Store, open_store
 from vla.training.checkpoint import read_object
 from vla.training.loop import FitReport
+from vla.training.storage import live_scales, round_trip_dtype
+from vla.training.torch_device import choose_device
 
 AHEAD = 2
 """Batches of pictures waiting for the backbones."""
@@ -165,14 +166,14 @@ class OnlineFeatures:
                     rows=data.stores.row_maps[position],
                     features=held,
                     masks={name: f"{name}_mask" for name in held if data.io.features[name].masked},
-                    scales=largest_scales(store, held),
+                    scales=live_scales(store, held),
                     positions={episode.id: at for at, episode in enumerate(index.episodes)},
                 )
             )
 
     def supply(self, windows: TensorBatches, first: int, stride: int) -> Iterator[Batch]:
         """See `Supplier`."""
-        device = choose_device(self._device_name)
+        device = choose_device(self._device_name, "train.device")
         for live in self._live:
             live.backbone.to(device)
         with closing(iterate_ahead(self._prepared(windows, first, stride), AHEAD)) as ahead:
@@ -183,7 +184,9 @@ class OnlineFeatures:
                     made = self._encode(live, ready.inputs)
                     place = torch.from_numpy(ready.place)
                     for name, count in live.features.items():
-                        stored = through_storage(made[name], live.store.feature_info(name).dtype, live.scales.get(name))
+                        stored = round_trip_dtype(
+                            made[name], live.store.feature_info(name).dtype, live.scales.get(name)
+                        )
                         chosen = place[:, -count:].to(stored.device)
                         features[name] = stored[chosen]
                         if name in live.masks:

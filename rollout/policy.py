@@ -20,13 +20,14 @@ import torch
 from numpy.typing import NDArray
 
 from vla.featurize.backbones.base import Backbone
-from vla.featurize.job import choose_device, rebuild_backbone
+from vla.featurize.job import rebuild_backbone
 from vla.featurize.views import live_view
 from vla.heads.batch import Batch
 from vla.heads.checkpoint import StoreRecord, TrainedHead, load_head
-from vla.heads.storage import through_storage
 from vla.rollout.envs.base import EnvSpec, Observation
 from vla.stores.errors import DataError, UsageError
+from vla.training.storage import round_trip_dtype
+from vla.training.torch_device import choose_device
 
 LIVE_STATES = ("state", "privileged")
 """Step columns that an `Observation` has."""
@@ -284,7 +285,7 @@ class Policy:
             inputs = torch.stack([frame["inputs"][number] for frame in window])
             for name, values in backbone.encode(inputs[None] if spec.context else inputs).items():
                 if name in self._wanted:
-                    features[name] = through_storage(values[0], infos[name].dtype, scales.get(name))
+                    features[name] = round_trip_dtype(values[0], infos[name].dtype, scales.get(name))
         return features
 
     def _input(self, backbone: Backbone, cameras: tuple[str, ...], images: dict[str, Any]) -> torch.Tensor:

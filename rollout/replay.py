@@ -24,7 +24,7 @@ from vla.featurize.image import Image
 from vla.rollout.envs.offscreen import choose_offscreen_library, make_renderer
 from vla.rollout.lerobot_writer import LeRobotWriter, Summary, VectorFeature
 from vla.rollout.robosuite_demos import Demonstration, DemonstrationFile, find_demonstrations
-from vla.stores.errors import MachineError, SourceError, UsageError
+from vla.stores.errors import MachineError, SourceError, UsageError, missing_extra
 from vla.stores.settings import nearest
 
 IMAGE_SIZE = 128
@@ -230,7 +230,7 @@ def _choose_cameras(scene: Scene, wanted: Sequence[str] | None) -> tuple[str, ..
 
 def _import_mujoco() -> Any:
     if importlib.util.find_spec("mujoco") is None:
-        raise MachineError("the package mujoco is not installed", fix="pip install 'vla-feature-cache[sim]'")
+        raise MachineError("the package mujoco is not installed", fix=missing_extra("sim"))
     choose_offscreen_library(required=True)
     return importlib.import_module("mujoco")
 

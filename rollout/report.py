@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vla.featurize.image import Image
 from vla.featurize.sources.registry import open_source
-from vla.stores.errors import DataError, MachineError, SourceError, UsageError
+from vla.stores.errors import DataError, MachineError, SourceError, UsageError, missing_extra
 from vla.stores.filesystem import explaining, write_atomic
 from vla.stores.store import Store, open_store
 
@@ -264,7 +264,7 @@ def _figure(width: float, height: float) -> Any:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         found = "the package matplotlib is not installed"
-        raise MachineError(found, fix="pip install 'vla-feature-cache[sim]'") from None
+        raise MachineError(found, fix=missing_extra("sim")) from None
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 

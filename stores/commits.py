@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vla.stores.below import read_below
+from vla.stores.dtypes import Rounding
 from vla.stores.errors import CorruptionError
 from vla.stores.filesystem import explaining, fsync_dir
 from vla.stores.fingerprint import canonical, digest
@@ -39,13 +40,15 @@ class FileRecord:
 class Commit:
     """One committed unit. `files` maps paths in the store; `skipped` episode ids left out to the reason.
 
-    `parts` holds the SHA-256 (hex) of those small arrays that have no file of their own (the h5 form).
+    `parts` holds the SHA-256 (hex) of those small arrays that have no file of their own (the h5 form). `rounding`: what
+    int8 cost each feature; {} of units committed before that was recorded.
     """
 
     unit: int
     files: dict[str, FileRecord]
     skipped: dict[str, str]
     parts: dict[str, str] = field(default_factory=dict)
+    rounding: dict[str, Rounding] = field(default_factory=dict)
 
     def to_bytes(self, manifest: Manifest) -> bytes:
         """Encode the record of this unit of the store that `manifest` describes."""
@@ -59,6 +62,8 @@ class Commit:
         }
         if self.parts:
             body["parts"] = self.parts
+        if self.rounding:
+            body["rounding"] = {name: asdict(cost) for name, cost in self.rounding.items()}
         return _signed(body)
 
 
@@ -142,10 +147,14 @@ def _read(path: Path, unit: int, manifest: Manifest, expected: str) -> Commit:
         files = {name: FileRecord(int(file["size"]), str(file["sha256"])) for name, file in body["files"].items()}
         skipped = {str(name): str(reason) for name, reason in body["skipped"].items()}
         parts = {str(name): str(sha256) for name, sha256 in body.get("parts", {}).items()}
+        rounding = {
+            str(name): Rounding(float(cost["error"]), float(cost["saturated"]))
+            for name, cost in body.get("rounding", {}).items()
+        }
         fits = parts.keys() == format_of(manifest).digested_parts(manifest) and files.keys() == planned.keys()
         fits = fits and all(file.size in planned[name] for name, file in files.items())
     except (KeyError, TypeError, ValueError, AttributeError):
         fits = False
     if not fits:
         raise CorruptionError(f"{path} does not record the files of unit {unit}", expected=f"{len(planned)}", fix=fix)
-    return Commit(unit, files, skipped, parts)
+    return Commit(unit, files, skipped, parts, rounding)

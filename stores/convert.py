@@ -120,6 +120,7 @@ def _fill_parts(store: Store, buffer: UnitBuffer) -> None:
     for name in buffer.features:
         moments = form.read_part(store.root, store.manifest, commit, f"stats/{name}")
         buffer.statistics[name] = ChannelStatistics.from_array(moments)
+    buffer.rounding |= commit.rounding
     for episode, reason in commit.skipped.items():
         if episode not in store.episodes.position:
             raise CorruptionError(f"unit {buffer.unit} of {store.root} leaves out {episode!r}, which is no episode")

@@ -9,14 +9,19 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from types import UnionType
+from typing import Any, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from vla.stores.config_files import merged, read_config
 from vla.stores.errors import UsageError
+
+SAVED = ("run.json", "zarr.json")
+"""In which file a run, or a store, keeps the settings that it was made with."""
 
 
 class Settings(BaseModel):
@@ -27,11 +32,15 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _lay_tables_over_defaults(cls, values: Any) -> Any:
-        """A table that names one key keeps the field's own default for the others, not those of the table's class."""
+        """A table that names one key keeps the field's own default for the others, not those of the table's class; a
+        bare value of a list is its one element."""
         if not isinstance(values, Mapping):
             return values
         laid = dict(values)
         for name, field in cls.model_fields.items():
+            given = laid.get(name)
+            if isinstance(given, (str, int, float)) and not isinstance(given, bool) and _is_list(field.annotation):
+                laid[name] = [given]  # `train.trackers=tensorboard`: one element alone
             if isinstance(field.default, Settings) and isinstance(laid.get(name), Mapping):
                 laid[name] = merged(field.default.model_dump(exclude_defaults=True), laid[name])
         return laid
@@ -48,9 +57,19 @@ class Settings(BaseModel):
             raise _explained(cls, error, where, under) from None
 
     @classmethod
+    def from_saved(cls, values: dict[str, Any], file: Path) -> dict[str, Any]:
+        """Return the settings in what a run or a store has saved of itself in `file`; other values as they are."""
+        return values
+
+    @classmethod
     def from_sources(cls, file: Path | None = None, overrides: Iterable[str] = (), **explicit: Any) -> Self:
-        """Merge defaults, a configuration `file`, explicit keyword values that are not None, and `a.b=c` strings."""
-        written: dict[str, Any] = read_config(file) if file is not None else {}
+        """Merge defaults, a configuration `file`, explicit keyword values that are not None, and `a.b=c` strings.
+
+        `file` may also be what a run or a store has saved of itself, or their folder.
+        """
+        if file is not None and file.is_dir():  # a run or a store
+            file = next((file / name for name in SAVED if (file / name).is_file()), file)
+        written: dict[str, Any] = cls.from_saved(read_config(file), file) if file is not None else {}
         values = copy.deepcopy(written) | {key: value for key, value in explicit.items() if value is not None}
         for text in overrides:
             set_dotted(values, text)
@@ -103,9 +122,32 @@ def read_model_settings(texts: Iterable[str] | None) -> dict[str, Any]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return ", did you mean 'x'?" for the closest known word, or an empty string."""
-    match = difflib.get_close_matches(word, list(known), n=1)
+    """Return ", did you mean 'x'?" for the closest known word or another name of the same, or an empty string."""
+    by_name = {name.casefold(): name for name in known}
+    said = word.casefold()
+    same = [by_name[name] for names in SAME for name in names if said in names and name in by_name]
+    match = same or [by_name[name] for name in difflib.get_close_matches(said, list(by_name), n=1)]
     return f", did you mean {match[0]!r}?" if match else ""
+
+
+SAME = (
+    ("float16", "fp16", "f16", "half"),
+    ("bfloat16", "bf16"),
+    ("float32", "fp32", "f32", "float", "single", "full", "no"),
+    ("int8", "i8"),
+    ("h5", "hdf5"),
+    ("zstd", "zstandard"),
+    ("none", "off", "false"),
+)
+"""Names of one thing, in other people's software and in ours; `train.precision=no` is float32."""
+
+
+def _is_list(annotation: Any) -> bool:
+    """Return whether a field takes lists of any length, and no other value (but None)."""
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+    if get_origin(annotation) in (Union, UnionType):
+        return all(_is_list(kind) for kind in kinds)
+    return get_origin(annotation) is list or (get_origin(annotation) is tuple and kinds[-1:] == [...])
 
 
 def _holds(values: Any, wrong: Mapping[str, Any]) -> bool:
@@ -131,10 +173,16 @@ def _explained(cls: type[BaseModel], error: ValidationError, where: str, under: 
         if first["type"] == "value_error" and isinstance(first["input"], (Mapping, BaseModel)):
             # What a whole table contradicts itself in: the message names the keys, and the table would hide it.
             return UsageError(": ".join(part for part in (where, key, message) if part))
-        return UsageError(f"{where}: {key} = {first['input']!r}: {message}")
+        hint = nearest(str(first["input"]), _choices(first)) if first["type"] == "literal_error" else ""
+        return UsageError(f"{where}: {key} = {first['input']!r}: {message}{hint}")
     known = sorted(_model_at(cls, loc[:-1]).model_fields)
     hint = nearest(loc[-1], known) or f" (known: {', '.join(known)})"
     return UsageError(f"{where}: unknown key {key!r}{hint}")
+
+
+def _choices(wrong: Mapping[str, Any]) -> list[str]:
+    """Return the values that pydantic would have taken: it names them as "'a', 'b' or 'c'"."""
+    return re.findall(r"'([^']*)'", wrong["ctx"]["expected"])
 
 
 def _model_at(cls: type[BaseModel], loc: Sequence[str]) -> type[BaseModel]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from vla.stores.below import HeldFolder
 from vla.stores.commits import Commit, read_commits
 from vla.stores.compressed import CompressedReader
+from vla.stores.dtypes import WIDENING, Rounding
 from vla.stores.errors import CorruptionError, StoreError, UsageError
 from vla.stores.filesystem import explaining
 from vla.stores.fingerprint import digest, digest_array
@@ -97,10 +98,13 @@ class Store:
         channels = self.feature_info(feature).shape[-1]
         total = ChannelStatistics.empty(channels)
         for unit in sorted(self.commits):
-            commit = self.commits[unit]
-            values = format_of(self.manifest).read_part(self.root, self.manifest, commit, f"stats/{feature}")
-            total = total.merge(ChannelStatistics.from_array(values))
+            total = total.merge(self.unit_statistics(feature, unit))
         return total
+
+    def unit_statistics(self, feature: str, unit: int) -> ChannelStatistics:
+        """Return the statistics of a feature's channels over the rows of one committed unit."""
+        part = format_of(self.manifest).read_part(self.root, self.manifest, self.commits[unit], f"stats/{feature}")
+        return ChannelStatistics.from_array(part)
 
     def content(self) -> str:
         """Return a digest of the committed features, by their statistics: equal in every form of the same store.
@@ -118,6 +122,29 @@ class Store:
         for unit, commit in self.commits.items():
             scales[unit] = format_of(self.manifest).read_part(self.root, self.manifest, commit, f"scales/{feature}")
         return scales
+
+    def live_scales(self, feature: str) -> NDArray[np.float32] | None:
+        """Return the int8 grid of live features, float32 [C]: the coarsest of the units'. None for other dtypes.
+
+        But at most `WIDENING` times their median, of the units where the channel is not 0: one wide unit does not
+        coarsen what a policy sees for ever.
+        """
+        scales = self.scales(feature)
+        if scales is None:
+            return None
+        used = np.ma.masked_equal(scales, 0.0)
+        middle = np.ma.filled(np.ma.median(used, axis=0), 0.0).astype(np.float32)  # type: ignore[no-untyped-call]
+        grid: NDArray[np.float32] = np.minimum(scales.max(axis=0), np.float32(WIDENING) * middle)
+        return grid
+
+    def rounding(self, feature: str) -> Rounding | None:
+        """Return what int8 cost a feature, the mean over the units that have it recorded; None where none has."""
+        units = [commit.rounding[feature] for commit in self.commits.values() if feature in commit.rounding]
+        if not units:
+            return None
+        return Rounding(
+            sum(unit.error for unit in units) / len(units), sum(unit.saturated for unit in units) / len(units)
+        )
 
     def reader(self, feature: str, verify: Verify = "first") -> FeatureReader:
         """Return a reader of one feature; one a thread."""
@@ -213,6 +240,9 @@ def _check_tables(root: Path, manifest: Manifest, episodes: EpisodeTable) -> Non
         or int(ends.max()) != manifest.rows
         or len(set(episodes.ids)) < len(episodes.ids)
     )
+    # Episodes lie end to end: one that overlaps another would read its frames.
+    order = np.argsort(episodes.row_start, kind="stable") if not bad else np.zeros(0, np.int64)
+    bad = bad or not np.array_equal(episodes.row_start[order], np.r_[0, ends[order][:-1]])
     bad = bad or not _in_range(episodes.task, len(episodes.tasks))
     if episodes.labels:
         bad = bad or len(episodes.label) != len(episodes) or not _in_range(episodes.label, len(episodes.labels))

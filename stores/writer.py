@@ -58,12 +58,14 @@ class StoreWriter:
         self._require_whole(buffer)
         count = len(buffer.rows)
         parts: dict[str, NDArray[Any]] = {f"steps/{name}": values[:count] for name, values in buffer.steps.items()}
-        shards, crcs = {}, {}
+        shards, crcs, rounding = {}, {}, dict(buffer.rounding)
         for name, feature in buffer.features.items():
             moments = feature.finish(buffer.present)
             parts[f"stats/{name}"] = buffer.statistics.get(name, moments).to_array()
             shards[name], crcs[name] = feature.shard, feature.shard.checksums(buffer.present)
             parts[f"checksums/{name}"] = crcs[name]
+            if feature.rounding is not None:
+                rounding[name] = feature.rounding
             if feature.scales is not None:
                 parts[f"scales/{name}"] = feature.scales
         files: dict[str, FileRecord] = {}
@@ -73,7 +75,7 @@ class StoreWriter:
             sha256 = write_atomic_parts(self.root / path, data)
             files[path] = FileRecord(sum(view.nbytes for view in data), sha256)
         digests = {part: digest_array(parts[part]) for part in form.digested_parts(self.manifest)}
-        commit = Commit(unit, files, dict(buffer.skipped), digests)
+        commit = Commit(unit, files, dict(buffer.skipped), digests, rounding)
         write_atomic_parts(self.root / commit_file(unit), [commit.to_bytes(self.manifest)])
         self.commits[unit] = commit
         return commit

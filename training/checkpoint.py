@@ -28,6 +28,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from vla.pretrained.weights import first_not_finite
 from vla.stores.errors import CheckpointError
 from vla.stores.filesystem import PARTIAL, digest_file, explaining, fsync_dir, fsync_tree
 from vla.stores.owned import CHECKPOINT, remove_owned
@@ -148,7 +149,7 @@ def newest_complete(run_dir: Path) -> Path:
 def load_checkpoint(path: Path, *, which: str = "newest") -> Checkpoint:
     """Open one checkpoint folder, or a run folder's "newest" complete or "best" one, for inference.
 
-    Raises `CheckpointError` naming the file that is missing or damaged.
+    Raises `CheckpointError` naming the file that is missing or damaged, and the tensor that is not finite.
     """
     if _NAME.fullmatch(path.name) or (path / "complete.json").exists():
         folder = path
@@ -160,12 +161,17 @@ def load_checkpoint(path: Path, *, which: str = "newest") -> Checkpoint:
         folder = newest_complete(path)
     averaged = (folder / "ema.safetensors").is_file()
     state = read_state(folder)
+    file = folder / ("ema.safetensors" if averaged else "model.safetensors")
+    weights = read_tensors(file)
+    wrong = first_not_finite(weights)
+    if wrong is not None:
+        raise CheckpointError(f"{file}: {wrong} holds numbers that are not finite", fix="an earlier checkpoint")
     return Checkpoint(
         folder=folder,
         step=state["step"],
         artefact=read_object(folder / "artefact.json"),
         metrics=state.get("metrics", {}),
-        weights=read_tensors(folder / ("ema.safetensors" if averaged else "model.safetensors")),
+        weights=weights,
         averaged=averaged,
     )
 

@@ -28,6 +28,7 @@ from vla.pretrained.weights import (
     require_fit,
 )
 from vla.stores.errors import DataError, MachineError
+from vla.stores.pointers import refuse_pointer
 from vla.stores.settings import Settings
 
 REPOSITORY = Repository(
@@ -184,6 +185,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
     try:
         content = torch.load(path, "cpu", weights_only=True)
     except DAMAGE as error:
+        refuse_pointer(path)
         raise DataError(f"{path} is not a file of weights: {str(error).partition(chr(10))[0]}") from None
     kwargs, tensors = (content.get(key) if isinstance(content, dict) else None for key in ("croco_kwargs", "model"))
     if not isinstance(kwargs, dict) or not all(isinstance(name, str) for name in kwargs):

@@ -25,6 +25,7 @@ from vla.featurize.caches.base import CacheIndex
 from vla.featurize.caches.checks import SKIP, as_feature, digest_files, natural
 from vla.featurize.sources.base import Episode, StepSpec
 from vla.stores.errors import SourceError
+from vla.stores.pointers import refuse_pointer
 
 FPS = 10.0
 """make_tracking_data.py integrates with dt = 0.1 s."""
@@ -143,6 +144,7 @@ def _load(path: Path, shape: tuple[int, ...]) -> NDArray[Any]:
             warnings.simplefilter("ignore")  # about the protocol of a pickle that is then refused
             tensor = torch.load(path, map_location="cpu", weights_only=True)
     except damage as error:
+        refuse_pointer(path)
         reason = type(error).__name__ + (": holds more than tensors" if isinstance(error, damage[1]) else "")
         raise SourceError(f"{path} does not load ({reason})", expected=f"one tensor {shape}", fix=SKIP) from None
     if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tuple(tensor.shape) != shape:

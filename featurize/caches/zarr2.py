@@ -21,13 +21,20 @@ from numpy.typing import NDArray
 
 from vla.featurize.caches.checks import SKIP
 from vla.stores.errors import SourceError
+from vla.stores.pointers import refuse_pointer
 
 COMPRESSORS = {"blosc", "zlib", "gzip", "zstd", "lz4", "bz2", "lzma"}
+
+FILTERS = {"delta", "shuffle", "fixedscaleoffset", "quantize", "bitround", "packbits", "astype", *COMPRESSORS}
+"""Those of numcodecs that turn numbers into numbers; `pickle`, `json2` and the object filters would make objects."""
 
 
 @dataclass(frozen=True)
 class Zarr2:
-    """One array, its metadata checked. `shape` as on disk, `dtype` the name of numpy's."""
+    """One array, its metadata checked. `shape` as on disk, `dtype` the name of numpy's.
+
+    `has_fill` says whether a chunk that is not stored has a value at all.
+    """
 
     path: Path
     shape: tuple[int, ...]
@@ -35,6 +42,7 @@ class Zarr2:
     dtype: str
     separator: str
     compressor: str | None
+    has_fill: bool
 
     def chunk_files(self) -> list[Path]:
         """Return every chunk's file."""
@@ -42,14 +50,21 @@ class Zarr2:
         return [self.path / self.separator.join(map(str, place)) for place in itertools.product(*counts)]
 
     def files(self) -> list[Path]:
-        """Return the metadata file and every chunk's."""
-        return [self.path / ".zarray", *self.chunk_files()]
+        """Return the metadata file and that of every chunk that is stored."""
+        return [self.path / ".zarray", *(path for path in self.chunk_files() if path.is_file())]
 
-    def require_whole(self) -> None:
-        """Raise `SourceError` naming the first chunk whose file is missing or, under Blosc, truncated."""
+    def require_whole(self, *, fill: bool = False, fix: str = SKIP) -> None:
+        """Raise `SourceError` naming the first chunk whose file is missing or, under Blosc, truncated.
+
+        With `fill`, a missing chunk is the array's fill value: zarr does not store chunks that hold nothing else. No
+        reader can then tell such a chunk from a lost one.
+        """
         for path in self.chunk_files():
             if not path.is_file():
-                raise SourceError(f"{path} is missing", expected="every chunk of the array", fix=SKIP)
+                if fill and self.has_fill:
+                    continue
+                raise SourceError(f"{path} is missing", expected="every chunk of the array", fix=fix)
+            refuse_pointer(path)
             if self.compressor == "blosc":
                 _require_blosc(path)
 
@@ -76,14 +91,28 @@ def open_zarr2(path: Path) -> Zarr2:
         code, filters, compressor = str(found["dtype"]), found.get("filters"), found.get("compressor")
         identity = None if compressor is None else compressor["id"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        refuse_pointer(meta)
         raise SourceError(f"{meta} does not read ({type(error).__name__})", expected="a zarr v2 array") from None
-    if re.fullmatch(r"[<>|][fiub][1248]", code) is None:
+    if re.fullmatch(r"[<>|=]?[fiub][1248]", code) is None:
         raise SourceError(f"{meta} declares dtype {code!r}", expected="numbers; objects are pickles and never opened")
-    if filters or (identity is not None and identity not in COMPRESSORS):
+    if not _are_plain(filters) or (identity is not None and identity not in COMPRESSORS):
         raise SourceError(f"{meta} declares filters {filters}, compressor {identity!r}", expected="plain compression")
     if len(shape) != len(chunks) or not shape or min(shape) < 0 or min(chunks) < 1:
         raise SourceError(f"{meta} declares shape {shape}, chunks {chunks}", expected="an array of rows")
-    return Zarr2(path, shape, chunks, np.dtype(code).name, str(found.get("dimension_separator", ".")), identity)
+    return Zarr2(
+        path,
+        shape,
+        chunks,
+        np.dtype(code).name,
+        str(found.get("dimension_separator") or "."),
+        identity,
+        found.get("fill_value") is not None,
+    )
+
+
+def _are_plain(filters: Any) -> bool:
+    listed = [] if filters is None else filters
+    return isinstance(listed, list) and all(isinstance(one, dict) and one.get("id") in FILTERS for one in listed)
 
 
 def _require_blosc(path: Path) -> None:

@@ -23,6 +23,7 @@ from vla.stores.owned import refuse_overlap
 from vla.stores.settings import Settings, nearest
 from vla.training.config import TrainConfig
 from vla.training.loop import FitReport, Progress, fit, seed_everything
+from vla.training.run_folder import saved_settings
 
 TRAIN_DEFAULTS: dict[str, Any] = {
     "steps": 5000,
@@ -40,8 +41,8 @@ leaves InfoNCE seven negatives."""
 class LossConfig(Settings):
     """`tau`: InfoNCE's temperature. `mse`: weight of the embeddings' squared difference beside it."""
 
-    tau: float = Field(TAU, gt=0)
-    mse: float = Field(0.0, ge=0)
+    tau: float = Field(TAU, gt=0, allow_inf_nan=False)
+    mse: float = Field(0.0, ge=0, allow_inf_nan=False)
 
 
 class DistillConfig(Settings):
@@ -52,6 +53,11 @@ class DistillConfig(Settings):
     model: dict[str, Any] = {}
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig.build(TRAIN_DEFAULTS)
+
+    @classmethod
+    def from_saved(cls, values: dict[str, Any], file: Path) -> dict[str, Any]:
+        """See `Settings.from_saved`."""
+        return saved_settings(values, file)
 
 
 class DistilledStudent(Student):
@@ -64,6 +70,8 @@ class DistilledStudent(Student):
     def loss(self, batch: StepBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean over views of InfoNCE + mse * MSE, and the metrics.
 
+        InfoNCE is defined over its batch: with `train.accumulate` or several processes the negatives of a step are
+        those of its own micro-batch, and the step is the mean over micro-batches, which are equally large.
         Negatives are the other steps of the batch in the same view: two views of one step are never negatives, nor is
         a step that the batch holds twice.
         """
@@ -154,6 +162,7 @@ def distill(
         config.train,
         run_dir,
         artefact=job.artefact.model_dump(mode="json"),
+        settings=config.model_dump(mode="json"),
         validate=validate if held_out is not None and len(held_out) > 1 else None,
         resume=resume,
         overwrite=overwrite,

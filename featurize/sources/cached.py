@@ -78,7 +78,7 @@ class StoreSource:
         for name in names:
             self._stores.feature_info(name)
             store = self._stores.stores[self._stores.owner[name]]
-            manifest, scales = store.manifest, store.scales(name)
+            manifest, scales = store.manifest, store.live_scales(name)
             identity[name] = {
                 "backbone": manifest.fingerprint["backbone"],
                 "context": manifest.fingerprint["context"],
@@ -86,7 +86,7 @@ class StoreSource:
             }
             recipes[name] = {
                 "backbone": manifest.provenance["backbone"],
-                "scales": None if scales is None else scales.max(axis=0).tolist(),
+                "scales": None if scales is None else scales.tolist(),
             }
             random |= manifest.random_weights
         return ExtrasRecord(identity, recipes, random)

@@ -20,6 +20,7 @@ from vla.featurize.sources.episode_checks import SKIP, require_finite
 from vla.featurize.sources.lerobot_info import MAX_JSON_BYTES, inside
 from vla.stores.errors import SourceError
 from vla.stores.filesystem import digest_file
+from vla.stores.pointers import refuse_pointer
 
 MAX_TEXT_BYTES = 64 << 10
 """An instruction is a sentence; a text file above this is something else."""
@@ -78,7 +79,8 @@ def folders(root: Path, folder: Path) -> list[Path]:
 
 
 def size_of(file: Path, limit: int, what: str, fix: str = SKIP) -> int:
-    """Return the bytes of a regular file. Raises `SourceError` where it is missing, above `limit`, a pipe or a device.
+    """Return the bytes of a regular file. Raises `SourceError` where it is missing, above `limit`, a pipe or a device,
+    `PointerError` for a Git-LFS pointer.
 
     Opening a pipe would wait for ever, and a device has no end.
     """
@@ -88,6 +90,7 @@ def size_of(file: Path, limit: int, what: str, fix: str = SKIP) -> int:
         raise SourceError(f"cannot read {file}: {error.strerror or error}", expected=what, fix=fix) from None
     if not stat.S_ISREG(status.st_mode):
         raise SourceError(f"{file} is no regular file", expected=what, fix=fix)
+    refuse_pointer(file)
     if status.st_size > limit:
         raise SourceError(f"{file} has {status.st_size} bytes", expected=f"at most {limit}", fix=fix)
     return status.st_size

@@ -15,6 +15,7 @@ import h5py
 
 from vla.featurize.sources.episode_checks import SKIP
 from vla.stores.errors import SourceError
+from vla.stores.pointers import refuse_pointer
 
 
 @contextmanager
@@ -28,6 +29,7 @@ def opened(path: Path) -> Iterator[h5py.File]:
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
         if isinstance(error, SourceError):
             raise
+        refuse_pointer(path)
         reason = " ".join(str(error).split())[:160]
         raise SourceError(f"{path} does not read: {reason}", expected="a whole HDF5 file", fix=SKIP) from None
 

@@ -26,7 +26,7 @@ class Entry(NamedTuple):
 
 
 SOURCES: dict[str, Entry] = {
-    "lerobot": Entry("vla.featurize.sources.lerobot:LeRobotSource", ("meta/info.json",), "LeRobot v3.0 or v2.1"),
+    "lerobot": Entry("vla.featurize.sources.lerobot:LeRobotSource", ("meta/info.json",), "LeRobot v3.0, v2.1 or v2.0"),
     "store": Entry("vla.featurize.sources.cached:StoreSource", ("commits/writer.lock",), "a store of cached features"),
     "trackvla": Entry(
         "vla.featurize.sources.trackvla:TrackVLASource",
@@ -84,7 +84,7 @@ def open_source(spec: str | Path, **options: Any) -> Source:
 
 
 def shipped() -> Path:
-    """Return the data set that ships with a checkout. Raises `UsageError` outside of one."""
+    """Return the data set that ships with a checkout and with the wheel. Raises `UsageError` where there is none."""
     path = Path(__file__).parents[2] / "examples" / "push"
     if not path.is_dir():
         raise UsageError("no --source given", expected="a folder of demonstrations", fix="--source DIR")

@@ -86,7 +86,7 @@ def _matrix(file: h5py.File, path: str) -> NDArray[np.float64]:
     data, where = need(file, path), f"{file.filename}:{path}"
     wide = data.ndim == 2 and not 1 <= data.shape[1] <= MAX_JOINTS
     if (
-        data.dtype.kind not in "fiu"
+        data.dtype.kind not in "fiub"
         or data.ndim not in (1, 2)
         or wide
         or data.shape[0] > MAX_FRAMES

@@ -19,6 +19,7 @@ from typing import Any
 
 from vla.featurize.sources.episode_checks import SKIP
 from vla.stores.errors import SourceError, UsageError
+from vla.stores.pointers import refuse_pointer
 
 DATA, PLANS = "data", "_traj_data"
 HDF5, PKL = "episode*.hdf5", "episode*.pkl"
@@ -139,6 +140,7 @@ def _json(path: Path) -> Any:
     except OSError as error:
         raise SourceError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
+        refuse_pointer(path)
         raise SourceError(f"{path} does not parse: {error}", expected="JSON", fix=SKIP) from None
 
 

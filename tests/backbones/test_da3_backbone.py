@@ -416,7 +416,7 @@ def test_the_default_is_da3_large_from_the_hub_and_offline_it_says_how_to_supply
         build(weights=None, model=None)
     text = str(caught.value)
     assert "hf download depth-anything/DA3-LARGE --local-dir weights/da3" in text
-    assert "--weights random --set options.model=tiny" in text
+    assert "--weights random" in text
     assert "\n" not in text
 
 
