@@ -59,11 +59,13 @@ def featurize(
     from vla.featurize.launch import Where, launch, outlook
     from vla.stores.inspect import rounding_of
     from vla.stores.memory import keep_freed_memory
+    from vla.stores.owned import require_name
     from vla.stores.settings import read_pairs
     from vla.stores.writer import refuse_existing
 
     keep_freed_memory()
     short = {"store.format": format_, "store.dtype": dtype, "augment.copies": augment}
+    name = None if name is None else require_name(name, "--name")
     begun = begun_store(out, name) if resume and backbone is None and config is None else None
     settings = FeaturizeConfig.from_sources(
         begun or config,

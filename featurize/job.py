@@ -123,11 +123,10 @@ def run(
 ) -> RunReport:
     """Make the store at `root`, a folder or a URL.
 
-    Raises `UsageError` where `overwrite` would delete what is read, what `require_room` does where the disk is too
+    Raises `UsageError` where `root` overlaps with what is read, what `require_room` does where the disk is too
     small (not with `accept`), and what `featurize` raises.
     """
-    if overwrite:
-        refuse_overwriting_source(root, job.config.source, job.source)
+    refuse_overwriting_source(root, job.config.source, job.source)
     if not is_url(root):
         root = Path(root)
         refuse_shadowing(root)

@@ -25,7 +25,8 @@ class StoreRecord(Settings):
 
     `recipe` is {"name", "weights", "options"} of the backbone; `fingerprint` the store's; `scales` the
     live grid of int8 features, [C] each (training/storage.py). `fps`: time steps a second. `picture_sizes`: (height,
-    width) of each camera's pictures. Checkpoints and stores made before these were kept know neither.
+    width) of each camera's pictures. `content`: `Store.content`, which a resumed run compares. Checkpoints and stores
+    of earlier versions lack these three.
     """
 
     path: str
@@ -38,6 +39,7 @@ class StoreRecord(Settings):
     scales: dict[str, tuple[float, ...]] = {}
     fps: float | None = None
     picture_sizes: dict[str, tuple[int, int]] = {}
+    content: str = ""
 
 
 class Artefact(Settings):

@@ -26,6 +26,7 @@ from tokenizers.trainers import BpeTrainer
 
 from vla.stores.documents import read_json_file
 from vla.stores.errors import DataError, UsageError
+from vla.stores.filesystem import write_atomic
 
 SETTINGS, TOKENIZER = "processor_config.json", "tokenizer.json"
 STATISTICS = ("action_centre", "action_scale")
@@ -195,7 +196,7 @@ class FastTokenizer:
         """Write both files into a folder, which is made."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(str(folder / TOKENIZER))
+        write_atomic(folder / TOKENIZER, self.tokenizer.to_str(pretty=True).encode())
         settings = {
             "processor_class": "UniversalActionProcessor",
             "scale": self.scale,
@@ -208,7 +209,7 @@ class FastTokenizer:
         }
         if self.statistics is not None:
             settings |= dict(zip(STATISTICS, self.statistics, strict=True))
-        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_atomic(folder / SETTINGS, f"{json.dumps(settings, indent=2)}\n".encode())
 
     @classmethod
     def load(cls, folder: Path | str, horizon: int, action_dim: int) -> FastTokenizer:

@@ -23,6 +23,7 @@ from vla.heads.start import start_from
 from vla.heads.tensor_batches import TensorBatches
 from vla.stores.errors import UsageError
 from vla.stores.fingerprint import digest
+from vla.stores.owned import refuse_overlap
 from vla.stores.settings import Settings
 from vla.training.checkpoint import read_object
 from vla.training.config import TrainConfig
@@ -93,13 +94,16 @@ def train_head(
     begun: Callable[[HeadModel], None] = lambda model: None,
     progress: Progress = lambda step, total, metrics: None,
 ) -> FitReport:
-    """Train a head into `run_dir`. Raises what opening the stores, building the head and `fit` raise.
+    """Train a head into `run_dir`. Raises what opening the stores, building the head and `fit` raise, and `UsageError`
+    where `run_dir` overlaps with a store or with the run to start from.
 
     `supplier` gives the training batches their features; statistics and validation read the stores all the same.
     `begun` is called with the head before the first step.
     """
     run_dir = Path(run_dir)
     asked = config.train
+    if not resume:
+        refuse_overlap(run_dir, [*config.data.stores, *([config.init_from] if config.init_from else [])])
     config = with_head_defaults(config, begun=resume and begun_warmup(run_dir) is not None)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
@@ -150,7 +154,7 @@ def train_head(
         config.train,
         run_dir,
         artefact=artefact_of(config, model, data, identity).model_dump(mode="json"),
-        places=PLACES,
+        places=PLACES if not resume or _has_content(run_dir) else (*PLACES, "stores.content"),
         settings=config.model_dump(mode="json"),
         validate=validate if len(data.validation) else None,
         param_groups=model.param_groups(config.train.lr),
@@ -173,6 +177,14 @@ def with_head_defaults(config: HeadTrainConfig, *, begun: bool = False) -> HeadT
         defaults = {key: value for key, value in defaults.items() if key != "warmup_steps"}
     train = TrainConfig.build({**defaults, **explicit}, where="train")
     return config.model_copy(update={"train": train})
+
+
+def _has_content(run_dir: Path) -> bool:
+    """Return whether a run was begun by a version that keeps the stores' content."""
+    file = run_dir / "run.json"
+    artefact = read_object(file).get("artefact") if file.is_file() else None
+    stores = artefact.get("stores") if isinstance(artefact, dict) else None
+    return isinstance(stores, list) and all(isinstance(store, dict) and "content" in store for store in stores)
 
 
 def _trained_tasks(model: HeadModel, data: HeadData) -> tuple[str, ...]:
@@ -207,6 +219,7 @@ def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData, onlin
             scales=live_scales(store, data.io.features),
             fps=store.manifest.fps,
             picture_sizes=store.manifest.picture_sizes,
+            content=store.content(),
         )
         for store in (*data.stores.stores, *texts)
     ]

@@ -8,11 +8,13 @@ the episodes that were left out, and it carries its own digest. A unit without a
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vla.stores.below import read_below
 from vla.stores.dtypes import Rounding
 from vla.stores.errors import CorruptionError
 from vla.stores.filesystem import explaining, fsync_dir
@@ -89,7 +91,7 @@ def read_commit(root: Path, manifest: Manifest, unit: int, expected: str) -> Com
     Raises `CorruptionError` on a record that lies.
     """
     path = root / commit_file(unit)
-    return _read(path, unit, manifest, expected) if path.exists() else None
+    return _read(path, unit, manifest, expected) if os.path.lexists(path) else None
 
 
 def committed_units(root: Path) -> set[int]:
@@ -114,8 +116,9 @@ def record_unit(path: Path) -> int:
 def _records(root: Path) -> list[tuple[int, Path]]:
     """Return unit and path of each file that bears a record's name."""
     folder = root / COMMITS
-    if not folder.is_dir():
-        raise CorruptionError(f"{folder} is missing", expected="a folder of commit records")
+    if folder.is_symlink() or not folder.is_dir():
+        what = "is a symbolic link" if folder.is_symlink() else "is missing"
+        raise CorruptionError(f"{folder} {what}", expected="a folder of commit records")
     paths = [path for path in sorted(folder.iterdir()) if _RECORD_NAME.fullmatch(path.name)]
     return [(record_unit(path), path) for path in paths]
 
@@ -126,11 +129,7 @@ def _signed(body: dict[str, Any]) -> bytes:
 
 def _read(path: Path, unit: int, manifest: Manifest, expected: str) -> Commit:
     fix = f"vla verify {path.parent.parent}"
-    if not path.is_file():  # opening a pipe would wait for ever, reading a device never end
-        raise CorruptionError(f"{path} is no file", expected="a commit record", fix=fix)
-    if path.stat().st_size > MAX_RECORD_BYTES:
-        raise CorruptionError(f"{path} is larger than any commit record", fix=fix)
-    data = path.read_bytes()
+    data = read_below(path.parent.parent, f"{COMMITS}/{path.name}", MAX_RECORD_BYTES)
     try:
         raw: Any = json.loads(data)
         body = {key: value for key, value in raw.items() if key != "sha256"} if isinstance(raw, dict) else {}

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vla.stores.debris import refuse_overwriting
-from vla.stores.errors import CorruptionError, UsageError
+from vla.stores.errors import CorruptionError
 from vla.stores.formats.registry import format_of
 from vla.stores.manifest import Compression, FormatName
+from vla.stores.owned import refuse_overlap
 from vla.stores.plain_zarr import write_plain
 from vla.stores.remote.options import require_folder
 from vla.stores.settings import Settings
@@ -68,10 +68,7 @@ def convert_store(
     out = Path(out)
     out = require_folder(out)
     store = open_store(root)
-    if out.resolve() == store.root.resolve() or store.root.resolve() in out.resolve().parents:
-        raise UsageError(f"{out} lies in the store {root}", expected="another folder")
-    if overwrite:
-        refuse_overwriting(out, [store.root])
+    refuse_overlap(out, [store.root])
     how: Any = {"resume": resume, "overwrite": overwrite, "progress": progress}
     if options.format == "plain-zarr":
         units = write_plain(store, out, options.compression, **how)

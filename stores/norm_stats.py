@@ -10,6 +10,7 @@ what its transforms make of the actions (differences to the state, say); these a
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ def norm_stats_of(store: Store) -> dict[str, NormStats]:
 def write_norm_stats(path: Path | str, stats: Mapping[str, NormStats]) -> None:
     """Write the file; an existing one is refused with `UsageError`."""
     path = Path(path)
-    if path.exists():
+    if os.path.lexists(path):
         raise UsageError(f"{path} exists: refuse to replace it", expected="a new file")
     entries = {
         name: {key: None if value is None else value.tolist() for key, value in vars(entry).items()}

@@ -18,9 +18,10 @@ from pathlib import Path
 
 from vla.stores.commits import Commit, read_commit
 from vla.stores.errors import StoreError
-from vla.stores.filesystem import explaining, sweep_partial, writer_lock
+from vla.stores.filesystem import explaining, writer_lock
 from vla.stores.layout import CLAIMS
 from vla.stores.manifest import Manifest
+from vla.stores.owned import STORE, sweep
 from vla.stores.remote.options import require_folder
 from vla.stores.tables import EpisodeTable
 from vla.stores.unit_buffer import UnitBuffer
@@ -118,12 +119,12 @@ def open_shared_writer(
         _join(root, manifest, episodes)
         try:
             with writer_lock(root):  # nobody else is at work: what is unfinished will stay so
-                sweep_partial(root)
+                sweep(root, STORE)
         except StoreError:
             pass
     with _shared_lock(root), explaining(root):
         found = require_store(root, manifest)
-        claims = os.open(root / CLAIMS, os.O_RDWR | os.O_CREAT, 0o666)
+        claims = os.open(root / CLAIMS, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             yield SharedWriter(root, found, claims)
         finally:

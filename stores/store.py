@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vla.stores.below import HeldFolder
 from vla.stores.commits import Commit, read_commits
 from vla.stores.compressed import CompressedReader
 from vla.stores.dtypes import WIDENING, Rounding
 from vla.stores.errors import CorruptionError, StoreError, UsageError
 from vla.stores.filesystem import explaining
+from vla.stores.fingerprint import digest, digest_array
 from vla.stores.formats.registry import format_of
 from vla.stores.manifest import FeatureInfo, Manifest
 from vla.stores.metadata import check_arrays, read_manifest, read_tables
@@ -31,7 +33,8 @@ class Store:
     """A committed view of a store on disk. Immutable: units committed after opening are not seen.
 
     `usable` (bool [E]) marks the episodes all of whose rows are committed and that were not left out. Of a
-    remote store, `root` is its folder in the cache, `url` where it is, and `remote_reader` makes its readers.
+    remote store, `root` is its folder in the cache, `url` where it is, and `remote_reader` makes its readers. `held`
+    is the folder as it was when it was opened: readers refuse another one under its name.
     """
 
     root: Path
@@ -42,6 +45,7 @@ class Store:
     skipped: dict[str, str]
     url: str = ""
     remote_reader: Callable[[Store, str, Verify], FeatureReader] | None = None
+    held: HeldFolder | None = field(default=None, compare=False)
 
     @property
     def place(self) -> str:
@@ -102,6 +106,13 @@ class Store:
         part = format_of(self.manifest).read_part(self.root, self.manifest, self.commits[unit], f"stats/{feature}")
         return ChannelStatistics.from_array(part)
 
+    def content(self) -> str:
+        """Return a digest of the committed features, by their statistics: equal in every form of the same store.
+
+        The fingerprint says how features were computed; this says which ones were.
+        """
+        return digest({name: digest_array(self.statistics(name).to_array()) for name in self.manifest.features})
+
     def scales(self, feature: str) -> NDArray[np.float32] | None:
         """Return the scales of an int8 feature, float32 [units, C]; 0 in units not committed. None for other dtypes."""
         info = self.feature_info(feature)
@@ -141,7 +152,7 @@ class Store:
         if self.remote_reader is not None:
             return self.remote_reader(self, feature, verify)
         kind = FeatureReader if self.manifest.compression == "none" else CompressedReader
-        return kind(self.root, self.manifest, self.commits, feature, verify)
+        return kind(self.root, self.manifest, self.commits, feature, verify, self.held)
 
     def read(self, feature: str, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Return rows of a feature [n, *shape] as they are stored, in new memory, verified. For loops, use `reader`."""
@@ -195,6 +206,7 @@ def open_damaged(root: Path) -> tuple[Store, dict[Path, CorruptionError]]:
 
 
 def _open(root: Path, allow_partial: bool, lying: dict[Path, CorruptionError] | None = None) -> Store:
+    held = HeldFolder(root) if root.is_dir() else None
     manifest = read_manifest(root)
     check_arrays(root, manifest)
     episodes = read_tables(root, manifest)
@@ -213,7 +225,9 @@ def _open(root: Path, allow_partial: bool, lying: dict[Path, CorruptionError] | 
     usable = np.searchsorted(committed, last + 1) - np.searchsorted(committed, first) == last - first + 1
     if skipped:
         usable &= ~np.isin(np.asarray(episodes.ids), np.asarray(list(skipped)))
-    return Store(root, manifest, episodes, commits, usable, skipped)
+    if held is not None:
+        held.require_in_place()
+    return Store(root, manifest, episodes, commits, usable, skipped, held=held)
 
 
 def _check_tables(root: Path, manifest: Manifest, episodes: EpisodeTable) -> None:

@@ -18,7 +18,6 @@ import hashlib
 import json
 import logging
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from vla.pretrained.weights import first_not_finite
 from vla.stores.documents import read_json_file
 from vla.stores.errors import CheckpointError
 from vla.stores.filesystem import PARTIAL, digest_file, explaining, fsync_dir, fsync_tree
+from vla.stores.owned import CHECKPOINT, remove_owned
 from vla.stores.settings import Settings
 
 MAX_JSON_BYTES = 64 << 20
@@ -93,8 +93,7 @@ def save_checkpoint(
     partial = folder.with_name(folder.name + PARTIAL)
     with explaining(folder):
         for old in (folder, partial):  # a run that fell back to an earlier checkpoint reaches the same step again
-            if old.exists():
-                shutil.rmtree(old)
+            remove_owned(old, CHECKPOINT)
         partial.mkdir(parents=True)
         contents = {f"{name}.safetensors": save(_tensors(model)) for name, model in models.items()}
         contents["optimizer.safetensors"] = save(dict(optimizer_tensors))

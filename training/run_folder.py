@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from typing import Any
 from pydantic import Field
 
 from vla.stores.errors import CheckpointError, UsageError
-from vla.stores.filesystem import PARTIAL, explaining, sweep_partial, write_atomic
+from vla.stores.filesystem import PARTIAL, explaining, write_atomic
 from vla.stores.fingerprint import differences
+from vla.stores.owned import CHECKPOINT, RUN, foreign, remove_owned, sweep
 from vla.stores.settings import Settings
 from vla.training.checkpoint import CHECKPOINT_NAME, checkpoints, read_object, step_of, survey
 
@@ -85,9 +85,9 @@ def prepare_run(
 
     `decides` is everything the weights depend on, JSON-able; `places` names what of it only says where something is,
     such as "artefact.stores.path" (of every item of a list), which may be another on resuming. `settings` are kept
-    beside `decides`, to replay the run from. Raises `UsageError`
-    where the folder exists and neither flag is given, where it is not a run, and where the run was begun with something
-    else, naming the field; `CheckpointError` where there are checkpoints and all of them are damaged.
+    beside `decides`, to replay the run from. Raises `UsageError` where the folder exists and neither flag is given,
+    where it is not a run, where `overwrite` would delete what is no part of a run, and where the run was begun with
+    something else, naming the field; `CheckpointError` where there are checkpoints and all of them are damaged.
     """
     file = run_dir / "run.json"
     with explaining(run_dir):
@@ -99,11 +99,12 @@ def prepare_run(
         if inside and resume:
             _require_same(file, decides, places)
         elif inside:
-            for path in inside:  # run.json stays until it is replaced: an interrupted --overwrite leaves a run of ours
-                if path != file:
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            # run.json stays until it is replaced: an interrupted --overwrite leaves a run.
+            remove_owned(run_dir, RUN, keep=(file.name,))
+        if (run_dir / "checkpoints").is_symlink():  # pruning would delete where the link leads
+            raise UsageError(f"{run_dir / 'checkpoints'} is a symbolic link", fix="a link in the run folder's place")
         run_dir.mkdir(parents=True, exist_ok=True)
-        sweep_partial(run_dir)
+        sweep(run_dir, RUN)
         kept = dict(decides) if settings is None else {**decides, SETTINGS: settings}
         write_atomic(file, json.dumps(kept, indent=1).encode())
     found = survey(run_dir)
@@ -128,15 +129,20 @@ def write_best(run_dir: Path, best: Best | None) -> None:
 def prune(run_dir: Path, keep: int, step: int, best: Best | None) -> None:
     """Delete all checkpoints up to `step` but the newest `keep` and the best.
 
-    Later ones stay: they are damaged ones, from which a resumed run fell back, and take nobody's place.
+    Later ones stay: they are damaged ones, from which a resumed run fell back, and take nobody's place. So do those
+    that hold other files than a checkpoint's.
     """
     past = [folder for folder in checkpoints(run_dir) if step_of(folder) <= step]
     with explaining(run_dir):
         for folder in past[keep:]:
             if best is None or folder.name != best.checkpoint:
+                others = foreign(folder, CHECKPOINT)
+                if others:
+                    log.warning("%s is kept: it holds %s, which is no part of a checkpoint", folder, others[0])
+                    continue
                 # Under its name a checkpoint is whole: half a deletion must not look like damage.
                 partial = folder.rename(folder.with_name(folder.name + PARTIAL))
-                shutil.rmtree(partial)
+                remove_owned(partial, CHECKPOINT)
 
 
 def _require_same(file: Path, decides: Mapping[str, Any], places: Sequence[str]) -> None:

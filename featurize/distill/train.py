@@ -19,6 +19,7 @@ from vla.featurize.distill.loss import TAU, agreement, embedding_mse, info_nce, 
 from vla.featurize.distill.student import Student, StudentConfig
 from vla.stores.errors import UsageError
 from vla.stores.fingerprint import digest
+from vla.stores.owned import refuse_overlap
 from vla.stores.settings import Settings, nearest
 from vla.training.config import TrainConfig
 from vla.training.loop import FitReport, Progress, fit, seed_everything
@@ -139,9 +140,11 @@ def distill(
     overwrite: bool = False,
     progress: Progress = lambda step, total, metrics: None,
 ) -> FitReport:
-    """Train the student into `run_dir`. Raises what `fit` raises."""
+    """Train the student into `run_dir`. Raises what `fit` raises, and `UsageError` where `run_dir` holds the data."""
     run_dir = Path(run_dir)
     config, source = job.config, job.source
+    if not resume:
+        refuse_overlap(run_dir, [*config.data.stores, config.data.teacher])
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     held_out = source.validation

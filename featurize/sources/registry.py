@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, cast
 
 from vla.featurize.options import checked_options, keywords, options_model
 from vla.featurize.sources.base import Source
-from vla.stores.debris import refuse_overwriting
 from vla.stores.errors import SourceError, UsageError
+from vla.stores.owned import refuse_overlap
 from vla.stores.settings import nearest, parse_value
 from vla.stores.user_given import resolve
 
@@ -93,8 +93,8 @@ def shipped() -> Path:
 
 
 def refuse_overwriting_source(root: Path | str, spec: str | Path, source: Source) -> None:
-    """Raise `UsageError` where the store at `root` is, or holds, what `source`, opened from `spec`, reads."""
-    refuse_overwriting(root, [*source.index().stores, *_parse(spec)[1]])
+    """Raise `UsageError` where the store at `root` overlaps with what `source`, opened from `spec`, reads."""
+    refuse_overlap(root, [*source.index().stores, *_parse(spec)[1]])
 
 
 def resolve_options(

@@ -14,6 +14,7 @@ as the manifest says, and every chunk inside the file.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vla.stores.below import open_below
 from vla.stores.dtypes import FILL
 from vla.stores.errors import CorruptionError
 from vla.stores.filesystem import explaining
@@ -95,11 +97,10 @@ class Hdf5Units:
 
     def locate(self, root: Path, manifest: Manifest, commit: Commit, feature: str, descriptor: int) -> RowTable:
         """See `UnitFormat.locate`."""
-        del descriptor
         path, info = root / _file(commit.unit), manifest.features[feature]
         rows = len(manifest.unit_range(commit.unit))
         chunks: list[Any] = []
-        with _opened(root, commit) as file:
+        with _opened(path, commit, descriptor) as file:
             dataset = _dataset(file, f"frames/{feature}", (rows, *info.shape), info.stored, rows=1)
             dataset.id.chunk_iter(chunks.append)
         offsets, sizes = np.full(rows, -1, np.int64), np.zeros(rows, np.int64)
@@ -122,8 +123,15 @@ class Hdf5Units:
         path, spec = root / _file(commit.unit), part_specs(manifest)[part]
         rows = len(manifest.unit_range(commit.unit))
         shape = (rows, *spec.shape[1:]) if spec.per_row else spec.shape
-        with _opened(root, commit) as file:
-            values: NDArray[Any] = _dataset(file, part, shape, np.dtype(spec.dtype), rows=shape[0])[...]
+        try:
+            descriptor = open_below(root, _file(commit.unit))
+        except CorruptionError as error:
+            raise CorruptionError(f"unit {commit.unit}: {error.found}", fix=f"vla verify {root}") from None
+        try:
+            with _opened(path, commit, descriptor) as file:
+                values: NDArray[Any] = _dataset(file, part, shape, np.dtype(spec.dtype), rows=shape[0])[...]
+        finally:
+            os.close(descriptor)
         if digest_array(values) != commit.parts[part]:
             raise CorruptionError(
                 f"unit {commit.unit}: {path}: {part} differs from its commit", fix=f"vla verify {root}"
@@ -150,17 +158,21 @@ def _create(
 
 
 @contextmanager
-def _opened(root: Path, commit: Commit) -> Iterator[h5py.File]:
-    """Open a unit's file. Whatever is wrong with it becomes a `CorruptionError`; the disk's errors stay the disk's."""
+def _opened(path: Path, commit: Commit, descriptor: int) -> Iterator[h5py.File]:
+    """Open the HDF5 file behind a descriptor, which stays the caller's; `path` is its name in errors.
+
+    Whatever is wrong with the file becomes a `CorruptionError`; the disk's errors stay the disk's.
+    """
     import h5py
 
-    path, unit = root / _file(commit.unit), commit.unit
-    expected, fix = "the HDF5 file that was committed", f"vla verify {root}"
+    unit = commit.unit
+    expected, fix = "the HDF5 file that was committed", f"vla verify {path.parent.parent}"
     try:
-        if not path.is_file() or path.stat().st_size != commit.files[_file(unit)].size:
-            raise _NotOursError("is missing or has another size")
-        # The driver is named: a file may not choose another one, which might open other files.
-        with h5py.File(path, "r", driver="sec2") as file:
+        if os.fstat(descriptor).st_size != commit.files[_file(unit)].size:
+            raise _NotOursError("has another size")
+        # By descriptor: the name could be that of another file by now. The driver is named: a file may not choose
+        # another one, which might open other files.
+        with h5py.File(f"/dev/fd/{descriptor}", "r", driver="sec2") as file:
             if file.userblock_size:
                 raise _NotOursError("has a user block")
             yield file
