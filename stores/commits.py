@@ -8,7 +8,6 @@ the episodes that were left out, and it carries its own digest. A unit without a
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,9 @@ from vla.stores.errors import CorruptionError
 from vla.stores.filesystem import explaining, fsync_dir
 from vla.stores.fingerprint import canonical, digest
 from vla.stores.formats.registry import format_of, unit_files
-from vla.stores.layout import COMMITS, commit_file
+from vla.stores.layout import COMMITS, RECORD_NAME, commit_file
 from vla.stores.manifest import Manifest
 
-_RECORD_NAME = re.compile(r"unit-(\d{6,})\.json")
 MAX_RECORD_BYTES = 16 << 20
 """A record above 16 MiB is no record of ours: ten features and a thousand left-out episodes make 100 KB."""
 
@@ -111,7 +109,7 @@ def _records(root: Path) -> list[tuple[int, Path]]:
     folder = root / COMMITS
     if not folder.is_dir():
         raise CorruptionError(f"{folder} is missing", expected="a folder of commit records")
-    paths = [path for path in sorted(folder.iterdir()) if _RECORD_NAME.fullmatch(path.name)]
+    paths = [path for path in sorted(folder.iterdir()) if RECORD_NAME.fullmatch(path.name)]
     return [(record_unit(path), path) for path in paths]
 
 

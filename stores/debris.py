@@ -9,15 +9,14 @@ from pathlib import Path
 from vla.stores.errors import StoreError, UsageError
 from vla.stores.filesystem import PARTIAL
 from vla.stores.formats.registry import FORMATS
-from vla.stores.layout import COMMITS
+from vla.stores.layout import COMMITS, METADATA, TABLE_FOLDERS
 from vla.stores.remote.options import is_url
-from vla.stores.tables import LABELS, TABLES
 
 CONTENTS = frozenset(
     {
-        "zarr.json",
+        METADATA,
         COMMITS,
-        *(table.partition("/")[0] for table in (*TABLES, *LABELS)),
+        *TABLE_FOLDERS,
         *(folder for form in FORMATS.values() for folder in form.folders),
     }
 )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from vla.stores.errors import CorruptionError, StoreError
 from vla.stores.filesystem import PARTIAL, explaining
 from vla.stores.formats.registry import format_of
-from vla.stores.layout import table_metadata
+from vla.stores.layout import table_file, table_metadata
 from vla.stores.manifest import Manifest
 from vla.stores.shard import CRC_BYTES
 from vla.stores.tables import LABELS, TABLES, TEXTS, EpisodeTable
@@ -161,7 +161,7 @@ def _read_single_chunk(root: Path, path: str) -> NDArray[np.generic]:
     whole = isinstance(shape, list) and len(shape) == ndim and all(type(n) is int and n > 0 for n in shape)
     if dtype != kind or not isinstance(shape, list) or not whole:
         raise CorruptionError(f"{metadata_file} declares {dtype} {shape}", expected=f"{kind}, {ndim} axes")
-    file = root / path / ("c" + ".0" * ndim)
+    file = root / table_file(path)
     size = math.prod(shape) * np.dtype(kind).itemsize + CRC_BYTES
     with explaining(file):
         # The size first: a file of gigabytes in a table's place is not read at all.
