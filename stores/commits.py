@@ -7,7 +7,6 @@ the episodes that were left out, and it carries its own digest. A unit without a
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from vla.stores.fingerprint import canonical, digest
 from vla.stores.formats.registry import format_of, unit_files
 from vla.stores.layout import COMMITS, RECORD_NAME, commit_file
 from vla.stores.manifest import Manifest
+from vla.stores.untrusted import parse_json
 
 MAX_RECORD_BYTES = 16 << 20
 """A record above 16 MiB is no record of ours: ten features and a thousand left-out episodes make 100 KB."""
@@ -125,10 +125,10 @@ def _read(path: Path, unit: int, manifest: Manifest, expected: str) -> Commit:
         raise CorruptionError(f"{path} is larger than any commit record", fix=fix)
     data = path.read_bytes()
     try:
-        raw: Any = json.loads(data)
+        raw: Any = parse_json(data)
         body = {key: value for key, value in raw.items() if key != "sha256"} if isinstance(raw, dict) else {}
         whole = data == _signed(body)
-    except (ValueError, RecursionError):
+    except ValueError:
         raise CorruptionError(f"{path} is not JSON", expected="a commit record", fix=fix) from None
     if not whole:
         raise CorruptionError(f"{path} does not match its digest", expected="a whole commit record", fix=fix)

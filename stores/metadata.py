@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from vla.stores.layout import table_file, table_metadata
 from vla.stores.manifest import Manifest
 from vla.stores.shard import CRC_BYTES
 from vla.stores.tables import LABELS, TABLES, TEXTS, EpisodeTable
+from vla.stores.untrusted import parse_json
 
 MAX_METADATA_BYTES = 16 << 20
 """A `zarr.json` above 16 MiB is no metadata of ours: 100,000 episodes live in arrays, not in attributes. Parsed, JSON
@@ -144,8 +144,8 @@ def read_json(path: Path) -> dict[str, Any]:
             raise CorruptionError(f"{path} has {path.stat().st_size} bytes", expected="metadata of a store")
         data = path.read_bytes()
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
+        value = parse_json(data)
+    except ValueError:
         raise CorruptionError(f"{path} is not JSON", expected="zarr v3 metadata") from None
     if not isinstance(value, dict):
         raise CorruptionError(f"{path} holds no object", expected="zarr v3 metadata")

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from vla.stores.errors import DataError, UsageError
 from vla.stores.filesystem import explaining
 from vla.stores.store import Store
+from vla.stores.untrusted import parse_json
 
 NAMES = {"state": "state", "action": "actions"}
 """Our names of the columns to openpi's."""
@@ -74,8 +75,8 @@ def read_norm_stats(path: Path) -> dict[str, NormStats]:
     """Read the file, or `norm_stats.json` in a folder. Raises `DataError` naming what does not hold."""
     path = path / "norm_stats.json" if path.is_dir() else path
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} does not read ({type(error).__name__})", expected="openpi's norm_stats.json") from None
     entries = found.get("norm_stats") if isinstance(found, dict) else None
     if not isinstance(entries, dict) or not entries:

@@ -6,7 +6,6 @@ Format: LeRobot's `lerobot/datasets/utils.py` (CODEBASE_VERSION, DEFAULT_*_PATH,
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shlex
@@ -19,6 +18,7 @@ import numpy as np
 
 from vla.featurize.sources.mapping import PRIVILEGED, Column
 from vla.stores.errors import SourceError
+from vla.stores.untrusted import parse_json
 
 INFO = "meta/info.json"
 VERSIONS = ("v3.0", "v2.1")
@@ -107,8 +107,8 @@ def read_json(file: Path) -> dict[str, Any]:
 def parse_object(text: bytes, where: str) -> dict[str, Any]:
     """Parse one JSON object. Raises `SourceError` naming `where`."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = parse_json(text)
+    except ValueError:
         raise SourceError(f"{where} is not JSON", expected="an object") from None
     if not isinstance(value, dict):
         raise SourceError(f"{where} holds a {type(value).__name__}", expected="an object")

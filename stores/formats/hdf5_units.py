@@ -123,7 +123,11 @@ class Hdf5Units:
         rows = len(manifest.unit_range(commit.unit))
         shape = (rows, *spec.shape[1:]) if spec.per_row else spec.shape
         with _opened(root, commit) as file:
-            values: NDArray[Any] = _dataset(file, part, shape, np.dtype(spec.dtype), rows=shape[0])[...]
+            dataset = _dataset(file, part, shape, np.dtype(spec.dtype), rows=shape[0])
+            stored = dataset.id.get_storage_size()
+            if stored != dataset.nbytes + CRC_BYTES or stored > path.stat().st_size:
+                raise _NotOursError(f"{part} has {stored} bytes, not {dataset.nbytes + CRC_BYTES}")
+            values: NDArray[Any] = dataset[...]
         if digest_array(values) != commit.parts[part]:
             raise CorruptionError(
                 f"unit {commit.unit}: {path}: {part} differs from its commit", fix=f"vla verify {root}"

@@ -32,6 +32,7 @@ from vla.stores.remote.naming import named
 from vla.stores.remote.options import RemoteOptions
 from vla.stores.remote.reader import readers_of
 from vla.stores.store import Store, open_store
+from vla.stores.untrusted import parse_json
 
 ROOT = METADATA
 INDEX = "index.json"
@@ -161,7 +162,7 @@ def _opening(folder: Path) -> Iterator[None]:
 
 def _read_index(index: Path) -> dict[str, Any]:
     try:
-        known = json.loads(index.read_bytes())
+        known = parse_json(index.read_bytes())
     except (FileNotFoundError, ValueError):  # none yet, or cut short: everything is fetched
         return {}
     return known if isinstance(known, dict) else {}
