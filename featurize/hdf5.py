@@ -14,7 +14,8 @@ from typing import Any
 
 import h5py
 
-from vla.stores.errors import SourceError
+from vla.stores.errors import SourceError, VlaError
+from vla.stores.hdf5_files import open_hdf5
 from vla.stores.untrusted import is_backed
 
 SKIP = "--skip-bad leaves the episode out"
@@ -22,14 +23,20 @@ SKIP = "--skip-bad leaves the episode out"
 
 @contextmanager
 def opened(path: Path) -> Iterator[h5py.File]:
-    """Open a file for reading. What HDF5 raises on damage becomes a `SourceError`."""
+    """Open a file for reading, without a lock: many file systems grant none.
+
+    What HDF5 raises on damage becomes a `SourceError` naming the file; `MachineError` as `open_hdf5`.
+    """
     try:
-        # The driver is named: a file may not choose another one, which might open other files.
-        with h5py.File(path, "r", locking=False, driver="sec2") as file:
+        with open_hdf5(path) as file:
             yield file
-    # h5py raises OSError on truncation and failed checksums, RuntimeError and KeyError on damaged links.
-    except (OSError, RuntimeError, KeyError) as error:
-        raise SourceError(f"{path} does not read: {error}", expected="a whole HDF5 file", fix=SKIP) from None
+    # h5py raises OSError on truncation and failed checksums, RuntimeError and KeyError on damaged links,
+    # ValueError and TypeError on types that numpy has not, MemoryError on sizes that the file only claims.
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
+        if isinstance(error, VlaError):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise SourceError(f"{path} does not read: {reason}", expected="a whole HDF5 file", fix=SKIP) from None
 
 
 def hard_member(file: h5py.File, path: str) -> Any:

@@ -23,10 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.stores.dtypes import FILL
-from vla.stores.errors import CorruptionError
+from vla.stores.errors import CorruptionError, MachineError
 from vla.stores.filesystem import explaining
 from vla.stores.fingerprint import digest_array
 from vla.stores.formats.base import RowTable, UnitContent, part_specs
+from vla.stores.hdf5_files import open_hdf5
 from vla.stores.manifest import Manifest
 from vla.stores.shard import CRC_BYTES
 
@@ -125,7 +126,7 @@ class Hdf5Units:
         with _opened(root, commit) as file:
             dataset = _dataset(file, part, shape, np.dtype(spec.dtype), rows=shape[0])
             stored = dataset.id.get_storage_size()
-            if stored != dataset.nbytes + CRC_BYTES or stored > path.stat().st_size:
+            if stored != dataset.nbytes + CRC_BYTES or stored > commit.files[_file(commit.unit)].size:
                 raise _NotOursError(f"{part} has {stored} bytes, not {dataset.nbytes + CRC_BYTES}")
             values: NDArray[Any] = dataset[...]
         if digest_array(values) != commit.parts[part]:
@@ -156,18 +157,17 @@ def _create(
 @contextmanager
 def _opened(root: Path, commit: Commit) -> Iterator[h5py.File]:
     """Open a unit's file. Whatever is wrong with it becomes a `CorruptionError`; the disk's errors stay the disk's."""
-    import h5py
-
     path, unit = root / _file(commit.unit), commit.unit
     expected, fix = "the HDF5 file that was committed", f"vla verify {root}"
     try:
         if not path.is_file() or path.stat().st_size != commit.files[_file(unit)].size:
             raise _NotOursError("is missing or has another size")
-        # The driver is named: a file may not choose another one, which might open other files.
-        with h5py.File(path, "r", driver="sec2") as file:
+        with open_hdf5(path) as file:
             if file.userblock_size:
                 raise _NotOursError("has a user block")
             yield file
+    except MachineError:  # a `RuntimeError`, as those of HDF5
+        raise
     except OSError as error:
         if error.errno:
             with explaining(path):

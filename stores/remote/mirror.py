@@ -20,14 +20,14 @@ from typing import Any
 
 from vla.stores.commits import FileRecord
 from vla.stores.errors import CorruptionError, StoreError
-from vla.stores.filesystem import explaining
+from vla.stores.filesystem import explaining, translate_lock_errors
 from vla.stores.formats.registry import format_of
 from vla.stores.layout import COMMITS, METADATA, is_metadata
 from vla.stores.manifest import Manifest
 from vla.stores.metadata import MAX_METADATA_BYTES
 from vla.stores.remote.blocks import Shard, prepare
 from vla.stores.remote.bucket import Bucket, ObjectInfo
-from vla.stores.remote.cache import CacheFolder
+from vla.stores.remote.cache import CACHE_FIX, CacheFolder
 from vla.stores.remote.naming import named
 from vla.stores.remote.options import RemoteOptions
 from vla.stores.remote.reader import readers_of
@@ -156,7 +156,8 @@ def _folder(cache: Path, url: str, manifest: bytes) -> Path:
 def _opening(folder: Path) -> Iterator[None]:
     """One process at a time brings a store's small files; the next finds them there."""
     with (folder / "opening.lock").open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with translate_lock_errors(folder, CACHE_FIX):
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
