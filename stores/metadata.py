@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.stores.below import read_below
+from vla.stores.documents import parse_json
 from vla.stores.errors import CorruptionError, StoreError
 from vla.stores.filesystem import PARTIAL, explaining
 from vla.stores.formats.registry import format_of
-from vla.stores.layout import table_metadata
+from vla.stores.layout import table_file, table_metadata
 from vla.stores.manifest import Manifest
 from vla.stores.shard import CRC_BYTES
 from vla.stores.tables import LABELS, TABLES, TEXTS, EpisodeTable
@@ -142,8 +142,8 @@ def read_json(root: Path, name: str) -> dict[str, Any]:
     with explaining(path):
         data = read_below(root, name, MAX_METADATA_BYTES)
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
+        value = parse_json(data)
+    except ValueError:
         raise CorruptionError(f"{path} is not JSON", expected="zarr v3 metadata") from None
     if not isinstance(value, dict):
         raise CorruptionError(f"{path} holds no object", expected="zarr v3 metadata")
@@ -159,7 +159,7 @@ def _read_single_chunk(root: Path, path: str) -> NDArray[np.generic]:
     whole = isinstance(shape, list) and len(shape) == ndim and all(type(n) is int and n > 0 for n in shape)
     if dtype != kind or not isinstance(shape, list) or not whole:
         raise CorruptionError(f"{metadata_file} declares {dtype} {shape}", expected=f"{kind}, {ndim} axes")
-    name = f"{path}/c" + ".0" * ndim
+    name = table_file(path)
     file, size = root / name, math.prod(shape) * np.dtype(kind).itemsize + CRC_BYTES
     with explaining(file):
         raw = read_below(root, name, size)  # a file of gigabytes in a table's place is not read at all

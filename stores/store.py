@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +27,10 @@ from vla.stores.remote.options import RemoteOptions, is_url, require_folder
 from vla.stores.settings import nearest
 from vla.stores.statistics import ChannelStatistics
 from vla.stores.tables import EpisodeTable
+from vla.stores.untrusted import is_backed
+
+READER_BYTES = 21
+"""Memory of a reader for each row: offset and size 8 each, checksum 4, one flag."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +69,21 @@ class Store:
         Each unit says for itself which episodes it leaves out: of one that is left out in another unit, its rows are
         committed like any other, though the episode is not usable.
         """
+        self._require_committed(1)
         absent = np.zeros(self.manifest.rows, bool)
         for unit, commit in self.commits.items():
             rows = self.manifest.unit_range(unit)
             absent[rows.start : rows.stop] = self.episodes.rows_of(commit.skipped, rows)
         return absent
 
+    def present_rows(self, unit: int) -> NDArray[np.int64]:
+        """Return the rows that a committed unit holds, int64 [n]: all but those of episodes left out."""
+        rows = self.manifest.unit_range(unit)
+        return np.arange(rows.start, rows.stop)[~self.episodes.rows_of(self.commits[unit].skipped, rows)]
+
     def present_runs(self, unit: int) -> Iterator[NDArray[np.int64]]:
         """Yield the runs of neighbouring rows that a unit holds, int64 [n] each."""
-        rows = self.manifest.unit_range(unit)
-        kept = np.arange(rows.start, rows.stop)[~self.left_out[rows.start : rows.stop]]
+        kept = self.present_rows(unit)
         if len(kept):
             yield from np.split(kept, np.flatnonzero(np.diff(kept) > 1) + 1)
 
@@ -85,6 +95,7 @@ class Store:
             hint = nearest(name, self.manifest.steps)
             raise UsageError(f"{self.place} has no steps {name!r}{hint}", expected=f"one of {known}")
         dtype = np.dtype(info.dtype)
+        self._require_committed(dtype.itemsize * math.prod(info.shape))
         fill = np.nan if np.issubdtype(dtype, np.floating) else 0
         values = np.full((self.manifest.rows, *info.shape), fill, dtype)
         for unit, commit in self.commits.items():
@@ -149,6 +160,7 @@ class Store:
     def reader(self, feature: str, verify: Verify = "first") -> FeatureReader:
         """Return a reader of one feature; one a thread."""
         self.feature_info(feature)
+        self._require_committed(READER_BYTES)
         if self.remote_reader is not None:
             return self.remote_reader(self, feature, verify)
         kind = FeatureReader if self.manifest.compression == "none" else CompressedReader
@@ -164,6 +176,14 @@ class Store:
         finally:
             reader.close()
         return out
+
+    def _require_committed(self, row_bytes: int) -> None:
+        """Raise `StoreError` where the committed units do not account for `row_bytes` of memory for every row."""
+        rows = self.manifest.rows
+        committed = sum(len(self.manifest.unit_range(unit)) for unit in self.commits)
+        if not is_backed(rows * row_bytes, committed * row_bytes):
+            found = f"{self.place} declares {rows} rows and has {committed} of them"
+            raise StoreError(found, expected="enough units to read", fix=f"vla verify {self.place}")
 
     def feature_info(self, feature: str) -> FeatureInfo:
         """Return the `FeatureInfo` of a feature. Raises `UsageError` naming those that exist."""

@@ -2,16 +2,17 @@
 
 The metadata are checked before zarr opens the array: an object type or a `pickle` filter would run code, and a chunk
 whose file is missing would read as zeros without a word. A truncated Blosc chunk would decode to whatever lies behind
-it in memory, so its header is compared with the size of its file.
+it in memory, so its header is compared with the size of its file. The size of a chunk is a number in the metadata, so
+it is compared with the size of its file as well.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import lzma
+import math
 import re
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.featurize.caches.checks import SKIP
+from vla.stores.documents import parse_json
 from vla.stores.errors import SourceError
 from vla.stores.pointers import refuse_pointer
+from vla.stores.untrusted import is_backed
 
 COMPRESSORS = {"blosc", "zlib", "gzip", "zstd", "lz4", "bz2", "lzma"}
 
@@ -44,29 +47,44 @@ class Zarr2:
     compressor: str | None
     has_fill: bool
 
-    def chunk_files(self) -> list[Path]:
-        """Return every chunk's file."""
-        counts = [range(-(-size // chunk)) for size, chunk in zip(self.shape, self.chunks, strict=True)]
-        return [self.path / self.separator.join(map(str, place)) for place in itertools.product(*counts)]
+    def chunk_files(self) -> Iterator[Path]:
+        """Yield every chunk's file. Lazy: metadata may claim more chunks than the memory holds names."""
+        counts = [-(-size // chunk) for size, chunk in zip(self.shape, self.chunks, strict=True)]
+        for number in range(math.prod(counts)):
+            place = []
+            for count in reversed(counts):
+                number, at = divmod(number, count)
+                place.append(str(at))
+            yield self.path / self.separator.join(reversed(place))
 
     def files(self) -> list[Path]:
         """Return the metadata file and that of every chunk that is stored."""
         return [self.path / ".zarray", *(path for path in self.chunk_files() if path.is_file())]
 
-    def require_whole(self, *, fill: bool = False, fix: str = SKIP) -> None:
-        """Raise `SourceError` naming the first chunk whose file is missing or, under Blosc, truncated.
+    def require_whole(self, *, fill: bool = False, at_once: bool = False, fix: str = SKIP) -> None:
+        """Raise `SourceError` naming the first chunk whose file is missing, too small for it or, under Blosc, cut.
 
         With `fill`, a missing chunk is the array's fill value: zarr does not store chunks that hold nothing else. No
-        reader can then tell such a chunk from a lost one.
+        reader can then tell such a chunk from a lost one. With `at_once`, all chunks together have to be of a size
+        that their files account for: many rows are read.
         """
+        chunk_bytes, total = math.prod(self.chunks) * np.dtype(self.dtype).itemsize, 0
         for path in self.chunk_files():
             if not path.is_file():
                 if fill and self.has_fill:
                     continue
                 raise SourceError(f"{path} is missing", expected="every chunk of the array", fix=fix)
             refuse_pointer(path)
+            size = path.stat().st_size
+            if not is_backed(chunk_bytes, size):
+                raise SourceError(f"{path} has {size} bytes for {chunk_bytes}", expected="a chunk of numbers", fix=SKIP)
             if self.compressor == "blosc":
                 _require_blosc(path)
+            total += size
+        claimed = math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        if at_once and not is_backed(claimed, total):
+            found = f"{self.path} declares {claimed} bytes and holds {total}"
+            raise SourceError(found, expected="numbers that were written", fix=SKIP)
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
         """Return rows `start..stop-1` [n, ...]. Raises `SourceError` where a chunk does not decode."""
@@ -86,11 +104,11 @@ def open_zarr2(path: Path) -> Zarr2:
     """Read and check `.zarray`. Raises `SourceError` for anything but an array of numbers."""
     meta = path / ".zarray"
     try:
-        found = json.loads(meta.read_bytes())
+        found = parse_json(meta.read_bytes())
         shape, chunks = tuple(map(int, found["shape"])), tuple(map(int, found["chunks"]))
         code, filters, compressor = str(found["dtype"]), found.get("filters"), found.get("compressor")
         identity = None if compressor is None else compressor["id"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         refuse_pointer(meta)
         raise SourceError(f"{meta} does not read ({type(error).__name__})", expected="a zarr v2 array") from None
     if re.fullmatch(r"[<>|=]?[fiub][1248]", code) is None:

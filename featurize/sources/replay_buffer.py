@@ -135,12 +135,14 @@ class ReplayBufferSource:
         there = {path.parent.name: open_zarr2(path.parent) for path in sorted((self._root / "data").glob("*/.zarray"))}
         cameras = self._choose_cameras(there)
         columns = self._choose_columns(there)
-        for array in (*cameras.values(), *(column.array for parts in columns.values() for column in parts)):
+        numbers = [column.array for parts in columns.values() for column in parts]
+        for array in (*cameras.values(), *numbers):
             if array.shape[0] != ends[-1]:
                 raise SourceError(
                     f"{array.path} has {array.shape[0]} rows", expected=f"{ends[-1]} as episode_ends says"
                 )
-            array.require_whole(fill=self._fill, fix="--set source_options.empty_chunks=fill if zarr left it out")
+            fix = "--set source_options.empty_chunks=fill if zarr left it out"
+            array.require_whole(fill=self._fill, at_once=array in numbers, fix=fix)
         episodes, rows, skipped = [], [], {}
         for number, (first, stop) in enumerate(zip((0, *ends[:-1].tolist()), ends.tolist(), strict=True)):
             name = f"episode_{number:06d}"

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.featurize.caches.checks import as_steps, digest_files, natural
-from vla.featurize.hdf5 import SKIP, dataset, group, hard_member, opened
+from vla.featurize.hdf5 import SKIP, dataset, group, hard_member, opened, read_rows, read_whole, require_rows
 from vla.featurize.image import Image
 from vla.featurize.robosuite_attributes import control_frequency, instruction
 from vla.featurize.sources.base import Episode, Role, SourceIndex, StepSpec
@@ -111,7 +111,9 @@ class RobomimicSource:
         for first in range(start, stop, BLOCK):
             last = min(first + BLOCK, stop)
             with opened(self._path) as file:
-                views = [dataset(file, f"data/{demo}/obs/{key}")[first:last] for key in indexed.cameras.values()]
+                views = [
+                    read_rows(dataset(file, f"data/{demo}/obs/{key}"), first, last) for key in indexed.cameras.values()
+                ]
             if self._flip:
                 views = [view[:, ::-1] for view in views]
             for frame in range(last - first):
@@ -178,7 +180,7 @@ class RobomimicSource:
             hint = nearest(self._filter, masks)
             known = f"one of {', '.join(masks)}" if masks else "no filter: the file has none"
             raise UsageError(f"{self._path} has no filter {self._filter!r}{hint}", expected=known)
-        listed = dataset(file, f"mask/{self._filter}", "SO")[()]
+        listed = read_whole(dataset(file, f"mask/{self._filter}", "SO"))
         kept = sorted((name.decode() if isinstance(name, bytes) else str(name) for name in listed.ravel()), key=natural)
         lost = [name for name in kept if name not in there]
         if len(set(kept)) < len(kept):
@@ -251,6 +253,9 @@ class RobomimicSource:
             if not _is_picture(data):
                 found = f"{data.dtype} {data.shape}"
                 raise SourceError(f"{self._path}:{data.name} is {found}", expected="uint8 [T, H, W, 3]", fix=SKIP)
+            if data.id.get_storage_size() == 0:
+                raise SourceError(f"{self._path}:{data.name} was never written", expected="pictures", fix=SKIP)
+            require_rows(data, BLOCK)
             shapes[f"obs/{key}"] = data.shape
         if len({shape[0] for shape in shapes.values()}) > 1 or shapes["action"][0] < 1:
             raise SourceError(f"{self._path}:data/{demo} has shapes {shapes}", expected="one length", fix=SKIP)
@@ -280,7 +285,7 @@ class RobomimicSource:
                 data = dataset(file, f"data/{demo}/{path}")
                 if data.ndim != 2:
                     raise SourceError(f"{self._path}:{data.name} has shape {data.shape}", expected="[T, D]", fix=SKIP)
-                parts.append(as_steps(data[()], data.shape[1:], f"{self._path}:{data.name}"))
+                parts.append(as_steps(read_whole(data), data.shape[1:], f"{self._path}:{data.name}"))
             if len({len(part) for part in parts}) > 1:
                 lengths = dict(zip(paths, map(len, parts), strict=True))
                 raise SourceError(f"{self._path}:data/{demo} has lengths {lengths}", expected="one length", fix=SKIP)

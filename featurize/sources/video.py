@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -27,6 +27,9 @@ from vla.stores.pointers import refuse_pointer
 
 TOLERANCE = 0.25
 """Of a frame's duration: how far a timestamp may lie off the grid of 1/fps. Milliseconds round by 0.03 at 60 fps."""
+
+ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
+"""PyAV 15 and 16 convert colours in one thread and have no such argument."""
 
 LOCAL = {"protocol_whitelist": "file"}
 
@@ -122,7 +125,7 @@ def read_clip(clip: Clip, start: int, stop: int) -> Iterator[Image]:
                     if number != wanted:
                         raise _misplaced(clip, stream, number, wanted)
                     _require_plain(frame, clip, number)
-                    yield cast(Image, colour.reformat(frame, format="rgb24", threads=1).to_ndarray())
+                    yield cast(Image, colour.reformat(frame, format="rgb24", **ONE_THREAD).to_ndarray())
                     wanted += 1
                     if wanted == stop:
                         return
