@@ -279,6 +279,6 @@ def test_overwriting_refuses_a_store_beside_which_there_are_objects_of_somebody_
 ) -> None:
     bucket.objects["some/s/notes/plan.txt"] = b"mine"
     before = dict(bucket.objects)
-    with pytest.raises(StoreError, match=r"notes/plan\.txt"):
+    with pytest.raises(UsageError, match=r"notes/plan\.txt"):
         write_remote(local, options, overwrite=True)
     assert bucket.objects == before

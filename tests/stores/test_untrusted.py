@@ -13,7 +13,7 @@ from vla.stores.untrusted import FREE_BYTES, RATIO, is_backed
 @pytest.mark.parametrize("depth", [1, MAX_DEPTH])
 @pytest.mark.parametrize("pair", ["[]", "{}"])
 def test_json_of_a_bounded_depth_is_read(depth: int, pair: str) -> None:
-    text = ("[" * depth + "]" * depth) if pair == "[]" else '{"a":' * depth + "1" + "}" * depth
+    text = "[" * depth + "]" * depth if pair == "[]" else '{"a":' * (depth - 1) + "1" + "}" * (depth - 1)
     assert parse_json(text) == json.loads(text)
 
 
