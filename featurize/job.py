@@ -18,9 +18,10 @@ from vla.featurize.batch_size import ON_CPU, find_batch_size
 from vla.featurize.plan import Plan, StoreOptions, make_plan
 from vla.featurize.room import require_room
 from vla.featurize.run import Progress, RunReport, featurize
+from vla.featurize.skipped import MAX_SKIPPED, require_few_skipped
 from vla.featurize.sources.base import Source
 from vla.featurize.sources.instructions import Instructions
-from vla.featurize.sources.registry import open_source, refuse_overwriting_source, shipped
+from vla.featurize.sources.registry import common_options, open_source, refuse_overwriting_source, shipped
 from vla.featurize.views import with_inputs
 from vla.stores.errors import UsageError
 from vla.stores.metadata import read_manifest
@@ -41,7 +42,7 @@ class FeaturizeConfig(Settings):
     `action_dims` says what is real. `augment` caches augmented copies beside the plain features. `batch_size` counts
     time steps, each augmented copy as one more; "auto" tries what an accelerator holds (another batch may round the
     last bit of a feature differently there). `threads` 0 leaves torch's own choice. `remote`: how a store on an object
-    store is reached.
+    store is reached. `max_skipped`: largest share of the episodes that `skip_bad` may leave out.
     """
 
     source: str = Field(default_factory=lambda: str(shipped()))
@@ -51,6 +52,7 @@ class FeaturizeConfig(Settings):
     map: dict[str, str] = {}
     source_options: dict[str, Any] = {}
     skip_bad: bool = False
+    max_skipped: float = Field(MAX_SKIPPED, ge=0, le=1)
     pad_actions: bool = False
     store: StoreOptions = StoreOptions()
     augment: AugmentConfig = NO_COPIES
@@ -95,8 +97,10 @@ class Job:
 
 def prepare(config: FeaturizeConfig) -> Job:
     """Index the source, load the backbone and lay out the store. Raises what they raise."""
-    common = {"map": config.map, "skip_bad": config.skip_bad, "pad_actions": config.pad_actions}
+    common = common_options(map=config.map, skip_bad=config.skip_bad, pad_actions=config.pad_actions)
     source = open_source(config.source, **{**common, **config.source_options})
+    if "weights" in config.options:
+        raise UsageError("options.weights", expected="--weights, which is kept in the store", fix="--weights PLACE")
     backbone = make_backbone(config.backbone, weights=config.weights, **config.options)
     if backbone.spec().per == "instruction":
         source = Instructions(source)
@@ -109,6 +113,8 @@ def prepare(config: FeaturizeConfig) -> Job:
     plan = make_plan(index, digest, spec, recipe, config.store, config.augment)
     provenance = plan.manifest.provenance | {SETTINGS: config.model_dump(mode="json", exclude=OWN)}
     plan = replace(plan, manifest=plan.manifest.model_copy(update={"provenance": provenance}))
+    if config.skip_bad:
+        require_few_skipped(plan, {}, config.max_skipped)
     return Job(config, source, backbone, plan)
 
 

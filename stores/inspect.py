@@ -49,7 +49,7 @@ def describe(root: Path | str) -> dict[str, Any]:
         "code_licence": manifest.provenance.get("code_licence"),
         "weights_licence": manifest.provenance.get("weights_licence"),
         "random_weights": manifest.random_weights,
-        "skipped_episodes": {**manifest.provenance.get("skipped_episodes", {}), **store.skipped},
+        "skipped_episodes": store.skipped_episodes,
         "manifest_sha256": manifest.sha256(),
     }
 

@@ -42,6 +42,9 @@ class Settings(BaseModel):
             given = laid.get(name)
             if isinstance(given, (str, int, float)) and not isinstance(given, bool) and _is_list(field.annotation):
                 laid[name] = [given]  # `train.trackers=tensorboard`: one element alone
+            # A default is written null: an empty text would be read as absent in one place and as a name in another.
+            if laid.get(name) == "" and field.default is None:
+                raise ValueError(f'{name} = "": an empty text; expected a value, or null for the default')
             if isinstance(field.default, Settings) and isinstance(laid.get(name), Mapping):
                 laid[name] = merged(field.default.model_dump(exclude_defaults=True), laid[name])
         return laid

@@ -62,6 +62,11 @@ class Store:
         """Whether every planned unit is committed."""
         return len(self.commits) == self.manifest.units
 
+    @property
+    def skipped_episodes(self) -> dict[str, str]:
+        """{episode: reason} of all that were left out, when the store was planned and while it was filled."""
+        return {**self.manifest.provenance.get("skipped_episodes", {}), **self.skipped}
+
     @cached_property
     def left_out(self) -> NDArray[np.bool_]:
         """Rows committed as absent, bool [rows].

@@ -11,6 +11,7 @@ import typer
 
 from vla.stores.interrupt import catch_signals
 from vla.terminal.help import KEPT, InterruptedCommand
+from vla.terminal.safe_text import safe_line
 from vla.terminal.streams import OutputError, end_output
 
 
@@ -26,7 +27,7 @@ def run_app(app: typer.Typer, arguments: Sequence[str], *, process: bool = False
         with catch_signals(process=process):
             code = app(list(arguments) or ["--help"], prog_name="vla", standalone_mode=False)
     except wrong as error:
-        sys.stderr.write(f"vla: {_one_line(error)}\n")
+        sys.stderr.write(f"vla: {safe_line(_one_line(error))}\n")
         return 2
     except InterruptedCommand as ended:
         code = _interrupted(ended.number, ended.left)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from vla.featurize.image import Image
 from vla.featurize.sources import parquet
-from vla.featurize.sources.base import Episode, SourceIndex, StepSpec
+from vla.featurize.sources.base import Episode, NoEpisodeError, SourceIndex, StepSpec, no_pictures
 from vla.featurize.sources.episode_checks import SKIP, fitted, locate, require_finite, require_grid, require_order
 from vla.featurize.sources.lerobot_clips import Align, Placed, place_clips
 from vla.featurize.sources.lerobot_info import INFO, Info, inferred, inside, missing_file, read_info
@@ -95,13 +95,13 @@ class LeRobotSource:
     """A LeRobot data set as a `Source`.
 
     `map` takes our names (`action`, `state`, `privileged`, a camera's, or a new one) to columns of the data set;
-    `cameras` chooses views, in order (None: all that have pictures); `annotation` names the `annotation.*` column that
-    is the instruction (None: `task_index`). `align` is how rows find their frames: "timestamp", or "index" where
-    timestamps are no multiples of 1/fps and row i saw frame i (None: by timestamp, which has to fit). `skip_bad` leaves
-    out episodes whose files are missing or whose numbers are wrong, and names them in `index().skipped`; records that
-    contradict each other are then in `index().warnings`. Steps are `action`, `state` and `privileged` float32 [D],
-    `timestamp` float64 [] in seconds, `frame_index` int64 [], every other number or vector column under its name, and
-    `task_index` int64 [] where the instruction changes inside an episode.
+    `cameras` chooses views, in order (None: all that have pictures, []: numbers alone); `annotation` names the
+    `annotation.*` column that is the instruction (None: `task_index`). `align` is how rows find their frames:
+    "timestamp", or "index" where timestamps are no multiples of 1/fps and row i saw frame i (None: by timestamp, which
+    has to fit). `skip_bad` leaves out episodes whose files are missing or whose numbers are wrong, and names them in
+    `index().skipped`; records that contradict each other are then in `index().warnings`. Steps are `action`, `state`
+    and `privileged` float32 [D], `timestamp` float64 [] in seconds, `frame_index` int64 [], every other number or
+    vector column under its name, and `task_index` int64 [] where the instruction changes inside an episode.
     """
 
     def __init__(
@@ -152,6 +152,8 @@ class LeRobotSource:
             raise SourceError(
                 f"frames {start} to {stop} of {checked.row.id} in {self.root}", expected=f"0 to {checked.row.length}"
             )
+        if not indexed.index.pictures:
+            raise no_pictures(f"{checked.row.id} in {self.root}")
         return self._frames(indexed, checked, start, stop)
 
     def _frames(self, indexed: _Indexed, checked: _Checked, start: int, stop: int) -> Iterator[tuple[Image, ...]]:
@@ -204,7 +206,7 @@ class LeRobotSource:
                 found = {column: clip for column, clip in clips.items() if isinstance(clip, Clip)}
                 kept.append(_Checked(row, rows[row.index].data, rows[row.index].first, found, rows[row.index].told))
         if not kept:
-            raise SourceError(f"every episode of {self.root} is bad; the first: {next(iter(skipped.values()))}")
+            raise NoEpisodeError(f"every episode of {self.root} is bad", skipped)
         choices = {"annotation": self._annotation, "align": "index" if self._align == "index" else None}
         warnings = [*opened.warnings, *self._disagreements(info, opened, rows, places, list(placed), unclaimed)]
         named = {name: choice for name, choice in choices.items() if choice is not None}
@@ -405,6 +407,7 @@ def _indexed(
         mapping={**columns.names, **choices},
         skipped=skipped,
         warnings=tuple(warnings),
+        pictures=bool(columns.cameras),
         sizes={camera: size for camera, column in columns.cameras.items() if (size := sizes[column]) is not None},
     )
     used = {checked.row.data for checked in kept} | {

@@ -24,7 +24,7 @@ from vla.featurize.caches.checks import as_steps, digest_files, natural
 from vla.featurize.hdf5 import SKIP, dataset, group, hard_member, opened, read_rows, read_whole, require_rows
 from vla.featurize.image import Image
 from vla.featurize.robosuite_attributes import control_frequency, instruction
-from vla.featurize.sources.base import Episode, Role, SourceIndex, StepSpec
+from vla.featurize.sources.base import Episode, NoEpisodeError, Role, SourceIndex, StepSpec, no_pictures
 from vla.featurize.sources.usual_shape import keep_usual
 from vla.stores.errors import SourceError, UsageError
 from vla.stores.manifest import Rate
@@ -55,9 +55,9 @@ class _Indexed:
 class RobomimicSource:
     """A robomimic file as a `Source`.
 
-    `cameras`: keys of obs, with or without `_image` (None: every picture). `state`: keys of obs, joined in this order
-    (None: end-effector position, quaternion and gripper of each robot). `filter`: only the demonstrations that
-    `mask/FILTER` lists, such as "train". `task`: the instruction (None: what the file or its environment says).
+    `cameras`: keys of obs, with or without `_image` (None: every picture, []: none). `state`: keys of obs, joined in
+    this order (None: end-effector position, quaternion and gripper of each robot). `filter`: only the demonstrations
+    that `mask/FILTER` lists, such as "train". `task`: the instruction (None: what the file or its environment says).
     `fps` (None: the environment's control frequency). `flip`: pictures are stored upside down. `skip_bad` leaves
     demonstrations out that do not hold, and names them. Steps are `action`, `state` and `privileged` float32 [D].
     """
@@ -105,6 +105,8 @@ class RobomimicSource:
             raise SourceError(
                 f"frames {start} to {stop} of {chosen.id} in {self._path}", expected=f"0 to {chosen.length}"
             )
+        if not indexed.cameras:
+            raise no_pictures(f"{chosen.id} in {self._path}")
         return self._frames(indexed, chosen.id, start, stop)
 
     def _frames(self, indexed: _Indexed, demo: str, start: int, stop: int) -> Iterator[tuple[Image, ...]]:
@@ -142,7 +144,7 @@ class RobomimicSource:
                     raise
                 skipped[demo] = str(error)
         if not found:
-            raise SourceError(f"every demonstration of {self._path} is bad; the first: {next(iter(skipped.values()))}")
+            raise NoEpisodeError(f"every demonstration of {self._path} is bad", skipped)
 
         def differs(demo: str, model: str) -> SourceError:
             others = {name: shape[1:] for name, shape in found[demo].items() if shape[1:] != found[model][name][1:]}
@@ -166,6 +168,7 @@ class RobomimicSource:
             mapping=names,
             skipped=skipped,
             warnings=warnings,
+            pictures=bool(cameras),
         )
         return _Indexed(index, cameras, columns)
 
@@ -215,7 +218,7 @@ class RobomimicSource:
                 known = f"one of {', '.join(pictures)}" if pictures else "pictures uint8 [T, H, W, 3] in obs"
                 raise UsageError(f"{self._path} has no pictures {name!r}{nearest(name, pictures)}", expected=known)
             chosen[_camera_name(key)] = key
-        if not chosen:
+        if not chosen and self._cameras is None:
             raise SourceError(
                 f"{self._path} has no pictures, only {', '.join(observed)}",
                 expected="uint8 [T, H, W, 3] in obs",
