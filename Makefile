@@ -4,7 +4,7 @@ BIN := .venv/bin
 S3 := .venv/s3
 THREADS := PATH="$$PATH:$(CURDIR)/$(S3)/bin" OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 
-.PHONY: demo test test-long lint clean
+.PHONY: demo test test-long parity floors lint clean
 
 demo: .venv/.ready
 	$(BIN)/python examples/demo.py
@@ -14,6 +14,30 @@ test: .venv/.ready lint
 
 test-long: .venv/.ready
 	$(THREADS) $(BIN)/pytest -n 2 --dist loadfile -q -m "long or not long"
+
+# Compares with upstream code in checkouts below CHECKOUTS; docs/parity.md names them and keeps the outcome.
+parity: .venv/.ready
+	$(if $(CHECKOUTS),,$(error make parity CHECKOUTS=DIR; docs/parity.md says which checkouts DIR holds))
+	$(THREADS) $(BIN)/python tests/parity/run_parity.py $(CHECKOUTS)
+
+# Every declared minimum, and a small set of tests: featurize, train, evaluate, export, read videos and data sets, roll out.
+FLOORS := .venv-floors
+SMOKE := tests/golden tests/featurize/test_run.py tests/stores/test_format_conformance.py \
+	tests/remote/test_every_kind_in_every_place.py tests/sources/test_lerobot_frames.py tests/sources/test_robomimic.py \
+	tests/sources/test_replay_buffer.py tests/heads/test_export.py tests/heads/test_evaluate.py \
+	tests/rollout/test_policy.py tests/rollout/test_lerobot_writer.py tests/rollout/test_metaworld_env.py \
+	tests/cli/test_head_commands.py tests/scale_out/test_clusters.py
+
+floors: $(FLOORS)/.ready
+	$(THREADS) $(FLOORS)/bin/python -m pytest -q -W default $(SMOKE)
+
+$(FLOORS)/.ready: pyproject.toml tests/packaging/floors.py
+	$(PYTHON) -m venv $(FLOORS)
+	$(FLOORS)/bin/python tests/packaging/floors.py pyproject.toml > $(FLOORS)/floors.txt
+	$(FLOORS)/bin/pip install --quiet $$(grep '^torch==' $(FLOORS)/floors.txt)
+	$(FLOORS)/bin/pip install --quiet --requirement $(FLOORS)/floors.txt pytest pytest-timeout hypothesis
+	$(FLOORS)/bin/pip install --quiet --no-deps --editable .
+	@touch $@
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
@@ -36,4 +60,4 @@ lint: .venv/.ready
 	@touch $@
 
 clean:
-	rm -rf .venv demo build *.egg-info
+	rm -rf .venv $(FLOORS) demo build *.egg-info

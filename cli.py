@@ -1,6 +1,6 @@
 """The command `vla`: parse, call, render. Nothing heavy is imported before a command runs.
 
-Exit codes: 0 ok, 1 a check failed, 2 usage, 3 data, 4 environment, 130 interrupted.
+Exit codes: 0 ok, 1 a check failed, 2 usage, 3 data, 4 environment, 128 + n after signal n (130 after Ctrl-C).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from vla.stores.interrupt import explain_interrupt
 from vla.terminal import options as opt
 from vla.terminal import reports
 from vla.terminal.help import Command, HeadCommand
@@ -20,9 +21,11 @@ from vla.terminal.output import emit, figures, open_log, show_facts, show_plan
 from vla.terminal.progress import show_progress, show_training, show_workers
 from vla.terminal.run_app import run_app
 from vla.terminal.safe_text import guard_stderr, safe_line
+from vla.terminal.streams import end_output, protect_streams
 
 app = typer.Typer(
     help="Run a frozen backbone once over demonstrations; train heads from the cache; act.",
+    callback=opt.before_any_command,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -31,10 +34,10 @@ command = partial(app.command, cls=Command)
 
 @command()
 def featurize(
-    backbone: Annotated[str | None, opt.goes_in("A name of `vla backbones`.")] = None,
+    backbone: opt.Backbone = None,
     out: Annotated[str, opt.comes_out("Folder or s3:// URL that gets the store OUT/NAME.")] = "stores",
     source: opt.Source = None,
-    weights: Annotated[str | None, opt.goes_in("Folder, hub id, or random.")] = None,
+    weights: Annotated[str | None, opt.goes_in("Folder, hub id, or random: a tiny network for trial runs.")] = None,
     name: Annotated[str | None, opt.comes_out("Name of the store. Left out: the backbone's.")] = None,
     format_: Annotated[str | None, opt.comes_out("zarr (the default), or h5: a file a unit.", "--format")] = None,
     dtype: opt.Dtype = None,
@@ -53,17 +56,21 @@ def featurize(
     as_json: opt.Json = False,
 ) -> None:
     """Run a frozen backbone over demonstrations, once, into a store."""
-    from vla.featurize.job import FeaturizeConfig, prepare
+    from vla.featurize.job import FeaturizeConfig, begun_store, prepare
     from vla.featurize.launch import Where, launch, outlook
     from vla.featurize.skipped import require_few_skipped, skipped_in
+    from vla.stores.inspect import rounding_of
     from vla.stores.memory import keep_freed_memory
+    from vla.stores.owned import require_name
     from vla.stores.settings import read_pairs
     from vla.stores.writer import refuse_existing
 
     keep_freed_memory()
     short = {"store.format": format_, "store.dtype": dtype, "augment.copies": augment}
+    name = None if name is None else require_name(name, "--name")
+    begun = begun_store(out, name) if resume and backbone is None and config is None else None
     settings = FeaturizeConfig.from_sources(
-        config,
+        begun or config,
         [*opt.as_set(short), *(set_ or ())],
         backbone=backbone,
         source=source,
@@ -72,7 +79,8 @@ def featurize(
         skip_bad=skip_bad or None,
     )
     where = Where(workers, scheduler, unit_index)
-    root = f"{out.rstrip('/')}/{name or settings.backbone}" if "://" in out else Path(out, name or settings.backbone)
+    place = name or settings.backbone
+    root = begun or (f"{out.rstrip('/')}/{place}" if "://" in out else Path(out, place))
     if isinstance(root, Path) and not (dry_run or unit_index):
         refuse_existing(root, resume=resume, overwrite=overwrite)  # before the backbone is loaded
     job = prepare(settings)
@@ -84,17 +92,21 @@ def featurize(
         return
     if job.plan.manifest.random_weights:
         log.print("RANDOM WEIGHTS: these features test the pipeline, they carry no knowledge.", style="bold red")
-    with show_workers("featurize", "frames") as progress:
+    left = partial(reports.committed_so_far, root, job.plan.manifest.units)
+    with explain_interrupt(left), show_workers("featurize", "frames") as progress:
         report = launch(job, root, where, resume=resume, overwrite=overwrite, accept=yes, progress=progress)
     skipped = skipped_in(root, report.skipped) if settings.skip_bad else report.skipped
     total = len(job.plan.episodes) + len(job.plan.skipped)
-    reports.show_featurized(root, report.to_json(), {**job.plan.skipped, **skipped}, as_json, total=total)
+    facts = report.to_json()
+    if any(info.dtype == "int8" for info in job.plan.manifest.features.values()):
+        facts["rounding"] = rounding_of(str(root))
+    reports.show_featurized(root, facts, {**job.plan.skipped, **skipped}, as_json, total=total)
     require_few_skipped(job.plan, skipped, settings.max_skipped)
 
 
 @command("import")
 def import_(
-    kind: Annotated[str, typer.Argument(help="opentrackvla, rgb2pc-windows, replay-buffer, robomimic or arrays.")],
+    kind: opt.Cache,
     path: Annotated[Path, typer.Argument(help="The cache.")],
     out: Annotated[Path, opt.comes_out("Folder of the new store.")],
     source: Annotated[str | None, opt.goes_in("Demonstrations that give the actions a cache lacks.")] = None,
@@ -110,6 +122,7 @@ def import_(
     """Turn a feature cache that others made into a store."""
     from vla.featurize.caches.job import ImportConfig, prepare, run
     from vla.featurize.skipped import require_few_skipped, skipped_in
+    from vla.stores.inspect import rounding_of
 
     settings = ImportConfig.from_sources(
         config, set_ or (), kind=kind, path=str(path), source=source, skip_bad=skip_bad or None
@@ -120,18 +133,23 @@ def import_(
         show_plan(plan, as_json)
     if dry_run:
         return
-    with show_progress("import", "frames") as progress:
+    left_behind = partial(reports.committed_so_far, out, job.plan.manifest.units)
+    with explain_interrupt(left_behind), show_progress("import", "frames") as progress:
         report = run(job, out, resume=resume, overwrite=overwrite, accept=yes, progress=progress)
     skipped = skipped_in(out, report.skipped) if settings.skip_bad else report.skipped
     left_out = {**job.plan.skipped, **skipped}
     said = f"{report.frames} frames in {report.units} units; {len(left_out)} episodes left out"
-    reports.show_made(out, {**report.__dict__, "skipped": left_out, "out": str(out)}, said, as_json, left_out)
+    rounding = rounding_of(out)
+    facts = {**report.__dict__, "rounding": rounding, "skipped": left_out, "out": str(out)}
+    reports.show_made(out, facts, said, as_json, left_out)
+    if not as_json:
+        reports.show_rounding(rounding)
     require_few_skipped(job.plan, skipped, settings.max_skipped)
 
 
 @command()
 def inspect(
-    store: Annotated[str | None, typer.Argument(help="A store: folder or URL.")] = None,
+    store: opt.MaybeStore = None,
     source: Annotated[str | None, opt.goes_in("Raw demonstrations to check instead: exit code 1 if bad.")] = None,
     norm_stats: Annotated[Path | None, opt.comes_out("Also write openpi's norm_stats.json here.")] = None,
     pictures: Annotated[Path | None, opt.comes_out("New folder for contact sheets (PNG) of --source.")] = None,
@@ -178,7 +196,7 @@ def _check_source(
 
 @command()
 def verify(
-    store: Annotated[str, typer.Argument(help="A store: folder or URL.")],
+    store: opt.AStore,
     repair: Annotated[bool, opt.runs("Drop what is damaged, for --resume to compute.", "--repair")] = False,
     as_json: opt.Json = False,
 ) -> None:
@@ -231,7 +249,7 @@ def convert(
 
 @command()
 def record(
-    simulator: Annotated[str, typer.Argument(help="metaworld, or robosuite: its human demonstrations.")],
+    simulator: opt.Simulator,
     task: Annotated[str, opt.goes_in("Such as push-v3; of robosuite: lift, handover, or a demo.hdf5.")],
     out: Annotated[Path, opt.comes_out("Folder of the new LeRobot v3.0 data set.")],
     episodes: Annotated[int | None, opt.runs("To keep. Left out: 100 successes, or all recorded.")] = None,
@@ -245,8 +263,8 @@ def record(
     """Record a simulator's scripted expert, or draw recorded states, as a LeRobot v3.0 data set."""
     from vla.stores.errors import UsageError
 
-    if simulator not in ("metaworld", "robosuite"):
-        raise UsageError(f"unknown simulator {simulator!r}", expected="metaworld or robosuite")
+    if simulator not in opt.SIMULATORS:
+        raise UsageError(f"unknown simulator {simulator!r}", expected=" or ".join(opt.SIMULATORS))
     shown: dict[str, Any] = {"cameras": camera, "image_size": image_size, "overwrite": overwrite}
     with show_progress("record", "frames" if simulator == "robosuite" else "episodes") as progress:
         if simulator == "robosuite":
@@ -270,13 +288,13 @@ def record(
 
 @app.command(cls=HeadCommand)
 def train_head(
-    head: Annotated[str, typer.Argument(help="A name of `vla heads`.")],
+    head: opt.Head = None,
     store: opt.Stores = None,
     out: Annotated[Path | None, opt.comes_out("Run folder. Left out: runs/HEAD-STORE.")] = None,
     steps: opt.Steps = None,
     features: Annotated[str | None, opt.goes_in("Comma-separated names. Left out: all of the store's.")] = None,
     cache: Annotated[str | None, opt.goes_in("Folder that caches what comes from s3:// stores.")] = None,
-    from_: Annotated[str | None, opt.goes_in("A run whose weights to start from.", "--from")] = None,
+    from_: opt.From = None,
     group_by: Annotated[str | None, opt.comes_out("action-dim: one model for each set, in OUT/dim-N.")] = None,
     online: Annotated[bool, opt.runs("Run the backbones in the loop: slow; see docs.", "--online")] = False,
     resume: opt.Resume = False,
@@ -290,7 +308,10 @@ def train_head(
     from vla.heads.registry import head_class
     from vla.stores.memory import keep_freed_memory
 
-    head_class(head)
+    if head is not None:
+        head_class(head)
+    begun = train.begun_head(out, head) if resume and config is None and not (head and store) else None
+    config, online = begun or (config, online)
     named = None if features is None else features.split(",")
     short = {"train.steps": steps, "data.stores": store, "data.features": named, "data.remote.cache": cache}
     kind: Any = train.HeadTrainConfig
@@ -300,26 +321,26 @@ def train_head(
 
         kind, run = loop.OnlineTrainConfig, loop.train_online
     settings = kind.from_sources(config, [*opt.as_set(short), *(set_ or ())], head=head, init_from=from_)
-    run_dir = out or Path("runs") / "-".join([head, *(Path(path).name for path in settings.data.stores)])
+    run_dir = out or Path("runs") / "-".join([settings.head, *(Path(path).name for path in settings.data.stores)])
     keep_freed_memory()
     counts: dict[str, tuple[int, int]] = {}
-    begun = reports.counting(counts)
+    shown = reports.counting(counts)
     if group_by is not None:
         from vla.heads.groups import train_groups_by
 
         with show_training() as progress:
-            how = {"resume": resume, "overwrite": overwrite, "begun": begun, "progress": lambda group: progress}
+            how = {"resume": resume, "overwrite": overwrite, "begun": shown, "progress": lambda group: progress}
             trained = train_groups_by(group_by, settings, run_dir, online=online, **how)
         reports.show_groups(run_dir, {name: (r.run_dir, r.step, r.metrics) for name, r in trained.items()}, as_json)
         return
     with show_training() as progress:
-        report = run(settings, run_dir, resume=resume, overwrite=overwrite, begun=begun, progress=progress)
+        report = run(settings, run_dir, resume=resume, overwrite=overwrite, begun=shown, progress=progress)
     reports.show_trained(run_dir, report.step, report.metrics, {"parameters": counts}, as_json)
 
 
 @command()
 def fit_fast(
-    store: Annotated[list[str], opt.goes_in("A store; repeat to join several of one source.")],
+    store: opt.SomeStores,
     out: Annotated[Path, opt.comes_out("Folder of tokenizer.json and its settings.")],
     overwrite: opt.Overwrite = False,
     config: opt.Config = None,
@@ -337,8 +358,8 @@ def fit_fast(
 
 @command()
 def distill(
-    student: Annotated[str, typer.Argument(help="rgb2pc")],
-    store: Annotated[list[str] | None, opt.goes_in("Grids of a backbone; repeat to join several.")] = None,
+    student: Annotated[str | None, typer.Argument(help="rgb2pc")] = None,
+    store: opt.Stores = None,
     teacher: Annotated[str | None, opt.goes_in("Embeddings: a store, zarr arrays, or .npy files.")] = None,
     out: Annotated[Path | None, opt.comes_out("Run folder. Left out: runs/STUDENT.")] = None,
     steps: opt.Steps = None,
@@ -354,12 +375,14 @@ def distill(
     from vla.featurize.distill.train import DistillConfig, prepare
     from vla.featurize.distill.train import distill as run
     from vla.stores.memory import keep_freed_memory
+    from vla.training.run_folder import begun_run
 
     short = {"train.steps": steps, "data.stores": store, "data.teacher": teacher}
     short |= {"data.skip_unpaired": skip_unpaired or None}
     keep_freed_memory()
+    config = begun_run(out) if resume and not (config or store) else config
     job = prepare(DistillConfig.from_sources(config, [*opt.as_set(short), *(set_ or ())], student=student))
-    run_dir = out or Path("runs") / student
+    run_dir = out or Path("runs") / job.config.student
     if dry_run:
         emit(job.to_json() | {"out": str(run_dir)}) if as_json else show_facts(job.to_json() | {"out": str(run_dir)})
         return
@@ -373,18 +396,18 @@ def distill(
 @command()
 def evaluate(
     run: opt.Run,
-    store: Annotated[list[str] | None, opt.goes_in("Other stores. Left out: held-out episodes.")] = None,
+    store: opt.OtherStores = None,
     seed: Annotated[int, opt.runs("Of the sampler.")] = 0,
     set_: opt.ModelSet = None,
     as_json: opt.Json = False,
 ) -> None:
     """Compare sampled actions with demonstrated ones, per dimension, in the data's units."""
     from vla.heads.checkpoint import load_head
-    from vla.heads.evaluate import evaluate_head
-    from vla.stores.settings import read_model_settings
+    from vla.heads.evaluate import EvaluateSettings, evaluate_head
 
-    head = load_head(run, settings=read_model_settings(set_))
-    error = evaluate_head(head, tuple(store) if store else None, seed=seed)
+    settings = EvaluateSettings.from_sources(None, set_ or ())
+    head = load_head(run, settings=settings.model)
+    error = evaluate_head(head, store or None, seed=seed, data=settings.data)
     facts = {"checkpoint": str(head.folder), "step": head.step, **error.to_json()}
     emit(facts) if as_json else reports.show_errors(facts, error.extra)
 
@@ -399,11 +422,11 @@ def export(
     as_json: opt.Json = False,
 ) -> None:
     """Write a head as one file for torch.export: sampler and normalisation inside. --set model.sampler=…."""
-    from vla.heads.checkpoint import load_head
+    from vla.heads.checkpoint import HeadSettings, load_head
     from vla.heads.export import export_head
-    from vla.stores.settings import read_model_settings
 
-    made = export_head(load_head(run, settings=read_model_settings(set_)), out, batch=batch, overwrite=overwrite)
+    settings = HeadSettings.from_sources(None, set_ or ())
+    made = export_head(load_head(run, settings=settings.model), out, batch=batch, overwrite=overwrite)
     said = f"inputs {', '.join(made['inputs'])}; largest difference to the live head {made['largest_difference']:.1g}"
     reports.show_made(out, made, said, as_json)
 
@@ -411,7 +434,7 @@ def export(
 @command()
 def rollout(
     run: opt.Run,
-    env: Annotated[str, opt.goes_in("Such as metaworld:push-v3.")],
+    env: opt.Environment,
     episodes: Annotated[int, opt.runs("Unseen scenes to play.", min=1)] = 20,
     seed: Annotated[int, opt.runs("Which unseen scenes.", min=0)] = 0,
     n_action: Annotated[int | None, opt.runs("Actions executed per decision. Left out: the head's.", min=1)] = None,
@@ -423,16 +446,17 @@ def rollout(
     """Run backbone and head live in a simulator: success on unseen scenes, latency, a video."""
     from vla.rollout.envs.registry import make_env
     from vla.rollout.evaluate import roll_out
-    from vla.rollout.policy import Policy
+    from vla.rollout.policy import Policy, RolloutSettings
     from vla.stores.memory import keep_freed_memory
-    from vla.stores.settings import read_model_settings
 
     keep_freed_memory()
-    policy = Policy.from_run(run, n_action=n_action, settings=read_model_settings(set_))
+    settings = RolloutSettings.from_sources(None, set_ or ())
+    how: dict[str, Any] = {"backbones": settings.backbones, "far_state": settings.policy.far_state}
+    policy = Policy.from_run(run, n_action=n_action, settings=settings.model, **how)
     world = make_env(env, **policy.env_options())
     try:
         with show_progress("rollout", "episodes") as progress:
-            how: dict[str, Any] = {"seed": seed, "video": video, "overwrite": overwrite, "progress": progress}
+            how = {"seed": seed, "video": video, "overwrite": overwrite, "progress": progress}
             report = roll_out(world, policy, episodes, **how)
     finally:
         world.close()
@@ -453,14 +477,8 @@ def action_dims(
     from vla.featurize.action_dims import DimsConfig, group, measure, to_json
     from vla.stores.settings import read_pairs
 
-    settings = DimsConfig.from_sources(
-        config,
-        set_ or (),
-        source=source,
-        map=read_pairs(mapping),
-        skip_bad=skip_bad or None,
-    )
-    tasks = measure(settings)
+    short: dict[str, Any] = {"source": source, "map": read_pairs(mapping), "skip_bad": skip_bad or None}
+    tasks = measure(DimsConfig.from_sources(config, set_ or (), **short))
     emit(to_json(tasks)) if as_json else reports.show_dims(group(tasks))
 
 
@@ -475,7 +493,7 @@ def backbones(as_json: opt.Json = False) -> None:
 
 @command()
 def heads(
-    head: Annotated[str | None, typer.Argument(help="One head, to list every setting of it.")] = None,
+    head: opt.OneHead = None,
     as_json: opt.Json = False,
 ) -> None:
     """List the trainable heads and the features they need; or every setting of one head."""
@@ -492,14 +510,15 @@ def main() -> NoReturn:
     """Run the command line; turn errors into one line and an exit code."""
     # Spinning OpenMP threads on a busy machine slow a 6 ms step to 400 ms; torch reads this when it is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    protect_streams()
     from vla.stores.errors import VlaError
 
     guard_stderr()
     try:
-        sys.exit(run_app(app, sys.argv[1:]))
+        sys.exit(run_app(app, sys.argv[1:], process=True))
     except VlaError as error:
         sys.stderr.write(f"vla: {safe_line(str(error))}\n")
-        sys.exit(error.exit_code)
+        sys.exit(end_output(error.exit_code))
 
 
 if __name__ == "__main__":

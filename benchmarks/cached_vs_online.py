@@ -13,7 +13,7 @@ import measure
 import torch
 from demonstrations import PUSH, store_of
 
-from vla.featurize.job import rebuild_backbone
+from vla.featurize.rebuild import rebuild_backbone
 from vla.featurize.sources.registry import open_source
 from vla.heads.batch import Batch
 from vla.heads.checkpoint import build_head

@@ -9,22 +9,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from vla.featurize.backbones.base import Backbone, BackboneSpec
 from vla.featurize.image import Image
-from vla.stores.dtypes import DtypeName, decode, encode_bfloat16, quantise
 from vla.stores.errors import UsageError
 from vla.stores.manifest import FeatureInfo
+from vla.training.storage import round_trip_dtype
 
 
 class Chain:
     """A `Backbone` from pictures to what `last` makes of the features of others.
 
     `made_by` {feature: the backbone that makes it}; `inputs` {feature: its part of the fingerprint}, of which
-    "feature" says how it was stored; `scales` {feature: the coarsest int8 grid, float32 [C], or None}.
+    "feature" says how it was stored; `scales` {feature: the live int8 grid, float32 [C], or None}.
     """
 
     def __init__(
@@ -77,8 +75,10 @@ class Chain:
             if images.ndim == 4:
                 context = backbone.spec().context
                 pictures = pictures[:, -context - 1 :] if context else pictures[:, -1]
-            values = backbone.encode(pictures)[name].cpu().numpy()
-            features[name] = _through_storage(values, self._infos[name].dtype, self._scales[name])
+            values = round_trip_dtype(backbone.encode(pictures)[name], self._infos[name].dtype, self._scales[name])
+            # numpy has no bfloat16: as from a store, such features come as float32.
+            values = values.float() if values.dtype == torch.bfloat16 else values
+            features[name] = values.cpu().numpy()
         batch, views = next(iter(features.values())).shape[:2]
         ready = [
             [self._last.preprocess({name: of[frame, view] for name, of in features.items()}) for view in range(views)]
@@ -90,11 +90,3 @@ class Chain:
         """See `Backbone.to`."""
         for backbone in (self._last, *self._made_by.values()):
             backbone.to(device)
-
-
-def _through_storage(values: NDArray[Any], dtype: DtypeName, scales: Sequence[float] | None) -> NDArray[Any]:
-    """Return float32 features [..., C] as they come back from a store."""
-    grid = None if scales is None else np.asarray(scales, np.float32)
-    if dtype == "bfloat16":
-        return decode(dtype, encode_bfloat16(values))
-    return decode(dtype, quantise(values, grid) if grid is not None else values.astype(dtype), grid)

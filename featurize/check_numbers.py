@@ -46,7 +46,7 @@ def stuck_columns(index: SourceIndex, rows: Rows) -> list[str]:
                 which = "every component" if fault.all() else ", ".join(np.array(names)[fault])
                 value = " at 0" if not values[:, fault].any() else ""
                 lines.append(f"{episode}: {column} stands still{value} in {which}; it moves in the other episodes")
-        lines += _partly_stuck(index, column, long, still.all(axis=1))
+        lines += _partly_stuck(index, column, long, np.all(still, axis=1))
     return lines
 
 

@@ -160,7 +160,7 @@ def spans(length: int, *, every: bool = False) -> list[tuple[int, int]]:
 def moving_pairs(rows: NDArray[Any], ranges: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Return between which neighbouring rows of [T, D] any column moves by `MOVES` of its range [D], bool [T - 1]."""
     steps = np.abs(np.diff(rows.astype(np.float64), axis=0))
-    moved: NDArray[np.bool_] = (steps > MOVES * np.where(ranges > 0, ranges, np.inf)).any(axis=1)
+    moved: NDArray[np.bool_] = np.any(steps > MOVES * np.where(ranges > 0, ranges, np.inf), axis=1)
     return moved
 
 

@@ -23,6 +23,7 @@ from vla.featurize.sources.base import NoEpisodeError, Source, SourceIndex
 from vla.featurize.sources.registry import common_options, open_source, option_names
 from vla.stores.errors import SourceError
 from vla.stores.norm_stats import NAMES, NormStats
+from vla.stores.notes import column_notes
 from vla.stores.settings import Settings
 
 _FLAG = "--skip-bad( leaves the episode out)?"
@@ -49,7 +50,7 @@ class CheckConfig(Settings):
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong. `check` is one of layout, episode, length, steps, instruction, picture."""
+    """One thing that is wrong. `check` is one of layout, records, episode, length, steps, instruction, picture."""
 
     check: str
     found: str
@@ -94,6 +95,7 @@ def check_source(config: CheckConfig, progress: Progress = lambda done, total: N
         report.add("layout", error)
         return report
     _describe(index, report)
+    report.findings += [Finding("records", line) for line in index.warnings]
     listed = {finding.found.partition(":")[0] for finding in report.findings}
     for name, reason in index.skipped.items():
         if name not in listed and name not in index.filtered:
@@ -188,7 +190,11 @@ def _check_steps(source: Source, index: SourceIndex, report: SourceReport, progr
 
 
 def _note_statistics(index: SourceIndex, values: Rows, report: SourceReport) -> None:
-    """Note the statistics of every component; an action that never changes is a finding, one component is a fact."""
+    """Note the statistics of every component; an action that never changes is a finding, one component is a fact.
+
+    So are numbers that a normalisation takes far beyond 1: they are the demonstrations', and may be right.
+    """
+    notes: list[str] = []
     table: dict[str, list[dict[str, Any]]] = {}
     for name, parts in values.items():
         rows: NDArray[Any] = np.concatenate(list(parts.values()))
@@ -203,7 +209,11 @@ def _note_statistics(index: SourceIndex, values: Rows, report: SourceReport) -> 
             report.stats[NAMES[name]] = stats
         if name == "action" and len(rows) > 1 and (columns["min"] == columns["max"]).all():
             report.add("steps", "the action is the same in every frame")
+        ids = {number: index.episodes[number].id for number in parts}
+        places = [f"episode {ids[n]!r}, row {row}" for n, part in parts.items() for row in range(len(part))]
+        notes += column_notes(name, rows, labels, places.__getitem__)
     report.facts["statistics"] = table
+    report.facts["notes"] = notes or None
 
 
 def _check_pictures(

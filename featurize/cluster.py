@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vla.stores.errors import MachineError, UsageError
+from vla.stores.errors import MachineError, UsageError, missing_extra
 
 DEATHS = 3
 """Workers that may die over one task before it counts as the cause."""
@@ -44,7 +44,7 @@ def open_cluster(workers: int | None, scheduler: str | None) -> Iterator[Any]:
         from distributed import Client
         from distributed.comm.addressing import get_address_host_port
     except ImportError:
-        raise MachineError("dask.distributed is not installed", fix="pip install 'vla-feature-cache[dist]'") from None
+        raise MachineError("dask.distributed is not installed", fix=missing_extra("dist")) from None
     with ExitStack() as held:
         held.enter_context(dask.config.set(_DASK))
         address = held.enter_context(_local_cluster(workers or 1)) if scheduler is None else scheduler

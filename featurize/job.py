@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +15,6 @@ from vla.featurize.augment import NO_COPIES, AugmentConfig
 from vla.featurize.backbones.base import Backbone
 from vla.featurize.backbones.registry import make_backbone
 from vla.featurize.batch_size import ON_CPU, find_batch_size
-from vla.featurize.chain import Chain
 from vla.featurize.plan import Plan, StoreOptions, make_plan
 from vla.featurize.room import require_room
 from vla.featurize.run import Progress, RunReport, featurize
@@ -26,11 +24,12 @@ from vla.featurize.sources.instructions import Instructions
 from vla.featurize.sources.registry import common_options, open_source, refuse_overwriting_source, shipped
 from vla.featurize.views import with_inputs
 from vla.stores.errors import UsageError
-from vla.stores.fingerprint import require_equal
+from vla.stores.metadata import read_manifest
 from vla.stores.remote.options import RemoteOptions, is_url
 from vla.stores.remote.publish import open_remote_writer
 from vla.stores.settings import Settings
 from vla.stores.writer import StoreWriter, open_writer
+from vla.training.torch_device import choose_device
 
 
 class FeaturizeConfig(Settings):
@@ -62,6 +61,29 @@ class FeaturizeConfig(Settings):
     threads: int = Field(0, ge=0)
     remote: RemoteOptions = RemoteOptions()
 
+    @classmethod
+    def from_saved(cls, values: dict[str, Any], file: Path) -> dict[str, Any]:
+        """See `Settings.from_saved`."""
+        if "zarr_format" not in values:
+            return values
+        settings = read_manifest(file.parent).provenance.get(SETTINGS)
+        if not isinstance(settings, dict):
+            found = f"{file} has no {SETTINGS!r}: an earlier version, or another command, wrote the store"
+            raise UsageError(found, fix="the flags that it began with")
+        return settings
+
+
+SETTINGS = "settings"
+"""Of a store's provenance: the configuration that replays or resumes the run, but for what is this machine's."""
+OWN = {"device", "threads", "remote"}
+"""Settings that are the machine's, not the store's."""
+
+
+def begun_store(out: str, name: str | None) -> Path | None:
+    """Return the store to resume where OUT, or OUT/NAME, is one already; None where a backbone has yet to be named."""
+    root = Path(out, name or "")
+    return root if "://" not in out and (root / "zarr.json").is_file() else None
+
 
 @dataclass(frozen=True)
 class Job:
@@ -89,6 +111,8 @@ def prepare(config: FeaturizeConfig) -> Job:
         recipe["inputs"] = inputs
     recipe["source"] = {"given": config.source, "map": config.map, "options": config.source_options}
     plan = make_plan(index, digest, spec, recipe, config.store, config.augment)
+    provenance = plan.manifest.provenance | {SETTINGS: config.model_dump(mode="json", exclude=OWN)}
+    plan = replace(plan, manifest=plan.manifest.model_copy(update={"provenance": provenance}))
     if config.skip_bad:
         require_few_skipped(plan, {}, config.max_skipped)
     return Job(config, source, backbone, plan)
@@ -105,11 +129,10 @@ def run(
 ) -> RunReport:
     """Make the store at `root`, a folder or a URL.
 
-    Raises `UsageError` where `overwrite` would delete what is read, what `require_room` does where the disk is too
+    Raises `UsageError` where `root` overlaps with what is read, what `require_room` does where the disk is too
     small (not with `accept`), and what `featurize` raises.
     """
-    if overwrite:
-        refuse_overwriting_source(root, job.config.source, job.source)
+    refuse_overwriting_source(root, job.config.source, job.source)
     if not is_url(root):
         root = Path(root)
         refuse_shadowing(root)
@@ -162,41 +185,6 @@ def make_units(
         units=units,
         progress=progress,
     )
-
-
-def rebuild_backbone(recipe: Mapping[str, Any], identity: Mapping[str, Any]) -> Backbone:
-    """Build the backbone that a store was made with, for a live policy.
-
-    `recipe` is the store's provenance {"name", "weights", "options"}, `identity` its fingerprint's `backbone`. Raises
-    `FingerprintError` naming the field where what is on this machine (weights, package, settings) would make other
-    features than the cached ones.
-    """
-    if recipe.get("imported"):
-        raise UsageError(
-            f"the features were imported from {recipe['root']} ({recipe['name']}): their backbone is not known here",
-            expected="a store of `vla featurize` for a live policy; `vla evaluate` works",
-        )
-    backbone = make_backbone(recipe["name"], weights=recipe["weights"], **recipe["options"])
-    if recipe.get("inputs"):
-        made, inputs = recipe["inputs"], identity["inputs"]
-        made_by = {name: rebuild_backbone(made[name]["backbone"], inputs[name]["backbone"]) for name in made}
-        backbone = Chain(backbone, made_by, inputs, {name: made[name]["scales"] for name in made})
-    spec = backbone.spec()
-    fix = "the weights and the package versions that the store was made with"
-    require_equal({"name": spec.name, **spec.identity}, identity, what=f"the live backbone {spec.name!r}", fix=fix)
-    return backbone
-
-
-def choose_device(name: str) -> torch.device:
-    """Turn "auto", "cpu", "cuda" or "cuda:N" into a device. Raises `UsageError` for others and where it is missing."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,2})?", name):
-        raise UsageError(f"device {name!r}", expected="auto, cpu, cuda or cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device {name!r} is not there", expected="a GPU that torch sees", fix="--set device=cpu")
-    return device
 
 
 def refuse_shadowing(root: Path) -> None:

@@ -39,6 +39,14 @@ def checked_options(target: Any, options: Mapping[str, Any], what: str) -> dict[
     return {key: getattr(taken, key) for key in options}
 
 
+def options_model(target: Any) -> type[Settings]:
+    """Return the options of a class as a settings class: names, types with their marks, and defaults."""
+    hints = get_type_hints(target.__init__, include_extras=True)
+    parameters = inspect.signature(target).parameters
+    fields: Any = {key: (hints[key], parameters[key].default) for key in keywords(target)}
+    return create_model(target.__name__, __base__=Settings, **fields)
+
+
 def _as_typed(hint: Any) -> Any:
     """Return a type hint that takes what a user may type for it."""
     if NAMES in (hint, *get_args(hint)):

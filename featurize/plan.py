@@ -45,7 +45,7 @@ class StoreOptions(Settings):
 class Plan:
     """What `featurize` is about to write. `bytes` and `files` count the whole store.
 
-    `skipped`, `filtered` and `assumed` are the source's; see `SourceIndex`.
+    `skipped`, `filtered`, `assumed` and `warnings` are the source's; see `SourceIndex`.
     """
 
     manifest: Manifest
@@ -53,6 +53,7 @@ class Plan:
     skipped: dict[str, str]
     bytes: int
     files: int
+    warnings: tuple[str, ...] = ()
     filtered: frozenset[str] = frozenset()
     assumed: Mapping[str, str] = field(default_factory=dict)
 
@@ -73,6 +74,7 @@ class Plan:
             "skipped_episodes": self.skipped,
             "assumed": dict(self.assumed),
             "weights_licence": manifest.provenance["weights_licence"],
+            **({"warnings": list(self.warnings)} if self.warnings else {}),
         }
 
 
@@ -157,8 +159,8 @@ def make_plan(
         row_bytes + sum(int(np.prod(s.shape)) * np.dtype(s.dtype).itemsize for s in steps.values()) + 24 * len(features)
     )
     files = manifest.units * (len(unit_files(manifest, 0)) + 1) + 20
-    bytes_ = size * episodes.rows
-    return Plan(manifest, episodes, dict(index.skipped), bytes_, files, index.filtered, index.assumed)
+    skipped, size = dict(index.skipped), size * episodes.rows
+    return Plan(manifest, episodes, skipped, size, files, index.warnings, index.filtered, index.assumed)
 
 
 def _dtype(name: str, wanted: FloatName | None) -> DtypeName:

@@ -51,10 +51,9 @@ def run_on_cluster(
 
     Two such runs of one store share its units; this one returns when all are committed, by whomever. Raises `DataError`
     naming the units that failed, when all others are made; `MachineError` where the cluster is lost or the disk full;
-    `UsageError` where `overwrite` would delete what is read.
+    `UsageError` where `root` overlaps with what is read.
     """
-    if overwrite:
-        refuse_overwriting_source(root, job.config.source, job.source)
+    refuse_overwriting_source(root, job.config.source, job.source)
     root = require_shared_folder(root)
     refuse_shadowing(root)
     require_room(job.plan, root, overwrite=overwrite, accept=accept)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -16,15 +16,17 @@ from vla.heads.registry import head_class
 from vla.stores.errors import CheckpointError, UsageError
 from vla.stores.manifest import FeatureInfo
 from vla.stores.settings import Settings
+from vla.stores.user_given import PlainText, resolve, user_given
 from vla.training.checkpoint import load_checkpoint
 
 
 class StoreRecord(Settings):
     """What a checkpoint keeps of a store that its head was trained on: enough to rebuild the backbone and compare.
 
-    `recipe` is {"name", "weights", "options"} of the backbone; `fingerprint` the store's; `scales` those that a live
-    policy quantises int8 features with, [C] each (storage.py). `fps`: time steps a second. `picture_sizes`: (height,
-    width) of each camera's pictures. Checkpoints and stores made before these were kept know neither.
+    `recipe` is {"name", "weights", "options"} of the backbone; `fingerprint` the store's; `scales` the
+    live grid of int8 features, [C] each (training/storage.py). `fps`: time steps a second. `picture_sizes`: (height,
+    width) of each camera's pictures. `content`: `Store.content`, which a resumed run compares. Checkpoints and stores
+    of earlier versions lack these three.
     """
 
     path: str
@@ -37,6 +39,7 @@ class StoreRecord(Settings):
     scales: dict[str, tuple[float, ...]] = {}
     fps: float | None = None
     picture_sizes: dict[str, tuple[int, int]] = {}
+    content: str = ""
 
 
 class Artefact(Settings):
@@ -47,7 +50,8 @@ class Artefact(Settings):
     them, whose weights stay where they were.
     `init_from`: the run that it started from. `online`: how pictures were shown to the backbones in the loop; empty
     where features came from the stores. `action_mean` [A]: the mean of the training actions, the baseline of every
-    evaluation; () of checkpoints made before it was kept.
+    evaluation; () of checkpoints made before it was kept. `state_range` [S]: the least and greatest value of each state
+    column in training, likewise.
     """
 
     head: str
@@ -62,6 +66,7 @@ class Artefact(Settings):
     init_from: str | None = None
     online: dict[str, Any] = {}
     action_mean: tuple[float, ...] = ()
+    state_range: tuple[tuple[float, float], ...] = ()
     vla_version: str
 
 
@@ -93,13 +98,24 @@ def build_head(name: str, values: dict[str, Any], io: HeadIO) -> HeadModel:
     return cls(cls.Config.build(values, where=f"head {name!r}"), io)
 
 
-def load_head(path: Path, *, which: str = "newest", settings: Mapping[str, Any] | None = None) -> TrainedHead:
-    """Load a run folder or one checkpoint. Raises `CheckpointError` where weights and configuration do not fit;
-    what the configuration claims is compared with the weights before any memory is taken for it. Networks that the head
-    runs frozen are loaded from where they were; others raise `CheckpointError` too. `settings`: what `HeadModel.adjust`
-    shall change, which raises `UsageError` for what training has decided."""
-    found = load_checkpoint(path, which=which)
+class HeadSettings(Settings):
+    """What `--set` gives a trained head. `model`: see `load_head`."""
+
+    model: Annotated[dict[str, Any], PlainText()] = {}
+
+
+def load_head(path: Path | str, *, which: str = "newest", settings: Mapping[str, Any] | None = None) -> TrainedHead:
+    """Return the head of a run folder or of one checkpoint.
+
+    `settings`: the user's values of the head's configuration. Those that choose files or addresses, such as the folder
+    of a language model that the head runs frozen, come from here and never from the checkpoint (stores/user_given.py);
+    the others go to `HeadModel.adjust`. Raises `UsageError` where such a value is lacking and for settings that
+    training has decided, `CheckpointError` where weights and configuration do not fit, or where the frozen networks are
+    not those of the training. No memory is allocated before the configuration fits the weights.
+    """
+    found = load_checkpoint(Path(path), which=which)
     artefact = Artefact.build(found.artefact, where=f"{found.folder / 'artefact.json'}")
+    artefact, adjusted = _with_user_given(artefact, settings or {}, found.folder)
     wanted = described_head(artefact, found.folder).state_dict()
     wrong = sorted(wanted.keys() ^ found.weights.keys())
     wrong += [name for name in wanted.keys() & found.weights.keys() if wanted[name].shape != found.weights[name].shape]
@@ -114,8 +130,21 @@ def load_head(path: Path, *, which: str = "newest", settings: Mapping[str, Any] 
                 expected=f"SHA-256 {artefact.frozen.get(name)}, found {frozen.digest}",
                 fix="the same weights folder",
             )
-    model.adjust(settings or {})
+    model.adjust(adjusted)
     return TrainedHead(model.eval(), artefact, found.step, found.folder)
+
+
+def _with_user_given(artefact: Artefact, settings: Mapping[str, Any], folder: Path) -> tuple[Artefact, dict[str, Any]]:
+    """Return the artefact with the user's choices in its configuration, and the settings that choose nothing."""
+    try:
+        kind = head_class(artefact.head).Config
+    except UsageError as error:  # nobody typed the head's name
+        raise CheckpointError(f"{folder / 'artefact.json'}: {error}") from None
+    choices = {name.partition(".")[0] for name in user_given(kind)}
+    given = {name: value for name, value in settings.items() if name in choices}
+    config = resolve(kind, artefact.config, given, artefact=str(folder), prefix="model.")
+    rest = {name: value for name, value in settings.items() if name not in choices}
+    return artefact.model_copy(update={"config": config}), rest
 
 
 def described_head(artefact: Artefact, folder: Path) -> HeadModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from vla.heads.columns import episode_dims, feature_io, label_columns, target_in
 from vla.heads.tensor_batches import TensorBatches
 from vla.heads.texts import TextTable, is_text_store
 from vla.stores.batches import Shuffle, WindowBatches
+from vla.stores.dtypes import DtypeName
 from vla.stores.errors import DataError, UsageError
 from vla.stores.join import JoinedStores, join_stores
 from vla.stores.memory import memory_limit
@@ -24,6 +25,7 @@ from vla.stores.reader import Verify
 from vla.stores.remote.options import RemoteOptions
 from vla.stores.settings import Settings
 from vla.stores.store import Store, open_store
+from vla.stores.user_given import PlainText, UserGiven
 from vla.stores.windows import WindowIndex, WindowSpec, split_episodes
 
 log = logging.getLogger(__name__)
@@ -52,10 +54,10 @@ class DataConfig(Settings):
     (`vla featurize --augment`), where a store has any; all else reads plain features.
     """
 
-    stores: tuple[str, ...] = Field(json_schema_extra={"flag": "--store STORE"})
-    features: tuple[str, ...] | None = None
-    state: tuple[str, ...] | None = None
-    target: str = "action"
+    stores: Annotated[tuple[str, ...], UserGiven()] = Field(json_schema_extra={"flag": "--store STORE"})
+    features: Annotated[tuple[str, ...] | None, PlainText()] = None
+    state: Annotated[tuple[str, ...] | None, PlainText()] = None
+    target: Annotated[str, PlainText()] = "action"
     dims: tuple[int, ...] | None = None
     validation: float = Field(0.1, ge=0, lt=1)
     split_seed: int = 0
@@ -99,6 +101,11 @@ class HeadData:
             actions = actions[..., list(self.config.dims)]
         return actions if self.io.chunk is None else actions[self._column("_valid")[rows]]
 
+    def action_rows(self, episodes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the row of the first store that each of `actions` is from, int64 [N]."""
+        rows = self.rows(episodes)
+        return rows if self.io.chunk is None else np.repeat(rows, self._column("_valid")[rows].sum(axis=1))
+
     def action_dims(self, episodes: NDArray[np.int64]) -> NDArray[np.bool_] | None:
         """Return which dimensions of `actions` are real, bool [N, A]; None where all are."""
         name = f"{self.config.target}_dims"
@@ -115,10 +122,10 @@ class HeadData:
         columns = [self.stores.first.steps(name)[rows].reshape(len(rows), -1) for name in self.state]
         return np.concatenate([np.empty((len(rows), 0)), *columns], axis=1).astype(np.float32)
 
-    def channel_statistics(self, feature: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return mean and standard deviation [C] of a feature over its whole store."""
+    def channel_statistics(self, feature: str) -> tuple[NDArray[np.float64], NDArray[np.float64], DtypeName]:
+        """Return mean and standard deviation [C] of a feature over its whole store, and the dtype it is stored in."""
         statistics = self.stores.stores[self.stores.owner[feature]].statistics(feature)
-        return statistics.mean, statistics.std
+        return statistics.mean, statistics.std, self.stores.feature_info(feature).dtype
 
     def batches(
         self,

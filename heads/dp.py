@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,12 +23,13 @@ from torch import Tensor
 
 from vla.heads.batch import Batch, HeadIO
 from vla.heads.encoded import EncodedConfig, EncodedHead
-from vla.heads.model import MAX_LAYERS, HeadConfig, masked_windows, noise_like, real_dims
+from vla.heads.model import MAX_LAYERS, HeadConfig, masked_elements, noise_like, real_dims
 from vla.heads.nets.residual_mlp import ResidualMLP
 from vla.heads.nets.unet1d import ConditionalUnet1D, check_sizes
 from vla.pretrained.diffusion_policy import read_unet
 from vla.pretrained.weights import load_strictly
 from vla.stores.errors import UsageError
+from vla.stores.user_given import UserGiven
 
 if TYPE_CHECKING:
     from vla.heads.data import HeadData
@@ -76,7 +77,7 @@ class DiffusionConfig(EncodedConfig):
     sampler: Literal["ddim", "ddpm"] = "ddim"
     sample_steps: int | None = Field(None, ge=1)
     clip_sample: bool = True
-    weights: str | None = None
+    weights: Annotated[str | None, UserGiven(training_only=True)] = None
 
     @property
     def action_offset(self) -> int:
@@ -137,6 +138,7 @@ class DiffusionHead(EncodedHead):
 
     def check_reach(self, data: HeadData) -> None:
         """See `HeadModel.check_reach`: limits that came from another run may be narrower than these actions."""
+        super().check_reach(data)
         if not self.config.clip_sample:
             return
         actions, dims = data.actions(data.training), data.action_dims(data.training)
@@ -169,7 +171,7 @@ class DiffusionHead(EncodedHead):
 
     @torch.no_grad()
     def measure(self, batch: Batch, chunk: Tensor) -> dict[str, Tensor]:
-        """Return the noise prediction's mean squared error `eps_mse` of each window, at fixed steps and fixed noise."""
+        """Return `eps_mse` [n]: the squared error of the predicted noise, the mean over fixed steps, at fixed noise."""
         training, action = self.training, self.labels(batch)
         steps = sampling_steps(self.config.train_steps, min(EPS_STEPS, self.config.train_steps))
         generator = torch.Generator().manual_seed(0)
@@ -181,7 +183,7 @@ class DiffusionHead(EncodedHead):
                 eps = real_dims(batch, torch.randn(action.shape, generator=generator).to(action))
                 k = torch.full((len(batch),), step, device=action.device)
                 predicted = self.net(self._noising.add_noise(action, eps, k), k, cond)
-                errors.append(masked_windows((predicted - eps) ** 2, batch))
+                errors.append(masked_elements((predicted - eps) ** 2, batch))
         finally:
             self.train(training)
         return {"eps_mse": torch.stack(errors).mean(0)}

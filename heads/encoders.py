@@ -12,7 +12,7 @@ Vectors of several backbones can also be fused (fusion.py): `fusion`, each by it
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -24,6 +24,7 @@ from vla.heads.normalize import ChannelScaler, Normalizer
 from vla.heads.projection import WhiteningProjection
 from vla.stores.errors import DataError, UsageError
 from vla.stores.settings import Settings
+from vla.stores.user_given import PlainText, UserGiven
 
 IDENTITY_STD = 0.02
 """Initial scale of learned embeddings that are added to tokens: small beside the tokens, as in ViT."""
@@ -51,9 +52,9 @@ class EncoderConfig(Settings):
     use_features: bool = True
     use_state: bool = True
     use_task: bool = True
-    state_columns: tuple[int | str, ...] | None = None
+    state_columns: Annotated[tuple[int | str, ...] | None, PlainText()] = None
     fusion_dim: int = Field(1280, ge=1)
-    student: str | None = None
+    student: Annotated[str | None, UserGiven(training_only=True)] = None
 
     @model_validator(mode="after")
     def _a_student_is_for_a_fusion(self) -> EncoderConfig:

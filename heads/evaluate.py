@@ -5,19 +5,32 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vla.heads.checkpoint import TrainedHead
-from vla.heads.data import DataConfig, HeadData, open_data
+from vla.heads.checkpoint import HeadSettings, TrainedHead
+from vla.heads.data import HeadData, open_data
 from vla.heads.model import HeadModel
-from vla.stores.errors import DataError, UsageError
-from vla.stores.fingerprint import require_equal
+from vla.stores.errors import DataError, FingerprintError, UsageError
+from vla.stores.fingerprint import digest, require_equal
+from vla.stores.remote.options import RemoteOptions, is_url
+from vla.stores.settings import Settings
+from vla.stores.store import open_store
+from vla.stores.user_given import set_flag
 
 BATCH = 64
+
+
+class EvaluatedData(Settings):
+    """`stores`: where the stores of the training are now; None: where they were. `remote`: see `RemoteOptions`."""
+
+    stores: tuple[str, ...] | None = None
+    remote: RemoteOptions = RemoteOptions()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +39,11 @@ class ActionError:
 
     `mae`, `mse` per dimension [A], in the data's units; `executed_mae` [A] over the `n_action` steps that a robot would
     execute; `baseline_mae` [A] of always predicting the training actions' mean over the same steps, NaN where a
-    checkpoint does not know it. `windows` and `steps` count what was compared; `extra` is what the head itself measures
+    checkpoint does not know it. `entries` and `executed_entries` [A] count the numbers that `mae` and `executed_mae`
+    are over. `windows` and `steps` count what was compared; `extra` is what the head itself measures
     (`HeadModel.measure`), `per_task` the executed MAE of each instruction over its real dimensions, where there are
-    several. `predicted` and `true` [W, A] are the first action of every window, in order.
+    several. `predicted` and `true` [W, A] are the first action of every window, in order. `acted`: whether the head
+    predicts actions; all errors are NaN where it does not.
     """
 
     names: tuple[str, ...]
@@ -40,23 +55,25 @@ class ActionError:
     steps: int
     predicted: NDArray[np.float32]
     true: NDArray[np.float32]
+    entries: NDArray[np.float64] = dataclasses.field(kw_only=True)
+    executed_entries: NDArray[np.float64] = dataclasses.field(kw_only=True)
     extra: dict[str, float] = dataclasses.field(default_factory=dict)
     per_task: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    @property
-    def acted(self) -> bool:
-        """Whether there were actions to compare: all errors are NaN where the head makes none."""
-        return not np.isnan(self.mae).all()
+    acted: bool = True
 
     def metrics(self) -> dict[str, float]:
-        """Return the means over dimensions; of a head that makes no actions, what it measures itself alone."""
+        """Return the means over all entries; of a head that makes no actions, what it measures itself alone.
+
+        Dimensions count by their entries: one that tasks pad weighs less, one that nothing has weighs nothing.
+        """
         if not self.acted:
             return dict(self.extra)
-        baseline = {"baseline_mae": float(self.baseline_mae.mean())} if self._has_baseline else {}
+        executed = self.executed_entries
+        baseline = {"baseline_mae": _mean(self.baseline_mae, executed)} if self._has_baseline else {}
         return {
-            "action_mae": float(self.executed_mae.mean()),
-            "horizon_mae": float(self.mae.mean()),
-            "horizon_mse": float(self.mse.mean()),
+            "action_mae": _mean(self.executed_mae, executed),
+            "horizon_mae": _mean(self.mae, self.entries),
+            "horizon_mse": _mean(self.mse, self.entries),
             **baseline,
             **self.extra,
         }
@@ -72,8 +89,9 @@ class ActionError:
             "mse": self.mse,
             "executed_mae": self.executed_mae,
         } | ({"baseline_mae": self.baseline_mae} if self._has_baseline else {})
+        there = [(place, name) for place, name in enumerate(self.names) if self.entries[place]]
         table = {
-            key: dict(zip(self.names, map(float, values), strict=True)) for key, values in columns.items() if self.acted
+            key: {name: float(values[place]) for place, name in there} for key, values in columns.items() if self.acted
         }
         tasks = {"per_task": self.per_task} if self.per_task and self.acted else {}
         return {**self.metrics(), "windows": self.windows, "steps": self.steps, "per_dimension": table, **tasks}
@@ -150,7 +168,15 @@ def action_error(
         np.concatenate(true),
         model.summarise({name: torch.cat(parts) for name, parts in measured.items()}),
         _per_task(model.io.tasks, *by_task.tolist()),
+        acted=model.acts,
+        entries=count.numpy(),
+        executed_entries=executed.numpy(),
     )
+
+
+def _mean(values: NDArray[np.float64], entries: NDArray[np.float64]) -> float:
+    """Return the mean over all entries of means [A] over `entries` [A] each; 0 where there is no entry."""
+    return float((values * entries).sum() / max(float(entries.sum()), 1.0))
 
 
 def _per_task(tasks: tuple[str, ...], errors: list[float], counts: list[float]) -> dict[str, float]:
@@ -159,27 +185,69 @@ def _per_task(tasks: tuple[str, ...], errors: list[float], counts: list[float]) 
     return {text: error / count for text, error, count in met if count} if len(tasks) > 1 else {}
 
 
-def evaluate_head(head: TrainedHead, stores: tuple[str, ...] | None = None, *, seed: int = 0) -> ActionError:
+class EvaluateSettings(HeadSettings):
+    """What `vla evaluate --set` gives: `model` of the head; `data`, see `evaluate_head`."""
+
+    data: EvaluatedData = EvaluatedData()
+
+
+def evaluate_head(
+    head: TrainedHead,
+    stores: Sequence[str | Path] | None = None,
+    *,
+    seed: int = 0,
+    data: Mapping[str, Any] | EvaluatedData | None = None,
+) -> ActionError:
     """Evaluate a trained head on its held-out episodes, or on all episodes of other `stores` of the same recipe.
 
-    Raises `FingerprintError` naming the field where a store was made with other settings than the head's, `UsageError`
-    where the head reads features that no store has.
+    `data`: where the training's own stores are now, and how stores on object stores are reached (`EvaluatedData`); a
+    checkpoint never chooses an address or a cache folder. Folders that it names are read, once they prove to hold the
+    stores of the training. Raises `UsageError` where the checkpoint names a URL and neither `stores` nor `data.stores`
+    is given, or where the head reads features that no store has; `FingerprintError` naming the field where a store was
+    made with other settings than the head's.
     """
-    trained = head.artefact.data
-    config = trained if stores is None else DataConfig(**{**trained.model_dump(), "stores": stores, "validation": 0.0})
-    data = open_data(config)
-    _require_backbones(head, data, others=stores is not None)
-    episodes = data.validation if stores is None else data.training
+    place = data if isinstance(data, EvaluatedData) else EvaluatedData.build(data or {}, where="data")
+    chosen = _own_stores(head, place) if stores is None else tuple(map(str, stores))
+    changed = {"stores": chosen, "remote": place.remote} | ({} if stores is None else {"validation": 0.0})
+    found = open_data(head.artefact.data.model_copy(update=changed))
+    _require_backbones(head, found, others=stores is not None)
+    episodes = found.validation if stores is None else found.training
     if not len(episodes):
-        found = f"{head.folder}: its training held no episode out"
-        raise DataError(found, expected="other demonstrations", fix="--store STORE")
-    known = head.artefact.action_mean or [math.nan] * data.io.action_dim
+        missing = f"{head.folder}: its training held no episode out"
+        raise DataError(missing, expected="other demonstrations", fix="--store STORE")
+    known = head.artefact.action_mean or [math.nan] * found.io.action_dim
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tasks = _task_numbers(data.io.tasks, head.artefact.io.tasks)
-    labels = _label_numbers(data.io.labels, head.artefact.io.labels)
+    tasks = _task_numbers(found.io.tasks, head.artefact.io.tasks)
+    labels = _label_numbers(found.io.labels, head.artefact.io.labels)
     model = head.model.to(device)
     mean = None if stores is None else np.array(known, np.float64)
-    return action_error(model, data, episodes, device=device, seed=seed, tasks=tasks, labels=labels, mean=mean)
+    return action_error(model, found, episodes, device=device, seed=seed, tasks=tasks, labels=labels, mean=mean)
+
+
+def _own_stores(head: TrainedHead, place: EvaluatedData) -> tuple[str, ...]:
+    """Return where the stores of the training are.
+
+    Raises `UsageError` where the checkpoint alone names a URL, and `FingerprintError` where a folder that the
+    checkpoint names holds another store: its manifest is compared, and nothing else of it is read.
+    """
+    recorded = head.artefact.data.stores
+    if place.stores is not None:
+        return place.stores
+    if urls := [store for store in recorded if is_url(store)]:
+        raise UsageError(
+            f"{head.folder} names the store {', '.join(urls)}, and no checkpoint chooses an address",
+            expected="your own word",
+            fix=f"{set_flag('data.stores', recorded)} for its held-out episodes, or --store URL for all episodes",
+        )
+    known = {record.sha256 for record in head.artefact.stores}
+    for store in recorded:
+        partial = head.artefact.data.allow_partial
+        if digest(open_store(store, allow_partial=partial).manifest.fingerprint) not in known:
+            raise FingerprintError(
+                f"{store} is not the store that the checkpoint {head.folder} was trained on",
+                fix="--set data.stores='[\"STORE\"]' where that lies now, or --store STORE for another",
+            )
+    return recorded
 
 
 def mean_action(data: HeadData) -> NDArray[np.float64]:

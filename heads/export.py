@@ -29,6 +29,7 @@ from vla.heads.model import GivenNoise, HeadModel
 from vla.heads.registry import head_name
 from vla.stores.errors import MachineError, UsageError
 from vla.stores.filesystem import explaining, refuse_file, write_atomic
+from vla.stores.owned import CHECKPOINT, RUN, STORE
 
 TOLERANCE = 1e-4
 """Largest difference to the live head, in the actions' normalised units: float32 sums in another order."""
@@ -59,7 +60,7 @@ class ExportedAct(nn.Module):
         return self.head.decide(batch, GivenNoise(drawn))
 
 
-def export_head(head: TrainedHead, out: Path, *, batch: int = 1, overwrite: bool = False) -> dict[str, Any]:
+def export_head(head: TrainedHead, out: Path | str, *, batch: int = 1, overwrite: bool = False) -> dict[str, Any]:
     """Write a head to `out` (.pt2) and its description to the .json beside it; return the description.
 
     `batch`: how many observations it takes at once, fixed. The program is run once beside the live head before it is
@@ -67,11 +68,13 @@ def export_head(head: TrainedHead, out: Path, *, batch: int = 1, overwrite: bool
     of steps, for those that torch.export cannot trace, where the exported head would act otherwise, and where either
     file exists and is not to be replaced (`overwrite`).
     """
+    out = Path(out)
     if out.suffix != ".pt2":
         raise UsageError(f"--out {out}", expected="a file .pt2, as torch.export.save writes")
     description = out.with_suffix(".json")
-    for file in (out, description):
-        refuse_file(file, overwrite=overwrite)
+    names_of_folders = any(layout.has_file(description.name) for layout in (STORE, RUN, CHECKPOINT))
+    refuse_file(description, overwrite=overwrite and not names_of_folders)  # run.pt2 would replace a run's run.json
+    refuse_file(out, overwrite=overwrite)
     if head.model.not_exported:
         raise UsageError(f"{head.artefact.head!r} is not exported: {head.model.not_exported}")
     model = head.model.cpu().eval()

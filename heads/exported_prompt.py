@@ -8,7 +8,6 @@ A prompt that depends on nothing but the task needs none of this: its ids are in
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +19,8 @@ from torch.nn import functional as F
 from vla.heads.prompts import PromptTokenizer, discretise, fill, load_tokenizer, tokenise
 from vla.heads.told import Telling
 from vla.heads.vocabulary import WordTokenizer
+from vla.pretrained.weights import RANDOM
+from vla.stores.documents import read_json_file
 from vla.stores.errors import DataError, UsageError
 from vla.stores.settings import Settings, nearest
 
@@ -136,12 +137,27 @@ class ExportedPrompt:
                 raise DataError(found, expected="the tokenizer that the head was trained with")
 
     @classmethod
-    def read(cls, description: Path, tokenizer: str | None = None) -> ExportedPrompt:
-        """Read the .json that `vla export` wrote. Raises `UsageError` for a head that is told nothing."""
-        said: dict[str, Any] = json.loads(description.read_text())
-        if not isinstance(said.get("prompt"), dict):
+    def read(cls, description: Path | str, tokenizer: str | None = None) -> ExportedPrompt:
+        """Return the prompts of the .json that `vla export` wrote.
+
+        Raises `UsageError` for a head without prompts, and where the description names a folder or a hub id of a
+        tokenizer and `tokenizer` is None: a file from elsewhere chooses neither (stores/user_given.py). Raises
+        `DataError` for a damaged description.
+        """
+        try:
+            found = read_json_file(Path(description))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{description}: {error}", expected="the .json of `vla export`") from None
+        if not isinstance(found, dict) or not isinstance(found.get("prompt"), dict):
             raise UsageError(f"{description} says of no prompt", expected="that of an exported head which reads text")
-        return cls(PromptForm.build(said["prompt"], where=str(description)), tokenizer)
+        form = PromptForm.build(found["prompt"], where=str(description))
+        if tokenizer is None and isinstance(form.tokenizer, str) and form.tokenizer != RANDOM:
+            raise UsageError(
+                f"{description} names the tokenizer {form.tokenizer!r}, and no artefact chooses files or addresses",
+                expected="your own value",
+                fix=f"ExportedPrompt.read(…, tokenizer={form.tokenizer!r})",
+            )
+        return cls(form, tokenizer)
 
     def __call__(self, tasks: Sequence[str], state: Any = None) -> dict[str, Tensor]:
         """Return the inputs prompt_ids int64 [B, L] and prompt_valid bool [B, L].

@@ -24,7 +24,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models
 from tokenizers.trainers import BpeTrainer
 
+from vla.stores.documents import read_json_file
 from vla.stores.errors import DataError, UsageError
+from vla.stores.filesystem import write_atomic
 
 SETTINGS, TOKENIZER = "processor_config.json", "tokenizer.json"
 STATISTICS = ("action_centre", "action_scale")
@@ -190,10 +192,11 @@ class FastTokenizer:
         H, A = chunks.shape[1:]
         return cls(tokenizer, scale, low, H, A, max_token=high, action_norm=action_norm, statistics=statistics)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path | str) -> None:
         """Write both files into a folder, which is made."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(str(folder / TOKENIZER))
+        write_atomic(folder / TOKENIZER, self.tokenizer.to_str(pretty=True).encode())
         settings = {
             "processor_class": "UniversalActionProcessor",
             "scale": self.scale,
@@ -206,14 +209,15 @@ class FastTokenizer:
         }
         if self.statistics is not None:
             settings |= dict(zip(STATISTICS, self.statistics, strict=True))
-        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_atomic(folder / SETTINGS, f"{json.dumps(settings, indent=2)}\n".encode())
 
     @classmethod
-    def load(cls, folder: Path, horizon: int, action_dim: int) -> FastTokenizer:
+    def load(cls, folder: Path | str, horizon: int, action_dim: int) -> FastTokenizer:
         """Read a folder of `save` or of the published layout, for chunks [horizon, action_dim]; runs none of its code.
 
         Raises `UsageError` for a folder fitted to other chunks, `DataError` for files that do not hold.
         """
+        folder = Path(folder)
         settings = _settings(folder)
         for name, ours in (("time_horizon", horizon), ("action_dim", action_dim)):
             if settings.get(name) not in (None, ours):
@@ -234,8 +238,8 @@ class FastTokenizer:
 def _settings(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = read_json_file(path)
+    except (OSError, ValueError) as error:
         fix = "vla fit-fast, or `hf download physical-intelligence/fast`"
         raise DataError(f"{path} does not read ({type(error).__name__})", expected="a FAST folder", fix=fix) from None
     if not isinstance(found, dict):
@@ -266,15 +270,16 @@ def _statistics(
     return centre, scale
 
 
-def read_mapping(path: Path, size: int) -> NDArray[np.int64]:
+def read_mapping(path: Path | str, size: int) -> NDArray[np.int64]:
     """Read which id of a language model stands for each FAST id [size]: a JSON list, or an object {"0": 257024, …}.
 
     What a domain transfer makes that adds action tokens to a language model's vocabulary (the origin keeps it, as
     `action_to_vlm_mapping`, in a pickle, which would run code). Raises `DataError`.
     """
+    path = Path(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = read_json_file(path)
+    except (OSError, ValueError) as error:
         expected = "JSON: a list, or an object of FAST ids"
         raise DataError(f"{path} does not read ({type(error).__name__})", expected=expected) from None
     if isinstance(found, dict):

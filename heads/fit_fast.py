@@ -16,6 +16,7 @@ from vla.heads.fast import SETTINGS, FastTokenizer
 from vla.heads.model import fit_from_file
 from vla.heads.normalize import Mode, Normalizer
 from vla.stores.errors import DataError, UsageError
+from vla.stores.owned import refuse_overlap
 from vla.stores.settings import Settings
 from vla.stores.windows import WindowIndex, WindowSpec
 
@@ -54,15 +55,17 @@ class FitFastReport:
         return dict(vars(self))
 
 
-def fit_fast(config: FitFastConfig, out: Path, *, overwrite: bool = False) -> FitFastReport:
+def fit_fast(config: FitFastConfig, out: Path | str, *, overwrite: bool = False) -> FitFastReport:
     """Fit, save into `out`, and measure the round trip.
 
     Raises `UsageError` where `out` exists and is not to be overwritten, or is something else; what opening the stores
     and fitting raise; `DataError` where no chunk is free of padding.
     """
+    out = Path(out)
     if out.exists() and not (overwrite and (out / SETTINGS).is_file()):
         fix = "another --out" if overwrite else "--overwrite to replace it, or another --out"
         raise UsageError(f"{out} exists{' and is no FAST folder' if overwrite else ''}", fix=fix)
+    refuse_overlap(out, config.data.stores)
     data = open_data(config.data)
     normaliser = fit_normaliser(config, data)
     actions, dims = training_chunks(data, config.horizon, config.max_chunks, config.seed)

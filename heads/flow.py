@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vla.heads.batch import Batch
-from vla.heads.model import masked_windows, noise_like, real_dims
+from vla.heads.model import masked_elements, noise_like, real_dims
 
 TimeDistribution = Literal["beta", "uniform"]
 Sampler = Literal["euler", "heun"]
@@ -78,15 +78,15 @@ def integrate(velocity: Callable[[Tensor, float], Tensor], x: Tensor, steps: int
 
 @torch.no_grad()
 def velocity_mse(velocity: Velocity, batch: Batch, action: Tensor) -> dict[str, Tensor]:
-    """Return the velocity's mean squared error of each window [n] at each time of `TIME_GRID`, and over all of them.
+    """Return the velocity's squared errors [n] at each time of `TIME_GRID`, and their mean over the times.
 
-    Over valid steps and real dimensions of normalised actions [B, H, A]; n counts windows with any. The noise is the
-    same in every call of the same shape, so that two checkpoints differ by their weights alone.
+    n counts the valid steps in real dimensions of normalised actions [B, H, A]. The noise is the same in every call of
+    the same shape, so that two checkpoints differ by their weights alone.
     """
     noise = torch.randn(action.shape, generator=torch.Generator().manual_seed(NOISE_SEED)).to(action)
     noise = real_dims(batch, noise)
     at = {
-        t: masked_windows(velocity_errors(velocity, action, noise, action.new_full((len(action),), t)), batch)
+        t: masked_elements(velocity_errors(velocity, action, noise, action.new_full((len(action),), t)), batch)
         for t in TIME_GRID
     }
     every = {f"velocity_mse_t{t:g}": errors for t, errors in at.items()}

@@ -51,12 +51,13 @@ class MeanFusion(nn.Module):
         fused: Tensor = self.fusion(torch.stack(adapted, dim=-2))
         return fused
 
-    def load_student(self, run: Path) -> None:
+    def load_student(self, run: Path | str) -> None:
         """Take adapters and weights from a run of `vla distill rgb2pc`, or one of its checkpoints.
 
         Raises `CheckpointError` for another kind of run, `UsageError` where its backbones are not those of the
         features or it fuses by a gate, `DataError` where a size differs.
         """
+        run = Path(run)
         found = load_checkpoint(run)
         if found.artefact.get("student") != "rgb2pc":
             raise CheckpointError(f"{found.folder} is no student", expected="a run of `vla distill rgb2pc`")

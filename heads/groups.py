@@ -57,7 +57,7 @@ def action_groups(config: HeadTrainConfig) -> tuple[ActionGroup, ...]:
 
 def train_groups(
     config: HeadTrainConfig,
-    out: Path,
+    out: Path | str,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -69,6 +69,7 @@ def train_groups(
     Every group has settings, split and run folder of its own, so that each is evaluated and resumed by itself. `begun`
     is called with each group's head before its first step.
     """
+    out = Path(out)
     reports = {}
     for group in action_groups(config):
         data = config.data.model_copy(update={"dims": group.dims})
@@ -79,8 +80,11 @@ def train_groups(
     return reports
 
 
-def train_groups_by(by: str, config: HeadTrainConfig, out: Path, *, online: bool, **how: Any) -> dict[str, FitReport]:
+def train_groups_by(
+    by: str, config: HeadTrainConfig, out: Path | str, *, online: bool, **how: Any
+) -> dict[str, FitReport]:
     """Train one model a group, as `--group-by` names the groups. Raises `UsageError` for what groups cannot be."""
+    out = Path(out)
     if by != "action-dim" or online:
         found = "--group-by with --online" if online else f"--group-by {by!r}"
         raise UsageError(found, expected="action-dim, from stores")

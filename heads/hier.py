@@ -41,6 +41,7 @@ from vla.heads.told import Telling
 from vla.heads.vocabulary import WordTokenizer
 from vla.pretrained.weights import RANDOM
 from vla.stores.errors import DataError, UsageError
+from vla.training.processes import Divisors, divisor
 
 if TYPE_CHECKING:
     from vla.heads.data import HeadData
@@ -209,17 +210,27 @@ class HierHead(HeadModel):
 
     def check_reach(self, data: HeadData) -> None:
         """See `HeadModel.check_reach`: FAST ids say actions in the range that they were fitted to."""
+        super().check_reach(data)
         if self.fast is not None:
             centre, scale = self.action.centre.cpu().numpy(), self.action.scale.cpu().numpy()
             self.fast.require_statistics(centre, scale, Path(str(self.config.fast)))
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Return how many elements each part of the loss counts: tokens of "text" and "fast", whole chunks, actions."""
+        counts: dict[str, Tensor] = {}
+        if self.language is not None:
+            counts["text"] = self._subtask_row(batch)[2][:, 1:].sum()
+            if self.fast is not None:
+                counts |= {"fast": self._fast_row(batch)[2][:, 1:].sum(), "chunk": self._whole(batch).sum()}
+        return counts | (super().counts(batch) if self.actor is not None else {})
+
+    def loss(self, batch: Batch, divisors: Divisors | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return L_text + alpha L_action, or what of it the mode trains, and its parts. Raises `DataError` where the
         batch lacks actions or labels that the mode needs."""
-        output = self.outputs(batch)
+        output = self.outputs(batch, divisors)
         return output.total, output.metrics
 
-    def outputs(self, batch: Batch) -> HierOutput:
+    def outputs(self, batch: Batch, divisors: Divisors | None = None) -> HierOutput:
         """Return the losses element by element.
 
         A window without one valid step is padding: nothing of it counts. FAST ids mix the steps of a chunk, so a chunk
@@ -231,14 +242,16 @@ class HierHead(HeadModel):
         if self.language is not None:
             observed = self.language.observe(batch)
             text = self._teach_subtask(batch, observed)
-            total, metrics["text_loss"] = total + text.mean(), text.mean().detach()
+            spoken = text.mean(None if divisors is None else divisors["text"])
+            total, metrics["text_loss"] = total + spoken, spoken.detach()
             if self.fast is not None:
                 fast = self._teach_fast(batch, observed)
-                total, metrics["fast_loss"] = total + fast.mean(), fast.mean().detach()
-                metrics["fast_saturated"] = self._saturated(batch)
+                coded = fast.mean(None if divisors is None else divisors["fast"])
+                total, metrics["fast_loss"] = total + coded, coded.detach()
+                metrics["fast_saturated"] = self._saturated(batch, divisors)
         if self.actor is not None:
             action = self.errors(batch, self.labels(batch))
-            mean, share = masked_mean(action, batch)
+            mean, share = masked_mean(action, batch, divisors)
             weight = self.config.alpha if self.speaks else 1.0
             total, metrics = total + weight * mean, metrics | share | {"action_loss": mean.detach()}
         return HierOutput(total, metrics, text, fast, action)
@@ -345,35 +358,46 @@ class HierHead(HeadModel):
         return ids, valid
 
     def _teach_subtask(self, batch: Batch, observed: Observed) -> TokenErrors:
+        assert self.language is not None
+        ids, valid, answer = self._subtask_row(batch)
+        return teach(self.language.model, observed, (ids, valid), answer)
+
+    def _subtask_row(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ids, valid and answer [B, L] of the high-level prompts with the demonstrated subtasks behind."""
         if batch.label is None:
             raise DataError("the batch has no labels", expected="the subtask of each window")
-        assert self.language is not None
         answers = [clean(text) for text in self._told(batch, "subtask")]
         tasks = self._told(batch, "high_level_task")
         ids, valid, answer = self.texts.tokens(batch, subtask_prompt, tasks, self.proprio, answers)
         if batch.action_valid is not None:
             answer = answer & batch.action_valid.any(dim=1)[:, None]
-        return teach(self.language.model, observed, (ids, valid), answer)
+        return ids, valid, answer
 
     def _teach_fast(self, batch: Batch, observed: Observed) -> TokenErrors:
         assert self.language is not None
+        ids, valid, answer = self._fast_row(batch)
+        return teach(self.language.model, observed, (ids, valid), answer)
+
+    def _fast_row(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ids, valid and answer [B, L] of the low-level prompts with the FAST ids of the actions behind."""
         assert self.fast is not None
         chunks = self.fast.encode(self.labels(batch).cpu().numpy())
         prompt = self._prompt(batch, action_prompt, self._told(batch, "subtask"))
         answers = [[*self._fast_ids[ids].tolist(), self.tokenizer.eos] for ids in chunks]
-        *row, answer = append(prompt, answers, self.tokenizer.pad)
-        if batch.action_valid is not None:
-            answer = answer & batch.action_valid.all(dim=1)[:, None]
-        return teach(self.language.model, observed, (row[0], row[1]), answer)
+        ids, valid, answer = append(prompt, answers, self.tokenizer.pad)
+        return ids, valid, answer & self._whole(batch)[:, None]
 
-    def _saturated(self, batch: Batch) -> Tensor:
+    def _whole(self, batch: Batch) -> Tensor:
+        """Return which chunks have no padded step, bool [B]."""
+        whole = torch.ones(len(batch), dtype=torch.bool, device=batch.task.device)
+        return whole if batch.action_valid is None else batch.action_valid.all(dim=1)
+
+    def _saturated(self, batch: Batch, divisors: Divisors | None) -> Tensor:
         """Return the share of coefficients that FAST ids cannot say, of chunks that are trained on."""
         assert self.fast is not None
         beyond = torch.from_numpy(self.fast.saturated(self.labels(batch).cpu().numpy())).to(batch.task.device)
-        whole = torch.ones(len(batch), dtype=torch.bool, device=batch.task.device)
-        if batch.action_valid is not None:
-            whole = batch.action_valid.all(dim=1)
-        return beyond[whole].float().sum() / (whole.sum() * beyond[0].numel()).clamp(min=1)
+        whole = self._whole(batch)
+        return beyond[whole].float().sum() / (divisor(divisors, "chunk", whole.sum()) * beyond[0].numel())
 
     def _say_fast(self, batch: Batch, subtasks: Sequence[str]) -> Tensor:
         assert self.language is not None

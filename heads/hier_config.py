@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from vla.heads.encoders import EncoderConfig
 from vla.heads.model import MAX_LAYERS, HeadConfig
 from vla.heads.normalize import Mode
+from vla.stores.user_given import WEIGHTS, UserGiven
 
 
 class HierConfig(HeadConfig):
@@ -44,15 +45,15 @@ class HierConfig(HeadConfig):
     max_tokens: int = Field(264, ge=8)
     time: Literal["beta", "uniform"] = "beta"
     sample_steps: int = Field(10, ge=1)
-    fast: str | None = None
-    fast_mapping: str | None = None
+    fast: Annotated[str | None, UserGiven()] = None
+    fast_mapping: Annotated[str | None, UserGiven()] = None
     encoder: EncoderConfig = EncoderConfig()
     width: int = Field(128, ge=8)
     layers: int = Field(3, ge=1, le=MAX_LAYERS)
     heads: int = Field(4, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
-    weights: str = "google/paligemma-3b-pt-224"
-    tokenizer: str | None = None
+    weights: Annotated[str, WEIGHTS] = "google/paligemma-3b-pt-224"
+    tokenizer: Annotated[str | None, WEIGHTS] = None
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")

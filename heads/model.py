@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from vla.heads.batch import Batch, HeadIO, check_batch
 from vla.heads.frozen import Frozen
 from vla.heads.needs import Need, check_needs
-from vla.heads.normalize import Mode, Normalizer
+from vla.heads.normalize import ChannelScaler, Mode, Normalizer
 from vla.heads.registry import head_name
 from vla.stores.errors import DataError, UsageError
 from vla.stores.norm_stats import read_norm_stats
+from vla.stores.ranges import is_constant
 from vla.stores.settings import Settings
+from vla.stores.user_given import UserGiven
 from vla.stores.windows import WindowSpec
-from vla.training.processes import mean_count
+from vla.training.processes import Divisors, divisor
 
 if TYPE_CHECKING:
     from vla.heads.data import HeadData
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 SMALL_NET = {"steps": 4000, "lr": 2e-3, "weight_decay": 1e-2, "betas": (0.9, 0.999), "warmup_steps": 100}
 """Training settings for nets of about a million parameters on thousands of frames, chosen on push-v3 (on other scenes
 than benchmarks/rollout_success.py plays)."""
+
+ACTION_COUNT = "action"
+"""What `HeadModel.counts` calls the action's errors."""
 
 MAX_LAYERS = 1000
 """More are a checkpoint made to keep a machine busy: the deepest head of the field has 18 (pi0's action expert)."""
@@ -52,7 +57,7 @@ class HeadConfig(Settings):
     n_action: int = Field(2, ge=1)
     action_norm: Mode = "limits"
     state_norm: Mode = "zscore"
-    norm_stats: str | None = None
+    norm_stats: Annotated[str | None, UserGiven(training_only=True)] = None
 
     @property
     def window(self) -> WindowSpec:
@@ -75,7 +80,7 @@ class HeadModel(nn.Module):
 
     `reads`: the features it reads, and the last how many of the observed frames of each. `columns`: the columns of the
     state it reads. `state`: the normaliser of the state, None where none is read. `frozen`: networks that it runs and
-    does not train, by name (frozen.py).
+    does not train, by name (frozen.py). `notes`: lines on the training split, for its user (notes.py).
     """
 
     Config: ClassVar[type[HeadConfig]] = HeadConfig
@@ -89,6 +94,7 @@ class HeadModel(nn.Module):
         check_needs(head_name(type(self)), self.needs(config), io)
         check_lengths(config)
         self.config, self.io = config, io
+        self.notes: tuple[str, ...] = ()
         self.frozen: dict[str, Frozen] = {}
         self.action = Normalizer(io.action_dim)
 
@@ -164,15 +170,29 @@ class HeadModel(nn.Module):
         """Return normalised actions [B, H, A]."""
         raise NotImplementedError
 
-    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Return how many elements each sum of `loss` counts: "action", the valid steps in real dimensions.
+
+        Raises `DataError` without actions.
+        """
+        if batch.action is None:
+            raise DataError("the batch has no action", expected=f"[B, {self.config.horizon}, {self.io.action_dim}]")
+        return {ACTION_COUNT: _counted(batch.action, batch).sum()}
+
+    def loss(self, batch: Batch, divisors: Divisors | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean error over valid steps and valid dimensions, and metrics to log.
+
+        `divisors`: of a whole optimiser step, by the names of `counts`; None: the batch's own counts.
 
         Padded steps and dimensions contribute neither to the loss nor to any gradient of it. What the batch holds
         there does not matter either: the nets see the nearest valid step and 0. Raises `DataError` without actions.
         """
         self.check(batch)
         action = self.labels(batch)
-        return masked_mean(self.errors(batch, action), batch)
+        return masked_mean(self.errors(batch, action), batch, divisors)
+
+    def stepped(self) -> None:
+        """Advance what follows the count of optimiser steps; the training loop calls this after each."""
 
     def labels(self, batch: Batch) -> Tensor:
         """Return the normalised actions [B, H, A] of a batch, edges repeated, 0 in padded dimensions."""
@@ -255,8 +275,35 @@ class HeadModel(nn.Module):
     def check_reach(self, data: HeadData) -> None:
         """Raise `UsageError` where the head, its statistics in place, could not make the actions of the training split.
 
-        Called once, before the first step of a run.
+        Called once, before the first step of a run. A dimension that the statistics of another run or of a file hold
+        constant comes back as that constant: it has to be the same here.
         """
+        actions, dims = data.actions(data.training), data.action_dims(data.training)
+        constant, held = self.action.constant.cpu().numpy(), self.action.centre.cpu().numpy()
+        apart = constant & ~is_constant(np.minimum(actions, held), np.maximum(actions, held))
+        moves = np.any(apart if dims is None else apart & dims, axis=0)
+        if moves.any():
+            names = ", ".join(dimension_names(self.io.action_names, moves))
+            raise UsageError(
+                f"the statistics hold {names} of the action constant, and the training episodes move there",
+                expected="statistics of these demonstrations",
+                fix="no --from and no model.norm_stats",
+            )
+
+    def constants(self) -> dict[str, tuple[str, ...]]:
+        """Return what the statistics hold constant: {"action" or "state": names of the dimensions}, {} for nothing.
+
+        Channels of features are counted: {feature encoder: ("3 of 1280 channels",)}.
+        """
+        found = {"action": dimension_names(self.io.action_names, self.action.constant.cpu().numpy())}
+        if self.state is not None:
+            read = np.isin(np.arange(self.io.state_dim), self.columns)
+            found["state"] = dimension_names(self.io.state_names, self.state.constant.cpu().numpy() & read)
+        for name, module in self.named_modules():
+            if isinstance(module, ChannelScaler):
+                still = int((module.inv_std == 0).sum())
+                found[name] = (f"{still} of {len(module.inv_std)} channels",) if still else ()
+        return {name: dims for name, dims in found.items() if dims}
 
     def fit_normalisers(
         self, actions: NDArray[Any], states: NDArray[Any], *, dims: NDArray[np.bool_] | None = None
@@ -282,6 +329,11 @@ class HeadModel(nn.Module):
         for frozen in self.frozen.values():
             frozen.to(self.action.centre.device)
         return self
+
+
+def dimension_names(names: Sequence[str], chosen: NDArray[np.bool_]) -> tuple[str, ...]:
+    """Return the names of the chosen dimensions [D], or their numbers where dimensions have no names."""
+    return tuple(names[place] if names else str(place) for place in np.flatnonzero(chosen).tolist())
 
 
 def fit_from_file(path: Path, wanted: Mapping[str, tuple[Normalizer, Mode]]) -> None:
@@ -310,19 +362,16 @@ def check_lengths(config: HeadConfig) -> None:
         raise UsageError(found, expected=f"at most {config.n_action_max}", fix=fix)
 
 
-def masked_mean(errors: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def masked_mean(errors: Tensor, batch: Batch, divisors: Divisors | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the mean of errors [B, H, A] over valid steps and real dimensions, and the share of them."""
     counted = _counted(errors, batch)
     total = torch.where(counted, errors, 0.0).sum()
-    return total / mean_count(counted.sum()), {"mask_share": counted.float().mean()}
+    return total / divisor(divisors, ACTION_COUNT, counted.sum()), {"mask_share": counted.float().mean()}
 
 
-def masked_windows(errors: Tensor, batch: Batch) -> Tensor:
-    """Return the mean of errors [B, H, A] over each window's valid steps and real dimensions, [n] of n with any."""
-    counted = _counted(errors, batch)
-    count = counted.sum((1, 2))
-    means = torch.where(counted, errors, 0.0).sum((1, 2)) / count.clamp(min=1)
-    return means[count > 0]
+def masked_elements(errors: Tensor, batch: Batch) -> Tensor:
+    """Return the errors [n] of [B, H, A] at valid steps in real dimensions, in order: their mean counts each alike."""
+    return errors[_counted(errors, batch)]
 
 
 def _counted(errors: Tensor, batch: Batch) -> Tensor:

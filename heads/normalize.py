@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vla.stores.dtypes import SPACING, DtypeName
 from vla.stores.errors import CheckpointError, DataError
 from vla.stores.norm_stats import NormStats
+from vla.stores.ranges import is_constant
 
 Mode = Literal["limits", "quantile", "zscore", "none"]
-RANGE_EPS = 1e-4
-"""Below this range a dimension counts as constant: the value that Diffusion Policy's normaliser uses."""
 OPENPI_EPS = 1e-6
 """What openpi adds to a standard deviation and to a range (`Normalize` of its transforms.py)."""
 MAX_MAGNITUDE = 1e37
@@ -28,8 +28,10 @@ MAX_MAGNITUDE = 1e37
 class Normalizer(nn.Module):
     """`y = (x - centre) / scale` for each of D dimensions, and its inverse with the same numbers.
 
-    Buffers `centre`, `scale` [D] float32 and `constant` [D] bool. Constant dimensions get their mean as centre and
-    scale 1: they normalise to 0 and come back as they were.
+    Buffers `centre`, `scale` [D] float32 and `constant` [D] bool. Constant dimensions get their value as centre and
+    scale 1: they normalise to 0, and `inverse` returns the value exactly, whatever a network predicts.
+    What is constant is decided by float32's rounding (stores/ranges.py), not by a number in the data's units: Diffusion
+    Policy's 1e-4 would make a constant of every action in micrometres. Above 1e-4 the formulas are the same.
     """
 
     centre: Tensor
@@ -49,14 +51,13 @@ class Normalizer(nn.Module):
         mode: Mode,
         *,
         valid: NDArray[np.bool_] | None = None,
-        range_eps: float = RANGE_EPS,
     ) -> None:
         """Set the statistics from values [N, D] of the training split, any real dtype, N >= 1.
 
         `limits`: minimum and maximum to [-1, 1]. `quantile`: the 1st and 99th percentile to [-1, 1]; where the two
         coincide (a gripper that rarely moves) the dimension's limits instead. `zscore`: mean 0, standard deviation 1.
-        `none`: unchanged. `valid` [N, D] marks values to count (padded dimensions left out).
-        Raises `DataError` for a wrong shape and for NaN, infinite or overflowing values, naming the dimension.
+        `none`: unchanged, but for constant dimensions. `valid` [N, D] marks values to count (padded dimensions left
+        out). Raises `DataError` for a wrong shape and for NaN, infinite or overflowing values, naming the dimension.
         """
         values = np.asarray(values)
         D = len(self.centre)
@@ -75,38 +76,43 @@ class Normalizer(nn.Module):
         centre, scale, constant = np.zeros(D), np.ones(D), np.zeros(D, bool)
         for d in range(D):
             column = values[use[:, d], d]
-            if len(column) and mode != "none":
-                centre[d], scale[d], constant[d] = _fit_dimension(column, mode, range_eps)
+            if len(column):
+                centre[d], scale[d], constant[d] = _fit_dimension(column, mode)
         self.set(centre, scale, constant)
 
     def fit_from(self, stats: NormStats, mode: Mode, where: str) -> None:
         """Set from openpi's statistics with its formulas, instead of from values.
 
         `zscore`: (x - mean) / (std + 1e-6). `quantile`: (x - q01) / (q99 - q01 + 1e-6) * 2 - 1. Components whose std
-        (q99 - q01) is below `RANGE_EPS` count as constant, as in `fit`. Raises `DataError` naming `where` for another
-        number of components, other modes, and a `quantile` of a file without quantiles.
+        is zero but for rounding count as constant, as in `fit`; those that move and whose percentiles coincide keep
+        scale 1. Raises `DataError` naming `where` for another number of components, other modes, and a `quantile` of a
+        file without quantiles.
         """
         if len(stats.mean) != len(self.centre):
             raise DataError(f"{where} has {len(stats.mean)} components", expected=f"{len(self.centre)}")
         if mode == "zscore":
-            centre, scale, spread = stats.mean, stats.std + OPENPI_EPS, stats.std
+            centre, scale = stats.mean, stats.std + OPENPI_EPS
+            still = is_constant(stats.mean, stats.mean + stats.std)
         elif mode == "quantile" and stats.q01 is not None and stats.q99 is not None:
-            spread = stats.q99 - stats.q01
-            scale = (spread + OPENPI_EPS) / 2
+            scale = (stats.q99 - stats.q01 + OPENPI_EPS) / 2
             centre = stats.q01 + scale
+            still = is_constant(stats.q01, stats.q99)
         else:
             raise DataError(
                 f"{where} does not give what the normalisation {mode!r} needs",
                 expected="zscore, or quantile where it has q01 and q99",
                 fix="--set model.action_norm=zscore --set model.state_norm=zscore",
             )
-        constant = spread < RANGE_EPS
-        self.set(np.where(constant, stats.mean, centre), np.where(constant, 1.0, scale), constant)
+        constant = is_constant(stats.mean, stats.mean + stats.std)
+        self.set(np.where(still, stats.mean, centre), np.where(still, 1.0, scale), constant)
 
     def set(self, centre: NDArray[Any], scale: NDArray[Any], constant: NDArray[np.bool_]) -> None:
-        """Set the statistics directly, each [D]."""
+        """Set the statistics directly, each [D]. Raises `DataError` where float32 does not hold them."""
         for buffer, value in ((self.centre, centre), (self.scale, scale), (self.constant, constant)):
             buffer.copy_(torch.as_tensor(value).to(buffer.dtype))
+        wrong = torch.nonzero(~(self.centre.isfinite() & self.scale.isfinite())).flatten().tolist()
+        if wrong:
+            raise DataError(f"the statistics of dimension {wrong[0]} are not finite", expected="numbers within float32")
         self._checked = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,9 +121,9 @@ class Normalizer(nn.Module):
         return (x.to(self.centre.dtype) - self.centre) / self.scale
 
     def inverse(self, y: Tensor) -> Tensor:
-        """Bring normalised [..., D] back to the data's units."""
+        """Bring normalised [..., D] back to the data's units; constant dimensions are their constant exactly."""
         self._check(y)
-        return y * self.scale + self.centre
+        return torch.where(self.constant, self.centre, y * self.scale + self.centre)
 
     def _check(self, x: Tensor) -> None:
         if x.shape[-1] != len(self.centre):
@@ -130,17 +136,22 @@ class Normalizer(nn.Module):
             self._checked = True
 
 
-def _fit_dimension(column: NDArray[np.float64], mode: Mode, range_eps: float) -> tuple[float, float, bool]:
-    low, high = float(column.min()), float(column.max())
-    if high - low < range_eps:
-        return float(column.mean()), 1.0, True
+def _fit_dimension(column: NDArray[np.float64], mode: Mode) -> tuple[float, float, bool]:
+    """Return (centre, scale, whether it is constant) of the numbers of one dimension [N], N >= 1."""
+    low, high = column.min(), column.max()
+    if is_constant(low, high):
+        return float(column[0]), 1.0, True
+    if mode == "none":
+        return 0.0, 1.0, False
     if mode == "zscore":
         return float(column.mean()), float(column.std()), False
     if mode == "quantile":
-        q01, q99 = (float(q) for q in np.quantile(column, (0.01, 0.99)))
-        if q99 - q01 >= range_eps:
+        q01, q99 = np.quantile(column, (0.01, 0.99))
+        if not is_constant(q01, q99):
             low, high = q01, q99
-    return (low + high) / 2, (high - low) / 2, False
+    # The centre as float32 has it: far from zero its rounding would push one limit beyond 1.
+    centre = float(np.float32((low + high) / 2))
+    return centre, float(max(high - centre, centre - low)), False
 
 
 class ChannelScaler(nn.Module):
@@ -158,15 +169,19 @@ class ChannelScaler(nn.Module):
         self.register_buffer("inv_std", torch.full((channels,), torch.nan))
         _recheck_after_load(self)
 
-    def fit(self, mean: NDArray[Any], std: NDArray[Any]) -> None:
-        """Set from the training set's mean and standard deviation [C]. Raises `DataError` where they do not fit."""
+    def fit(self, mean: NDArray[Any], std: NDArray[Any], dtype: DtypeName = "float16") -> None:
+        """Set from the training set's mean and standard deviation [C]. Raises `DataError` where they do not fit.
+
+        A channel that varies by less than the rounding of its stored `dtype` is constant.
+        """
         mean, std = np.array(mean, np.float64), np.array(std, np.float64)  # own, writable memory for torch
         if mean.shape != self.mean.shape or std.shape != self.mean.shape:
             raise DataError(f"feature statistics of shape {mean.shape}", expected=f"{tuple(self.mean.shape)}")
         if not (np.isfinite(mean).all() and np.isfinite(std).all()):
             raise DataError("feature statistics are not finite", fix="vla verify on the store")
-        # 1e-4 of the mean is below float16's spacing (2^-11 relative), 1e-7 about its smallest number (2^-24).
-        constant = std <= np.maximum(1e-4 * np.abs(mean), 1e-7)
+        spacing, smallest = SPACING[dtype]
+        # An eighth of a step: of the rows, at most 1.6 % are rounded to the neighbouring number.
+        constant = std <= np.maximum(spacing / 8 * np.abs(mean), smallest)
         self.mean.copy_(torch.as_tensor(mean))
         self.inv_std.copy_(torch.as_tensor(np.where(constant, 0.0, 1.0 / np.where(constant, 1.0, std))))
         self._checked = False

@@ -28,6 +28,7 @@ from vla.pretrained.hub import find_model, is_hub_id, read_json, weight_files
 from vla.pretrained.language import LanguageSizes, fill_language, sizes_of
 from vla.pretrained.weights import DAMAGE, load_strictly, read_tensors, require_keys
 from vla.stores.errors import DataError, MachineError, UsageError
+from vla.stores.pointers import refuse_pointer
 
 PARTS = ("proj.", "tvi.", "act_token", "planner.")
 UNUSED = ("tvi.bbox_proj.",)
@@ -100,6 +101,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     try:
         found = torch.load(path, "cpu", weights_only=True, mmap=True)
     except DAMAGE as error:
+        refuse_pointer(path)
         raise DataError(f"{path} is not a checkpoint: {str(error).partition(chr(10))[0]}") from None
     keys = sorted(map(str, found)) if isinstance(found, dict) else type(found).__name__
     state, config = (found.get("model_state"), found.get("config")) if isinstance(found, dict) else (None, None)

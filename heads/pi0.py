@@ -197,6 +197,11 @@ class Pi0Head(HeadModel):
         tokens: tuple[Tensor, Tensor, Tensor] = self.geometry(rays if views is None else rays[:, list(views)])
         return tokens
 
+    def stepped(self) -> None:
+        """See `HeadModel.stepped`: the ramp of the geometry."""
+        if self.geometry is not None and self.config.use_geom_prefix:
+            self.geometry.advance()
+
     def prepare(self, data: HeadData) -> None:
         """Fit normalisers, compare the stores' backbones with the networks, and load what is trained from `weights`."""
         super().prepare(data)

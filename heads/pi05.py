@@ -7,7 +7,7 @@ the norms of the action expert (nets/gemma_expert.py).
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from vla.heads.pi0 import Pi0Head
 from vla.heads.pi0_config import Pi0Config
 from vla.heads.prompts import ACTION, action_prompt, discretise
 from vla.heads.told import Telling
+from vla.stores.user_given import WEIGHTS
 
 
 class Pi05Config(Pi0Config):
@@ -33,7 +34,7 @@ class Pi05Config(Pi0Config):
 
     action_norm: Mode = "quantile"
     state_norm: Mode = "quantile"
-    weights: str = "lerobot/pi05_base"
+    weights: Annotated[str, WEIGHTS] = "lerobot/pi05_base"
     max_tokens: int = Field(200, ge=2)
     discrete_state: bool = True
 

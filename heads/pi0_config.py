@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field, field_validator
 
 from vla.heads.batch import HeadIO
@@ -10,6 +12,7 @@ from vla.heads.model import HeadConfig
 from vla.heads.normalize import Mode
 from vla.pretrained.pi0 import Pi0Sizes
 from vla.stores.errors import UsageError
+from vla.stores.user_given import WEIGHTS, PlainText
 
 IMAGES, RAYS, RAY_CHANNELS = "siglip", "ray", 6
 """The features read, and the channels of DA3's ray map: origin and direction."""
@@ -27,7 +30,7 @@ class Pi0Config(HeadConfig):
     `use_geom_prefix`: add geometry tokens from DA3's `ray` to the prefix; can be switched off for a trained head as
     well. `geom_model_id`: the model that the store's rays have to come from. `geom_target_hw`: rows and columns that
     they are resized to. `geom_views`: which cameras of the store, by position; None: all. `geom_init_alpha`: the scale
-    that geometry tokens begin with; `geom_alpha_warmup`: batches over which it is ramped up from 0.
+    that geometry tokens begin with; `geom_alpha_warmup`: optimiser steps of its ramp from 0.
     `geom_modality_embedding`: add a learnt vector to geometry tokens. `freeze_geom_model`: has to stay true.
     """
 
@@ -35,8 +38,8 @@ class Pi0Config(HeadConfig):
     n_action: int = Field(25, ge=1)
     action_norm: Mode = "zscore"
     state_norm: Mode = "zscore"
-    weights: str = "lerobot/pi0_base"
-    tokenizer: str | None = None
+    weights: Annotated[str, WEIGHTS] = "lerobot/pi0_base"
+    tokenizer: Annotated[str | None, WEIGHTS] = None
     max_tokens: int = Field(48, ge=2)
     seed: int = Field(0, ge=0)
     freeze_language_model: bool = True
@@ -47,7 +50,7 @@ class Pi0Config(HeadConfig):
     sampler: Sampler = "euler"
     sample_steps: int = Field(10, ge=1)
     use_geom_prefix: bool = False
-    geom_model_id: str = "depth-anything/DA3-LARGE"
+    geom_model_id: Annotated[str, PlainText()] = "depth-anything/DA3-LARGE"
     geom_target_hw: tuple[int, int] = (14, 14)
     geom_views: tuple[int, ...] | None = None
     geom_init_alpha: float = 0.1

@@ -8,7 +8,7 @@ Everything upstream of the tokens is frozen by being cached: nothing else than w
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -21,6 +21,7 @@ from vla.heads.needs import Need
 from vla.heads.nets.action_expert import ActionExpert, Seen, check_width
 from vla.heads.normalize import ChannelScaler, Mode, Normalizer
 from vla.stores.errors import UsageError
+from vla.stores.user_given import PlainText
 
 if TYPE_CHECKING:
     from vla.heads.data import HeadData
@@ -49,7 +50,7 @@ class SpatialConfig(HeadConfig):
     connector_lr: float = Field(1e-3, gt=0)
     use_positions: bool = True
     use_state: bool = True
-    state_columns: tuple[int | str, ...] | None = None
+    state_columns: Annotated[tuple[int | str, ...] | None, PlainText()] = None
     use_task: bool = True
     time: TimeDistribution = "beta"
     sampler: Sampler = "euler"

@@ -18,6 +18,7 @@ from vla.heads.model import HeadModel
 from vla.pretrained.weights import require_fit
 from vla.stores.errors import UsageError
 from vla.stores.fingerprint import require_equal
+from vla.stores.user_given import resolve, user_given
 from vla.training.checkpoint import load_checkpoint
 
 
@@ -39,7 +40,11 @@ def start_from(run: Path, model: HeadModel, artefact: Artefact) -> None:
         pair = [{k: v for k, v in record.fingerprint.items() if k != "source"} for record in (mine, store)]
         require_equal(*pair, what=f"{mine.path}, beside {store.path},", fix=fix)
     require_equal(artefact.frozen, theirs.frozen, what="the networks that are run frozen", fix=fix)
-    _require_same_meaning(run, model, described_head(theirs, found.folder))
+    # Folders and addresses are those of the new run: what the other run records chooses nothing here.
+    names = [name for name in user_given(type(model.config)) if name in artefact.config]
+    own = {name: artefact.config[name] for name in names}
+    config = resolve(type(model.config), theirs.config, own, artefact=str(run), prefix="model.")
+    _require_same_meaning(run, model, described_head(theirs.model_copy(update={"config": config}), found.folder))
     require_fit(model, found.weights, found.folder)
     wanted = _read_statistics(model)
     model.load_state_dict(found.weights)

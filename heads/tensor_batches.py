@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from vla.heads.batch import Batch, HeadIO
-from vla.heads.storage import as_tensor
 from vla.stores.batches import WindowBatch, WindowBatches
 from vla.stores.dtypes import DtypeName
+from vla.training.storage import as_tensor
 
 
 @dataclass(frozen=True)

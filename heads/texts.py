@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vla.heads.batch import TextIO
-from vla.heads.storage import as_tensor
 from vla.stores.errors import DataError, UsageError
 from vla.stores.store import Store
+from vla.training.storage import as_tensor
 
 INSTRUCTIONS = "instructions"
 """The kind of source that text stores are made from: one row for each distinct instruction, its id the text."""

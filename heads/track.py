@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ from vla.heads.waypoints import alpha_of, measure_plans, summarise_plans
 from vla.pretrained.language import LanguageSizes, language_sizes, load_language
 from vla.pretrained.weights import RANDOM
 from vla.stores.errors import DataError, UsageError
+from vla.stores.ranges import constant_columns
+from vla.stores.user_given import WEIGHTS, PlainText, UserGiven
 
 if TYPE_CHECKING:
     from vla.heads.data import HeadData
@@ -68,10 +70,10 @@ class TrackConfig(HeadConfig):
     width: int = Field(256, ge=8)
     token_width: int = Field(32, ge=1)
     llm: Tuning = "frozen"
-    llm_weights: str = "Qwen/Qwen3-0.6B"
+    llm_weights: Annotated[str, WEIGHTS] = "Qwen/Qwen3-0.6B"
     llm_sizes: LanguageSizes | None = None
-    planner: str | None = None
-    angle: int | str | None = None
+    planner: Annotated[str | None, UserGiven()] = None
+    angle: Annotated[int | str | None, PlainText()] = None
     max_time: int = Field(4096, ge=1)
     max_text: int = Field(128, ge=1)
 
@@ -171,7 +173,9 @@ class TrackHead(HeadModel):
         published.require_tanh(self.config.tanh)
         parts = {"proj": self.proj, "tvi": self.tvi, "act_token": self.act_token, "planner": self.planner}
         published.load_into(parts, angle=self.config.angle is not None)
-        self.action.set(np.zeros(3), published.alpha.numpy(), np.zeros(3, bool))
+        constant = self.action.constant.cpu().numpy()  # what never moves in these demonstrations stays as it is
+        held = np.where(constant, self.action.centre.cpu().numpy(), 0.0)
+        self.action.set(held, np.where(constant, 1.0, published.alpha.numpy()), constant)
 
     def fit_texts(self, rows: TextRows) -> None:
         """Keep the instructions, in the order of `io.tasks`. Raises `DataError` for ids that the model lacks."""
@@ -192,7 +196,9 @@ class TrackHead(HeadModel):
         if self.config.tanh == "all" and self.config.planner is None and farthest > 1:
             found = f"tanh bounds headings to 1 rad, and the training episodes turn by {farthest:.2f}"
             raise DataError(found, expected="plans that can be reached", fix="--set model.tanh=xy, or off")
-        self.action.set(np.zeros(3), np.array([alpha, alpha, 1.0]), np.zeros(3, bool))
+        constant = constant_columns(actions, dims)
+        held = np.where(constant, actions[0], 0.0)
+        self.action.set(held, np.where(constant, 1.0, [alpha, alpha, 1.0]), constant)
 
     def _require_its_own_tokens(self, rows: TextRows) -> None:
         """Raise `DataError` where the text store was made with another model than the one that will read its ids."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from vla import __version__
@@ -16,19 +17,24 @@ from vla.heads.checkpoint import Artefact, StoreRecord, build_head
 from vla.heads.data import DataConfig, HeadData, open_data
 from vla.heads.evaluate import action_error, mean_action
 from vla.heads.model import HeadModel
+from vla.heads.notes import training_notes
 from vla.heads.registry import head_class
 from vla.heads.start import start_from
-from vla.heads.storage import largest_scales
 from vla.heads.tensor_batches import TensorBatches
 from vla.stores.errors import UsageError
 from vla.stores.fingerprint import digest
+from vla.stores.owned import refuse_overlap
 from vla.stores.settings import Settings
+from vla.training.checkpoint import read_object
 from vla.training.config import TrainConfig
 from vla.training.loop import FitReport, Progress, fit, seed_everything
-from vla.training.run_folder import begun_warmup, can_resume
+from vla.training.run_folder import begun_run, begun_warmup, can_resume, saved_settings
+from vla.training.storage import live_scales
+from vla.training.torch_device import choose_device
 
-PLACES = ("data.stores", "stores.path")
-"""Entries of an artefact that say where a store is, not what it holds: a moved one goes on, for its digest is there."""
+PLACES = ("data.stores", "stores.path", "state_range")
+"""Entries of an artefact that say where a store is, not what it holds: a moved one goes on, for its digest is there.
+Runs that were begun before `state_range` was kept go on as well."""
 
 
 class HeadTrainConfig(Settings):
@@ -37,11 +43,30 @@ class HeadTrainConfig(Settings):
     `init_from`: a run of the same head whose weights and statistics this one starts from (start.py).
     """
 
-    head: str
+    head: str = Field(json_schema_extra={"flag": "vla train-head HEAD; `vla heads` lists them"})
     data: DataConfig
     model: dict[str, Any] = {}
     train: TrainConfig = TrainConfig()
     init_from: str | None = None
+
+    @classmethod
+    def from_saved(cls, values: dict[str, Any], file: Path) -> dict[str, Any]:
+        """See `Settings.from_saved`."""
+        return saved_settings(values, file)
+
+
+def begun_head(run_dir: Path | None, head: str | None) -> tuple[Path, bool] | None:
+    """Return the file of a run's settings, and whether the backbones were in its loop; None where no run was begun.
+
+    Raises `UsageError` where the run is of another head than `head`.
+    """
+    file = begun_run(run_dir)
+    if file is None:
+        return None
+    artefact = read_object(file).get("artefact", {})
+    if head is not None and artefact.get("head") != head:
+        raise UsageError(f"{run_dir} was begun with head {artefact.get('head')!r}", expected=f"{head!r}, or no head")
+    return file, bool(artefact.get("online"))
 
 
 class Supplier(Protocol):
@@ -61,7 +86,7 @@ class Supplier(Protocol):
 
 def train_head(
     config: HeadTrainConfig,
-    run_dir: Path,
+    run_dir: Path | str,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -69,12 +94,16 @@ def train_head(
     begun: Callable[[HeadModel], None] = lambda model: None,
     progress: Progress = lambda step, total, metrics: None,
 ) -> FitReport:
-    """Train a head into `run_dir`. Raises what opening the stores, building the head and `fit` raise.
+    """Train a head into `run_dir`. Raises what opening the stores, building the head and `fit` raise, and `UsageError`
+    where `run_dir` overlaps with a store or with the run to start from.
 
     `supplier` gives the training batches their features; statistics and validation read the stores all the same.
     `begun` is called with the head before the first step.
     """
+    run_dir = Path(run_dir)
     asked = config.train
+    if not resume:
+        refuse_overlap(run_dir, [*config.data.stores, *([config.init_from] if config.init_from else [])])
     config = with_head_defaults(config, begun=resume and begun_warmup(run_dir) is not None)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
@@ -93,8 +122,9 @@ def train_head(
         else:
             start_from(Path(config.init_from), model, artefact_of(config, model, data, {}))
         model.check_reach(data)
+        model.notes = training_notes(model, data)
     seed_everything(config.train.seed)
-    pin = config.train.device != "cpu" and torch.cuda.is_available()
+    pin = choose_device(config.train.device, "train.device").type == "cuda"
     stored = supplier is None
     if supplier is not None:
         supplier.open(data, model)
@@ -124,7 +154,8 @@ def train_head(
         config.train,
         run_dir,
         artefact=artefact_of(config, model, data, identity).model_dump(mode="json"),
-        places=PLACES,
+        places=PLACES if not resume or _has_content(run_dir) else (*PLACES, "stores.content"),
+        settings=config.model_dump(mode="json"),
         validate=validate if len(data.validation) else None,
         param_groups=model.param_groups(config.train.lr),
         resume=resume,
@@ -148,6 +179,14 @@ def with_head_defaults(config: HeadTrainConfig, *, begun: bool = False) -> HeadT
     return config.model_copy(update={"train": train})
 
 
+def _has_content(run_dir: Path) -> bool:
+    """Return whether a run was begun by a version that keeps the stores' content."""
+    file = run_dir / "run.json"
+    artefact = read_object(file).get("artefact") if file.is_file() else None
+    stores = artefact.get("stores") if isinstance(artefact, dict) else None
+    return isinstance(stores, list) and all(isinstance(store, dict) and "content" in store for store in stores)
+
+
 def _trained_tasks(model: HeadModel, data: HeadData) -> tuple[str, ...]:
     """Return the instructions of a head that an episode of the training split has, as its task or by its labels."""
     table = data.stores.first.episodes
@@ -155,6 +194,12 @@ def _trained_tasks(model: HeadModel, data: HeadData) -> tuple[str, ...]:
     if table.labels:
         told |= {text for number in table.label[data.training].tolist() for text in table.labels[number].values()}
     return tuple(text for text in model.instructions if text in told)
+
+
+def _state_range(data: HeadData) -> tuple[tuple[float, float], ...]:
+    """Return the least and greatest value of each state column [S] over the training split."""
+    states = data.states(data.training)
+    return tuple(zip(states.min(axis=0).tolist(), states.max(axis=0).tolist(), strict=True)) if len(states) else ()
 
 
 def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData, online: Mapping[str, Any]) -> Artefact:
@@ -171,9 +216,10 @@ def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData, onlin
             features={name: info for name, info in store.manifest.features.items() if name in held},
             cameras=store.manifest.cameras,
             random_weights=store.manifest.random_weights,
-            scales=largest_scales(store, data.io.features),
+            scales=live_scales(store, data.io.features),
             fps=store.manifest.fps,
             picture_sizes=store.manifest.picture_sizes,
+            content=store.content(),
         )
         for store in (*data.stores.stores, *texts)
     ]
@@ -191,4 +237,5 @@ def artefact_of(config: HeadTrainConfig, model: HeadModel, data: HeadData, onlin
         frozen={name: frozen.digest for name, frozen in model.frozen.items()},
         online=dict(online),
         action_mean=tuple(mean_action(data).tolist()),
+        state_range=_state_range(data),
     )

@@ -37,13 +37,14 @@ class Inert(dict[Any, Any]):
         return None
 
 
-def read_unet(path: Path) -> dict[str, torch.Tensor]:
+def read_unet(path: Path | str) -> dict[str, torch.Tensor]:
     """Return the state dict of the U-Net in a checkpoint, under the names of `ConditionalUnet1D` itself.
 
     A workspace's `.ckpt` gives its averaged weights (`ema_model`) where it has them; a `.safetensors`, `.pt` or `.pth`
     file is the state dict of a policy or of the U-Net alone. Of a policy everything but the U-Net is left out. Raises
     `DataError` where the file does not read or holds no such network.
     """
+    path = Path(path)
     tensors = _of_workspace(path) if path.suffix == ".ckpt" else read_tensors(path)
     if MARK in tensors:
         return dict(tensors)

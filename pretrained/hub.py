@@ -6,7 +6,6 @@ are loaded through its own `from_pretrained`, which knows the old names, and eve
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,9 +24,11 @@ from torch import nn
 from transformers.utils import logging
 
 from vla.pretrained.inference import freeze
-from vla.pretrained.weights import DAMAGE, require_keys
+from vla.pretrained.weights import DAMAGE, require_finite, require_keys
+from vla.stores.documents import read_json_file
 from vla.stores.errors import DataError, MachineError
 from vla.stores.fingerprint import digest
+from vla.stores.pointers import refuse_pointer
 
 FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
@@ -71,16 +72,32 @@ def is_hub_id(name: str) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """List the files whose bytes make the model, or nothing where the folder does not hold a whole one."""
+    """List the files whose bytes make the model, or nothing where the folder does not hold a whole one.
+
+    Raises `PointerError` where one is a Git-LFS pointer.
+    """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if not (folder / "config.json").is_file():
         return []
     if single.is_file():
+        refuse_pointer(single)
         return [single]
     if not index.is_file():
         return []
-    files = [folder / file for file in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    return files if all(file.is_file() for file in files) else []
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not all(_is_name(file) for file in named.values()):
+        raise DataError(f"{index} names no files of {folder}", expected='{"weight_map": {parameter: file}}')
+    files = [folder / file for file in sorted(set(named.values()))]
+    if not all(file.is_file() for file in files):
+        return []
+    for file in files:
+        refuse_pointer(file)
+    return files
+
+
+def _is_name(file: object) -> bool:
+    """Return whether a value names a file of the folder itself: an index never leads out of it."""
+    return isinstance(file, str) and file not in ("", ".", "..") and not {"/", "\\", "\0"} & set(file)
 
 
 def read_model_config(folder: Path) -> tuple[str, str]:
@@ -115,22 +132,20 @@ def _load(model_class: Any, path: Path, unused: tuple[str, ...], source: Mapping
         raise DataError(f"{path} does not load: {str(error).strip().partition(chr(10))[0]}") from None
     unexpected = sorted(key for key in info["unexpected_keys"] if not key.startswith(unused))
     require_keys(sorted(info["missing_keys"]), unexpected, path)
+    require_finite(model.state_dict(), path)
     return freeze(model)
 
 
 def read_json(path: Path) -> Mapping[str, Any]:
     """Read a file such as `config.json`. Raises `DataError` where it holds no table."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        values = read_json_file(path, finite=True)
     except (OSError, ValueError) as error:
+        refuse_pointer(path)
         raise DataError(f"cannot read {path}: {error}") from None
     if not isinstance(values, dict):
         raise DataError(f"{path} holds a {type(values).__name__}", expected="a table")
     return values
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not a number")
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def roll_out(
     episodes: int,
     *,
     seed: int = 0,
-    video: Path | None = None,
+    video: Path | str | None = None,
     video_episodes: int = 3,
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -77,6 +77,7 @@ def roll_out(
     `UsageError` before the first episode where policy and environment do not fit, where there is nothing to film, for
     another name of a video, and for no episode at all.
     """
+    video = None if video is None else Path(video)
     if episodes < 1:
         raise UsageError(f"{episodes} episodes", expected="at least 1")
     actor.check(env.spec)

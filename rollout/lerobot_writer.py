@@ -34,6 +34,7 @@ from vla.rollout.lerobot_stats import LEVELS, Stats, column_stats, image_histogr
 from vla.rollout.video_writer import CODEC, PIXEL_FORMAT, VideoFile
 from vla.stores.errors import DataError, UsageError
 from vla.stores.filesystem import PARTIAL, digest_file, explaining, fsync_dir, fsync_tree
+from vla.stores.owned import DATA_SET, remove_owned, require_owned
 
 # The defaults of LeRobot's v3.0 format.
 CHUNKS_SIZE = 1000
@@ -91,7 +92,7 @@ class LeRobotWriter:
 
     def __init__(
         self,
-        out: Path,
+        out: Path | str,
         *,
         vectors: Mapping[str, VectorFeature],
         cameras: Sequence[str],
@@ -103,10 +104,11 @@ class LeRobotWriter:
         data_files_size_in_mb: float = DATA_FILES_SIZE_IN_MB,
         video_files_size_in_mb: float = VIDEO_FILES_SIZE_IN_MB,
     ) -> None:
+        out = Path(out)
         if image_size % 2:
             raise UsageError(f"image size {image_size}", expected="an even number: H.264 halves the colour planes")
         refuse_existing(out, overwrite=overwrite)
-        out = self._out = out.absolute()
+        out = self._out = out.resolve()  # behind a link, the data set is replaced where the link leads
         self._vectors, self._image_size, self._robot_type = dict(vectors), image_size, robot_type
         self._fps = Fraction(fps).limit_denominator(1001)
         self._info = dict(info or {})
@@ -185,11 +187,11 @@ class LeRobotWriter:
         with explaining(self._out):
             fsync_tree(self.folder)
             if self._out.exists():
+                require_owned(self._out, DATA_SET)  # once more: recording took hours
                 self._out.rename(old)
             self.folder.rename(self._out)
             fsync_dir(self._out.parent)
-            if old.exists():
-                shutil.rmtree(old)
+            remove_owned(old, DATA_SET)
 
     def __enter__(self) -> Self:
         return self
@@ -329,13 +331,14 @@ class LeRobotWriter:
 
 
 def refuse_existing(out: Path, *, overwrite: bool) -> None:
-    """Raise `UsageError` where `out` is taken. `overwrite` replaces LeRobot data sets, never any other folder."""
+    """Raise `UsageError` where `out` is taken. `overwrite` replaces LeRobot data sets that hold nothing else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / "meta" / "info.json").is_file():
         raise UsageError(f"{out} exists and is no LeRobot data set", expected="a new folder", fix="another --out")
     if not overwrite:
         raise UsageError(f"{out} exists: refuse to replace it", expected="a new folder", fix="--overwrite")
+    require_owned(out, DATA_SET)
 
 
 def video_key(camera: str) -> str:

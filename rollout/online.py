@@ -26,22 +26,33 @@ from pydantic import Field, field_validator
 from vla.featurize.augment import NO_COPIES, AugmentConfig, adjust, draw, require_augmentable
 from vla.featurize.backbones.base import Backbone
 from vla.featurize.batch_size import ON_CPU
-from vla.featurize.job import choose_device, rebuild_backbone
+from vla.featurize.rebuild import BackboneSettings, rebuild_backbone, require_known
 from vla.featurize.sources.base import Source
-from vla.featurize.sources.registry import SOURCES, common_options, known_rate, open_source, recognise
+from vla.featurize.sources.registry import (
+    SOURCES,
+    common_options,
+    known_rate,
+    open_source,
+    recognise,
+    resolve_options,
+    shipped,
+)
 from vla.featurize.views import read_views
 from vla.heads.batch import Batch
 from vla.heads.data import HeadData
 from vla.heads.model import HeadModel
-from vla.heads.storage import largest_scales, through_storage
 from vla.heads.tensor_batches import TensorBatches
 from vla.heads.train import HeadTrainConfig, train_head
 from vla.stores.background import iterate_ahead
 from vla.stores.errors import SourceError, UsageError
+from vla.stores.remote.options import is_url
 from vla.stores.settings import Settings
 from vla.stores.store import Store, open_store
+from vla.stores.user_given import set_flag
 from vla.training.checkpoint import read_object
 from vla.training.loop import FitReport
+from vla.training.storage import live_scales, round_trip_dtype
+from vla.training.torch_device import choose_device
 
 AHEAD = 2
 """Batches of pictures waiting for the backbones."""
@@ -50,13 +61,15 @@ AHEAD = 2
 class OnlineConfig(Settings):
     """What `--online` can be told.
 
-    `source`: the demonstrations, where they are no longer where the stores were made from; their digest has to be that
-    of the stores. `augment`: what is done to pictures (`AugmentConfig`), anew in every batch; of `copies` K + 1 windows
-    one, on average, sees its pictures as they are, so that 0 augments nothing. `batch_size`: time steps that a backbone
-    is given at once. `freeze_backbone`: true, and nothing else.
+    `source`: the demonstrations, which have to be those of the stores, by digest; only made up ones and the data set
+    that ships need not be named. `source_options`: of their settings those that name files. `augment`: what is done to
+    pictures (`AugmentConfig`), anew in every batch; of `copies` K + 1 windows one, on average, sees its pictures as
+    they are, so that 0 augments nothing. `batch_size`: time steps that a backbone is given at once.
+    `freeze_backbone`: true, and nothing else.
     """
 
     source: str | None = None
+    source_options: dict[str, Any] = {}
     augment: AugmentConfig = NO_COPIES
     batch_size: int = Field(ON_CPU, ge=1)
     freeze_backbone: bool = True
@@ -74,19 +87,22 @@ class OnlineConfig(Settings):
 
 
 class OnlineTrainConfig(HeadTrainConfig):
-    """Everything that `vla train-head --online` can be told. `online`: see `OnlineConfig`."""
+    """Everything that `vla train-head --online` can be told. `online`: see `OnlineConfig`. `backbones` {name: {option:
+    value}}: checkouts and weights of the stores' backbones; a store records them and never chooses."""
 
     online: OnlineConfig = OnlineConfig()
+    backbones: BackboneSettings = {}
 
 
 def train_online(
-    config: OnlineTrainConfig, run_dir: Path, *, resume: bool = False, overwrite: bool = False, **hooks: Any
+    config: OnlineTrainConfig, run_dir: Path | str, *, resume: bool = False, overwrite: bool = False, **hooks: Any
 ) -> FitReport:
     """Train a head with its backbones in the loop; see `train_head`, whose arguments `hooks` are.
 
     Raises `UsageError` where a run that was begun from cached features is to be resumed, and what opening the source
     and rebuilding the backbones raise.
     """
+    run_dir = Path(run_dir)
     begun = run_dir / "run.json"
     if resume and begun.is_file() and not read_object(begun).get("artefact", {}).get("online"):
         raise UsageError(
@@ -94,7 +110,9 @@ def train_online(
             expected="the same features for all of a run",
             fix="--resume without --online, or another --out",
         )
-    supplier = OnlineFeatures(config.online, seed=config.train.seed, device=config.train.device)
+    supplier = OnlineFeatures(
+        config.online, seed=config.train.seed, device=config.train.device, backbones=config.backbones
+    )
     return train_head(config, run_dir, resume=resume, overwrite=overwrite, supplier=supplier, **hooks)
 
 
@@ -132,29 +150,41 @@ _Key = tuple[int, int]
 
 
 class OnlineFeatures:
-    """A `Supplier` of `train_head`. `seed` is the training's; `device` its `train.device`."""
+    """A `Supplier` of `train_head`. `seed` is the training's; `device` its `train.device`; `backbones`: see
+    `OnlineTrainConfig`."""
 
-    def __init__(self, config: OnlineConfig, *, seed: int, device: str) -> None:
+    def __init__(
+        self,
+        config: OnlineConfig,
+        *,
+        seed: int,
+        device: str,
+        backbones: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         self.identity: Mapping[str, Any] = {
             "augment": config.augment.identity(),
             "backbone": "in the loop, frozen",
         }
         self._config, self._seed, self._device_name = config, seed, device
+        self._backbones = backbones or {}
         self._live: list[_Live] = []
 
     def open(self, data: HeadData, model: HeadModel) -> None:
         """Open the source and rebuild the backbones of all features that the head reads."""
         sources: dict[str, Source] = {}
-        for position, store in enumerate(data.stores.stores):
+        read = {data.stores.owner[name] for name in model.reads}
+        recipes = {at: data.stores.stores[at].manifest.provenance["backbone"] for at in sorted(read)}
+        require_known(self._backbones, [(recipes[at], data.stores.stores[at].manifest.features) for at in recipes])
+        for position, recipe in recipes.items():
+            store = data.stores.stores[position]
             held = {name: count for name, count in model.reads.items() if data.stores.owner[name] == position}
-            if not held:
-                continue
-            backbone = rebuild_backbone(store.manifest.provenance["backbone"], store.manifest.fingerprint["backbone"])
+            identity, features = store.manifest.fingerprint["backbone"], tuple(store.manifest.features)
+            backbone = rebuild_backbone(recipe, identity, self._backbones, features=features)
             if self._config.augment.copies:
                 require_augmentable(backbone.spec())
             place = self._config.source or str(store.manifest.provenance["source"])
             if place not in sources:
-                sources[place] = open_demonstrations(store, self._config.source)
+                sources[place] = open_demonstrations(store, self._config.source, self._config.source_options)
             source = sources[place]
             index = source.index()
             self._live.append(
@@ -165,14 +195,14 @@ class OnlineFeatures:
                     rows=data.stores.row_maps[position],
                     features=held,
                     masks={name: f"{name}_mask" for name in held if data.io.features[name].masked},
-                    scales=largest_scales(store, held),
+                    scales=live_scales(store, held),
                     positions={episode.id: at for at, episode in enumerate(index.episodes)},
                 )
             )
 
     def supply(self, windows: TensorBatches, first: int, stride: int) -> Iterator[Batch]:
         """See `Supplier`."""
-        device = choose_device(self._device_name)
+        device = choose_device(self._device_name, "train.device")
         for live in self._live:
             live.backbone.to(device)
         with closing(iterate_ahead(self._prepared(windows, first, stride), AHEAD)) as ahead:
@@ -183,7 +213,9 @@ class OnlineFeatures:
                     made = self._encode(live, ready.inputs)
                     place = torch.from_numpy(ready.place)
                     for name, count in live.features.items():
-                        stored = through_storage(made[name], live.store.feature_info(name).dtype, live.scales.get(name))
+                        stored = round_trip_dtype(
+                            made[name], live.store.feature_info(name).dtype, live.scales.get(name)
+                        )
                         chosen = place[:, -count:].to(stored.device)
                         features[name] = stored[chosen]
                         if name in live.masks:
@@ -266,26 +298,37 @@ class _Inputs:
         return int(np.searchsorted(self._live.store.episodes.row_start, row, side="right")) - 1
 
 
-def open_demonstrations(store: Store, place: str | None = None) -> Source:
-    """Open the demonstrations that a store was made from, or those at `place`, which have to be the same.
+def open_demonstrations(store: Store, place: str | None = None, options: Mapping[str, Any] | None = None) -> Source:
+    """Return the demonstrations at `place`, which have to be those that a store was made from.
 
-    A store that was made from stores leads to where those were made from. Raises `SourceError` where they are not there
-    or are others, by digest.
+    Without a `place` only demonstrations that no path names are opened: made up ones, and the data set that ships. A
+    store that was made from stores leads to where those were made from. The source's recorded settings are used, but
+    for those that reach the disk: these are `options`. Raises `UsageError` where a place or such a setting is lacking,
+    `SourceError` where the demonstrations are not there or are others, by digest.
     """
     fingerprint, provenance = store.manifest.fingerprint["source"], store.manifest.provenance
     root = str(provenance["source"])
-    if place is None and recognise(Path(root.partition(", ")[0])) == "store":
-        return open_demonstrations(open_store(root.partition(", ")[0]))
-    given = provenance["backbone"].get("source", {"given": root, "map": fingerprint["mapping"], "options": {}})
-    kind, colon, _ = str(given["given"]).partition(":")
-    named = root
-    if kind in SOURCES:  # said by name: made up, or of several layouts that the folder could have
-        named = f"{kind}:{root}" if SOURCES[kind].markers and colon else given["given"]
+    first = root.partition(", ")[0]
+    if not is_url(first) and recognise(Path(first)) == "store":
+        return open_demonstrations(_first_store(first, store), place, options)
+    given = _source_record(store, root)
+    kind, colon, _ = given.given.partition(":")
+    folder = not (kind in SOURCES and not SOURCES[kind].markers)
+    if place is None and folder and not _ships(root):
+        raise UsageError(
+            f"{store.place} was made from {root}, and no store chooses what is read here",
+            expected="your own word",
+            fix=set_flag("online.source", f"{kind}:{root}" if kind in SOURCES and colon else root),
+        )
     fix = "--set online.source=DIR"
     try:
-        # Stores made while `fps` had a default do not list it among the options.
-        rate = known_rate(place or named, store.manifest.fps)
-        source = open_source(place or named, **{**rate, **common_options(map=given["map"]), **given["options"]})
+        opened = place or (
+            f"{kind}:{root}" if folder and kind in SOURCES and colon else root if folder else given.given
+        )
+        asked = {"artefact": store.place, "prefix": "online.source_options."}
+        settings = resolve_options(opened, given.options, options or {}, **asked)
+        rate = known_rate(opened, store.manifest.fps)  # stores made while `fps` had a default do not list it
+        source = open_source(opened, **{**rate, **common_options(map=given.map), **settings})
         found = source.digest()
     except SourceError as error:
         what = f"the demonstrations of {store.place}: {error.found}"
@@ -297,3 +340,39 @@ def open_demonstrations(store: Store, place: str | None = None) -> Source:
             fix=fix,
         )
     return source
+
+
+class _SourceRecord(Settings):
+    """How the demonstrations of a store were opened."""
+
+    given: str
+    map: dict[str, str] = {}
+    options: dict[str, Any] = {}
+
+
+def _source_record(store: Store, root: str) -> _SourceRecord:
+    """Return what a store records; old stores know the mapping alone. Raises `SourceError` for another shape."""
+    mapping = store.manifest.fingerprint["source"]["mapping"]
+    recorded = store.manifest.provenance["backbone"].get("source", {"given": root, "map": mapping})
+    try:
+        return _SourceRecord.build(recorded, where=f"the source of {store.place}")
+    except UsageError as error:  # an artefact's mistake, not the user's
+        raise SourceError(str(error)) from None
+
+
+def _first_store(path: str, store: Store) -> Store:
+    """Open the store that another was made from, for its manifest. Raises `SourceError` where it is of other
+    demonstrations: the path comes from the artefact."""
+    before = open_store(path)
+    ours, theirs = (each.manifest.fingerprint["source"]["digest"] for each in (store, before))
+    if ours != theirs:
+        raise SourceError(f"{path} is not what {store.place} was made from (source.digest differs)")
+    return before
+
+
+def _ships(root: str) -> bool:
+    """Return whether `root` is the data set that ships."""
+    try:
+        return Path(root).resolve() == shipped().resolve()
+    except UsageError:  # an installed package has none
+        return False

@@ -20,13 +20,17 @@ import torch
 from numpy.typing import NDArray
 
 from vla.featurize.backbones.base import Backbone
-from vla.featurize.job import choose_device, rebuild_backbone
+from vla.featurize.image import Image
+from vla.featurize.rebuild import BackboneSettings, rebuild_backbone, require_known
 from vla.featurize.views import live_view
 from vla.heads.batch import Batch
-from vla.heads.checkpoint import StoreRecord, TrainedHead, load_head
-from vla.heads.storage import through_storage
+from vla.heads.checkpoint import HeadSettings, StoreRecord, TrainedHead, load_head
 from vla.rollout.envs.base import EnvSpec, Observation
+from vla.rollout.state_check import FarState, StateCheck
 from vla.stores.errors import DataError, UsageError
+from vla.stores.settings import Settings
+from vla.training.storage import round_trip_dtype
+from vla.training.torch_device import choose_device
 
 LIVE_STATES = ("state", "privileged")
 """Step columns that an `Observation` has."""
@@ -35,6 +39,19 @@ log = logging.getLogger(__name__)
 
 CAMERA_PREFIX = "observation.images."
 """LeRobot's column prefix: its camera `observation.images.top` is the environment's `top`."""
+
+
+class PolicySettings(Settings):
+    """`far_state`: see `Policy`."""
+
+    far_state: FarState = "warn"
+
+
+class RolloutSettings(HeadSettings):
+    """What `vla rollout --set` gives: `model` of the head, `backbones` and `policy` as `Policy` describes them."""
+
+    backbones: BackboneSettings = {}
+    policy: PolicySettings = PolicySettings()
 
 
 @dataclass
@@ -62,13 +79,23 @@ class Policy:
     """Acts in an environment: decides on a chunk of actions, executes `n_action` of them, decides again.
 
     A head that plans (`HeadModel.plan_interval`) is asked for another plan after that many environment steps, with the
-    next decision. Not thread-safe. Call `reset` at the start of every episode. Pictures have the size that those of
-    the demonstrations had, or their features are not those of the training: backbones resize, and say nothing. `check`
-    compares an environment; a robot's own pictures are taken as they are. Raises `UsageError` for a head whose label is
-    a chunk that rows hold as a whole, such as waypoints: none of its steps is an action.
+    next decision. Not thread-safe. Call `reset` at the start of every episode. Raises `UsageError` for a head whose
+    label is a chunk that rows hold as a whole, such as waypoints: none of its steps is an action.
+
+    `backbones` {name: {option: value}}: checkouts and weights of the backbones, which a checkpoint records and never
+    chooses, such as {"da3": {"weights": "weights/da3"}}; nothing for backbones with their own default weights.
+    `far_state`: whether a state far outside the training's is logged, once a column, or refused.
     """
 
-    def __init__(self, head: TrainedHead, *, device: str = "auto", n_action: int | None = None) -> None:
+    def __init__(
+        self,
+        head: TrainedHead,
+        *,
+        device: str = "auto",
+        n_action: int | None = None,
+        backbones: Mapping[str, Mapping[str, Any]] | None = None,
+        far_state: FarState = "warn",
+    ) -> None:
         if head.artefact.io.chunk is not None:
             raise UsageError(
                 f"the head plans {head.artefact.data.target!r}, which no simulator here executes",
@@ -77,6 +104,7 @@ class Policy:
             )
         self.head = head
         self.latency = Latency()
+        self._states_seen = StateCheck(head, far_state)
         self._device = choose_device(device)
         self._model = head.model.to(self._device).eval()
         self._io = head.artefact.io
@@ -93,11 +121,13 @@ class Policy:
         self._reads = self._model.reads
         self._masks = {name: f"{name}_mask" for name in self._reads if self._io.features[name].masked}
         self._wanted = {*self._reads, *self._masks.values()}
-        for store in head.artefact.stores:
-            if set(store.features) & self._wanted:
-                backbone = rebuild_backbone(store.recipe, store.fingerprint["backbone"])
-                backbone.to(self._device)
-                self._backbones.append((backbone, store))
+        live = [store for store in head.artefact.stores if set(store.features) & self._wanted]
+        require_known(backbones or {}, [(store.recipe, store.features) for store in live])
+        for store in live:
+            identity = store.fingerprint["backbone"]
+            backbone = rebuild_backbone(store.recipe, identity, backbones, features=tuple(store.features))
+            backbone.to(self._device)
+            self._backbones.append((backbone, store))
         # Frames whose pictures a decision reads: its observations, and what their features look back on.
         self._reach = head.config.n_obs + max((backbone.spec().context for backbone, _ in self._backbones), default=0)
         self._n_action = head.config.n_action if n_action is None else n_action
@@ -108,14 +138,20 @@ class Policy:
     @classmethod
     def from_run(
         cls,
-        run: Path,
+        run: Path | str,
         *,
         device: str = "auto",
         n_action: int | None = None,
         settings: Mapping[str, Any] | None = None,
+        backbones: Mapping[str, Mapping[str, Any]] | None = None,
+        far_state: FarState = "warn",
     ) -> Policy:
-        """Load a run of `vla train-head` or one of its checkpoints; `settings` as `load_head` takes them."""
-        return cls(load_head(run, settings=settings), device=device, n_action=n_action)
+        """Return the policy of a run of `vla train-head`, or of one of its checkpoints.
+
+        `settings`: see `load_head`; the others: see the class.
+        """
+        head = load_head(run, settings=settings)
+        return cls(head, device=device, n_action=n_action, backbones=backbones, far_state=far_state)
 
     def env_options(self) -> dict[str, Any]:
         """Return what an environment has to be made with: the cameras that the backbones look through, and the size of
@@ -206,8 +242,9 @@ class Policy:
     def act(self, observation: Observation) -> NDArray[np.float32]:
         """Return the action for this control step, float32 [A], in the data's units; A is what the task really has.
 
-        Raises `DataError` where a decision would be made from a state that is not finite, naming the column, and where
-        the actions are not: neither ever reaches a robot.
+        Raises `DataError` where a decision would read a picture that is missing, or of another size or type than the
+        demonstrations', naming the camera; a state that is not finite or, with `far_state` "refuse", far outside the
+        training's, naming the column; and where the actions are not finite.
         """
         self._history.append(self._remember(observation))
         if not self._planned:
@@ -218,9 +255,29 @@ class Policy:
     def _remember(self, observation: Observation) -> dict[str, Any]:
         # Pictures are looked at only where a decision will read them: rendering costs more than the simulator's step.
         needed = len(self._planned) < self._reach
-        frame = dict(observation.images) if needed and self._backbones else None
+        frame = self._pictures(observation.images) if needed and self._backbones else None
         state = {"state": observation.state, "privileged": observation.privileged}
         return {"images": frame, **state, "inputs": {}, "features": None}
+
+    def _pictures(self, images: Mapping[str, Image]) -> dict[str, Image]:
+        """Return the pictures that the backbones read, by camera; other cameras are not even drawn."""
+        cameras = {camera.removeprefix(CAMERA_PREFIX) for _, store in self._backbones for camera in store.cameras}
+        if missing := sorted(cameras - set(images)):
+            raise DataError(
+                f"the observation has the cameras {', '.join(sorted(images)) or 'none'}, and no {', '.join(missing)}",
+                expected=", ".join(sorted(cameras)),
+            )
+        sizes, pictures = self._sizes(), {camera: images[camera] for camera in sorted(cameras)}
+        for camera, picture in pictures.items():
+            shape, dtype = np.shape(picture), getattr(picture, "dtype", type(picture).__name__)
+            height, width = sizes.get(camera, shape[:2] if len(shape) == 3 else (0, 0))
+            if shape != (height, width, 3) or dtype != np.uint8:
+                wanted = f"{width} x {height} pixels" if camera in sizes else "[H, W, 3]"
+                raise DataError(
+                    f"the picture of {camera} is {list(shape)} {dtype}",
+                    expected=f"{wanted} of RGB uint8, as in the demonstrations",
+                )
+        return pictures
 
     def _decide(self) -> list[NDArray[np.float32]]:
         began = time.perf_counter()
@@ -258,17 +315,11 @@ class Policy:
         return list(chunk.astype(np.float32))
 
     def _states(self, frames: list[dict[str, Any]]) -> NDArray[np.float32]:
-        """Return the states of some frames, float32 [n_obs, S]. Raises `DataError` naming a column that is read and is
-        not finite there."""
+        """Return the states of some frames, float32 [n_obs, S]. Raises what `StateCheck.check` raises."""
         names = self.head.artefact.state
         states = np.stack([np.concatenate([frame[name] for name in names]) for frame in frames]).astype(np.float32)
         if states.shape[1] == self._io.state_dim:  # another width is refused by the head itself
-            read = list(self._model.columns)
-            bad = [column for column in read if not np.isfinite(states[:, column]).all()]
-            if bad:
-                column = self._io.state_names[bad[0]] if self._io.state_names else str(bad[0])
-                values = ", ".join(f"{value:g}" for value in states[:, bad[0]])
-                raise DataError(f"the live state's column {column} is {values}", expected="finite numbers")
+            self._states_seen.check(states)
         return states
 
     def _encode(self, frames: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -284,7 +335,7 @@ class Policy:
             inputs = torch.stack([frame["inputs"][number] for frame in window])
             for name, values in backbone.encode(inputs[None] if spec.context else inputs).items():
                 if name in self._wanted:
-                    features[name] = through_storage(values[0], infos[name].dtype, scales.get(name))
+                    features[name] = round_trip_dtype(values[0], infos[name].dtype, scales.get(name))
         return features
 
     def _input(self, backbone: Backbone, cameras: tuple[str, ...], images: dict[str, Any]) -> torch.Tensor:

@@ -95,7 +95,7 @@ class _Demonstration:
 def record(
     env_name: str,
     episodes: int,
-    out: Path,
+    out: Path | str,
     *,
     seed: int = 0,
     noise: float = NOISE,
@@ -113,6 +113,7 @@ def record(
     Raises `UsageError` for a wrong name or value and where `out` exists, `MachineError` where the simulator is not
     installed, `DataError` where the expert succeeds in less than one attempt of ten.
     """
+    out = Path(out)
     if episodes < 1:
         raise UsageError(f"{episodes} episodes", expected="at least 1")
     if not 0 <= noise <= 1:

@@ -24,7 +24,7 @@ from vla.featurize.image import Image
 from vla.rollout.envs.offscreen import choose_offscreen_library, make_renderer
 from vla.rollout.lerobot_writer import LeRobotWriter, Summary, VectorFeature
 from vla.rollout.robosuite_demos import Demonstration, DemonstrationFile, find_demonstrations
-from vla.stores.errors import MachineError, SourceError, UsageError
+from vla.stores.errors import MachineError, SourceError, UsageError, missing_extra
 from vla.stores.settings import nearest
 
 IMAGE_SIZE = 128
@@ -127,7 +127,7 @@ class Scene:
 
 def record_replay(
     task: str,
-    out: Path,
+    out: Path | str,
     *,
     episodes: int | None = None,
     cameras: Sequence[str] | None = None,
@@ -141,6 +141,7 @@ def record_replay(
     pixels (None: 128). `progress(done, total)` counts frames. Raises `UsageError` for a wrong name and where `out`
     exists, `MachineError` where a package or library is missing, `SourceError` where the record does not hold.
     """
+    out = Path(out)
     for what, count in (("episodes", episodes), ("pixels", image_size)):
         if count is not None and count < 1:
             raise UsageError(f"{count} {what}", expected="at least 1")
@@ -231,7 +232,7 @@ def _choose_cameras(scene: Scene, wanted: Sequence[str] | None) -> tuple[str, ..
 
 def _import_mujoco() -> Any:
     if importlib.util.find_spec("mujoco") is None:
-        raise MachineError("the package mujoco is not installed", fix="pip install 'vla-feature-cache[sim]'")
+        raise MachineError("the package mujoco is not installed", fix=missing_extra("sim"))
     choose_offscreen_library(required=True)
     return importlib.import_module("mujoco")
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vla.featurize.image import Image
 from vla.featurize.sources.registry import known_rate, open_source
-from vla.stores.errors import DataError, MachineError, SourceError, UsageError
+from vla.stores.errors import DataError, MachineError, SourceError, UsageError, missing_extra
 from vla.stores.filesystem import explaining, write_atomic
 from vla.stores.store import Store, open_store
 
@@ -34,7 +34,7 @@ WIDEST = 6.0
 """Width over height above which a strip of frames is broken into rows."""
 
 
-def feature_overlay(store_root: Path | str, source: Path | str, out: Path, frames: int = 4) -> None:
+def feature_overlay(store_root: Path | str, source: Path | str, out: Path | str, frames: int = 4) -> None:
     """Draw pictures beside their features: a row a frame, spread over the first episode, and a pair a camera.
 
     `source`: what the store was made of, as `vla featurize --source` takes it. A feature grid is shown as RGB by its
@@ -42,27 +42,31 @@ def feature_overlay(store_root: Path | str, source: Path | str, out: Path, frame
     Raises `SourceError` where the source has not the store's episode or cameras, `UsageError` where no feature is a
     grid [V, y, x, C] or a square number of tokens [V, P, C], `MachineError` without matplotlib.
     """
+    out = Path(out)
     _save(_overlay_figure(open_store(store_root), source, frames), out)
 
 
-def loss_curve(metrics_jsonl: Path, out: Path) -> None:
+def loss_curve(metrics_jsonl: Path | str, out: Path | str) -> None:
     """Draw a run's `metrics.jsonl`: the loss on a log scale, and the held-out action error on a second axis.
 
     Raises `DataError` where a line does not parse or no line has a loss, `MachineError` without matplotlib.
     """
+    metrics_jsonl, out = Path(metrics_jsonl), Path(out)
     _save(_loss_figure(_read_metrics(metrics_jsonl), metrics_jsonl), out)
 
 
-def predicted_against_true(error: ActionError, out: Path) -> None:
+def predicted_against_true(error: ActionError, out: Path | str) -> None:
     """Draw the first action of every window, predicted and demonstrated: one panel a dimension, windows in order."""
+    out = Path(out)
     _save(_actions_figure(error), out)
 
 
-def rollout_strip(video: Path, out: Path, frames: int = 6) -> None:
+def rollout_strip(video: Path | str, out: Path | str, frames: int = 6) -> None:
     """Draw `frames` pictures of a video, spread over its length, with their times.
 
     Raises `DataError` where the file is no video that can be decoded, `MachineError` without matplotlib.
     """
+    video, out = Path(video), Path(out)
     _save(_strip_figure(video, frames), out)
 
 
@@ -136,9 +140,7 @@ def _gridded(store: Store) -> str:
     raise UsageError(f"{store.root} holds {found}", expected="[V, y, x, C] or [V, P, C] with square P")
 
 
-def _pictures(
-    source: Path | str, store: Store, at: int, chosen: NDArray[np.int64]
-) -> list[list[Image]]:
+def _pictures(source: Path | str, store: Store, at: int, chosen: NDArray[np.int64]) -> list[list[Image]]:
     """Return the chosen frames of the store's episode number `at`, a picture for each camera."""
     episode, length, cameras = store.episodes.ids[at], int(store.episodes.length[at]), store.manifest.cameras
     opened = open_source(source, **known_rate(source, store.manifest.fps))
@@ -265,7 +267,7 @@ def _figure(width: float, height: float) -> Any:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         found = "the package matplotlib is not installed"
-        raise MachineError(found, fix="pip install 'vla-feature-cache[sim]'") from None
+        raise MachineError(found, fix=missing_extra("sim")) from None
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 

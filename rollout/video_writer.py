@@ -27,7 +27,10 @@ _OPTIONS = {"crf": "10", "g": "60", "bf": "0", "preset": "veryslow"}
 class VideoFile:
     """An open MP4 file; frames are appended in order, uint8 [H, W, 3] RGB with even H and W."""
 
-    def __init__(self, path: Path, *, fps: Fraction, height: int, width: int, pixel_format: str = PIXEL_FORMAT) -> None:
+    def __init__(
+        self, path: Path | str, *, fps: Fraction, height: int, width: int, pixel_format: str = PIXEL_FORMAT
+    ) -> None:
+        path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         self.frames = 0
         self._closed = False

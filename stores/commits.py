@@ -7,20 +7,21 @@ the episodes that were left out, and it carries its own digest. A unit without a
 
 from __future__ import annotations
 
-import json
-import re
-from dataclasses import dataclass, field
+import os
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vla.stores.below import read_below
+from vla.stores.documents import parse_json
+from vla.stores.dtypes import Rounding
 from vla.stores.errors import CorruptionError
 from vla.stores.filesystem import explaining, fsync_dir
 from vla.stores.fingerprint import canonical, digest
 from vla.stores.formats.registry import format_of, unit_files
-from vla.stores.layout import COMMITS, commit_file
+from vla.stores.layout import COMMITS, RECORD_NAME, commit_file
 from vla.stores.manifest import Manifest
 
-_RECORD_NAME = re.compile(r"unit-(\d{6,})\.json")
 MAX_RECORD_BYTES = 16 << 20
 """A record above 16 MiB is no record of ours: ten features and a thousand left-out episodes make 100 KB."""
 
@@ -37,13 +38,15 @@ class FileRecord:
 class Commit:
     """One committed unit. `files` maps paths in the store; `skipped` episode ids left out to the reason.
 
-    `parts` holds the SHA-256 (hex) of those small arrays that have no file of their own (the h5 form).
+    `parts` holds the SHA-256 (hex) of those small arrays that have no file of their own (the h5 form). `rounding`: what
+    int8 cost each feature; {} of units committed before that was recorded.
     """
 
     unit: int
     files: dict[str, FileRecord]
     skipped: dict[str, str]
     parts: dict[str, str] = field(default_factory=dict)
+    rounding: dict[str, Rounding] = field(default_factory=dict)
 
     def to_bytes(self, manifest: Manifest) -> bytes:
         """Encode the record of this unit of the store that `manifest` describes."""
@@ -57,6 +60,8 @@ class Commit:
         }
         if self.parts:
             body["parts"] = self.parts
+        if self.rounding:
+            body["rounding"] = {name: asdict(cost) for name, cost in self.rounding.items()}
         return _signed(body)
 
 
@@ -84,7 +89,7 @@ def read_commit(root: Path, manifest: Manifest, unit: int, expected: str) -> Com
     Raises `CorruptionError` on a record that lies.
     """
     path = root / commit_file(unit)
-    return _read(path, unit, manifest, expected) if path.exists() else None
+    return _read(path, unit, manifest, expected) if os.path.lexists(path) else None
 
 
 def committed_units(root: Path) -> set[int]:
@@ -109,9 +114,10 @@ def record_unit(path: Path) -> int:
 def _records(root: Path) -> list[tuple[int, Path]]:
     """Return unit and path of each file that bears a record's name."""
     folder = root / COMMITS
-    if not folder.is_dir():
-        raise CorruptionError(f"{folder} is missing", expected="a folder of commit records")
-    paths = [path for path in sorted(folder.iterdir()) if _RECORD_NAME.fullmatch(path.name)]
+    if folder.is_symlink() or not folder.is_dir():
+        what = "is a symbolic link" if folder.is_symlink() else "is missing"
+        raise CorruptionError(f"{folder} {what}", expected="a folder of commit records")
+    paths = [path for path in sorted(folder.iterdir()) if RECORD_NAME.fullmatch(path.name)]
     return [(record_unit(path), path) for path in paths]
 
 
@@ -121,16 +127,12 @@ def _signed(body: dict[str, Any]) -> bytes:
 
 def _read(path: Path, unit: int, manifest: Manifest, expected: str) -> Commit:
     fix = f"vla verify {path.parent.parent}"
-    if not path.is_file():  # opening a pipe would wait for ever, reading a device never end
-        raise CorruptionError(f"{path} is no file", expected="a commit record", fix=fix)
-    if path.stat().st_size > MAX_RECORD_BYTES:
-        raise CorruptionError(f"{path} is larger than any commit record", fix=fix)
-    data = path.read_bytes()
+    data = read_below(path.parent.parent, f"{COMMITS}/{path.name}", MAX_RECORD_BYTES)
     try:
-        raw: Any = json.loads(data)
+        raw: Any = parse_json(data)
         body = {key: value for key, value in raw.items() if key != "sha256"} if isinstance(raw, dict) else {}
         whole = data == _signed(body)
-    except (ValueError, RecursionError):
+    except ValueError:
         raise CorruptionError(f"{path} is not JSON", expected="a commit record", fix=fix) from None
     if not whole:
         raise CorruptionError(f"{path} does not match its digest", expected="a whole commit record", fix=fix)
@@ -143,10 +145,14 @@ def _read(path: Path, unit: int, manifest: Manifest, expected: str) -> Commit:
         files = {name: FileRecord(int(file["size"]), str(file["sha256"])) for name, file in body["files"].items()}
         skipped = {str(name): str(reason) for name, reason in body["skipped"].items()}
         parts = {str(name): str(sha256) for name, sha256 in body.get("parts", {}).items()}
+        rounding = {
+            str(name): Rounding(float(cost["error"]), float(cost["saturated"]))
+            for name, cost in body.get("rounding", {}).items()
+        }
         fits = parts.keys() == format_of(manifest).digested_parts(manifest) and files.keys() == planned.keys()
         fits = fits and all(file.size in planned[name] for name, file in files.items())
     except (KeyError, TypeError, ValueError, AttributeError):
         fits = False
     if not fits:
         raise CorruptionError(f"{path} does not record the files of unit {unit}", expected=f"{len(planned)}", fix=fix)
-    return Commit(unit, files, skipped, parts)
+    return Commit(unit, files, skipped, parts, rounding)

@@ -14,6 +14,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from vla.stores.below import HeldFolder
 from vla.stores.commits import Commit
 from vla.stores.formats.base import RowTable
 from vla.stores.manifest import Manifest
@@ -24,8 +25,16 @@ from vla.stores.shard import CRC_BYTES
 class CompressedReader(FeatureReader):
     """A `FeatureReader` whose rows vary in size on disk."""
 
-    def __init__(self, root: Path, manifest: Manifest, commits: dict[int, Commit], name: str, verify: Verify) -> None:
-        super().__init__(root, manifest, commits, name, verify)
+    def __init__(
+        self,
+        root: Path,
+        manifest: Manifest,
+        commits: dict[int, Commit],
+        name: str,
+        verify: Verify,
+        held: HeldFolder | None = None,
+    ) -> None:
+        super().__init__(root, manifest, commits, name, verify, held)
         self._sizes = np.zeros(manifest.rows, np.int64)
 
     def _keep_table(self, rows: range, table: RowTable) -> None:

@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vla.stores.debris import refuse_overwriting
-from vla.stores.errors import CorruptionError, UsageError
+from vla.stores.errors import CorruptionError
 from vla.stores.formats.registry import format_of
 from vla.stores.manifest import Compression, FormatName
+from vla.stores.owned import refuse_overlap
 from vla.stores.plain_zarr import write_plain
 from vla.stores.remote.options import require_folder
 from vla.stores.settings import Settings
@@ -53,7 +53,7 @@ class ConvertReport:
 
 def convert_store(
     root: Path | str,
-    out: Path,
+    out: Path | str,
     options: ConvertOptions,
     *,
     resume: bool = False,
@@ -65,12 +65,10 @@ def convert_store(
     Raises `UsageError` where `out` exists and neither flag is given, or lies in the store; `StoreError` where units
     are missing; `CorruptionError` where a row differs from its commit: what is damaged is not carried on.
     """
+    out = Path(out)
     out = require_folder(out)
     store = open_store(root)
-    if out.resolve() == store.root.resolve() or store.root.resolve() in out.resolve().parents:
-        raise UsageError(f"{out} lies in the store {root}", expected="another folder")
-    if overwrite:
-        refuse_overwriting(out, [store.root])
+    refuse_overlap(out, [store.root])
     how: Any = {"resume": resume, "overwrite": overwrite, "progress": progress}
     if options.format == "plain-zarr":
         units = write_plain(store, out, options.compression, **how)
@@ -123,6 +121,7 @@ def _fill_parts(store: Store, buffer: UnitBuffer) -> None:
     for name in buffer.features:
         moments = form.read_part(store.root, store.manifest, commit, f"stats/{name}")
         buffer.statistics[name] = ChannelStatistics.from_array(moments)
+    buffer.rounding |= commit.rounding
     for episode, reason in commit.skipped.items():
         if episode not in store.episodes.position:
             raise CorruptionError(f"unit {buffer.unit} of {store.root} leaves out {episode!r}, which is no episode")

@@ -7,6 +7,14 @@ that the command line returns for it, and is also the builtin exception a librar
 from __future__ import annotations
 
 
+def missing_extra(extra: str) -> str:
+    """Return the command that installs an extra of pyproject.toml, such as "remote".
+
+    No project of this name is on the package index, so the command names the checkout or the wheel.
+    """
+    return f"pip install '.[{extra}]' in the checkout, or pip install 'WHEEL[{extra}]' with the wheel's path"
+
+
 class VlaError(Exception):
     """Base of all errors raised on purpose.
 
@@ -43,6 +51,10 @@ class DataError(VlaError, ValueError):
 
 class SourceError(DataError):
     """Raw demonstrations that are missing, damaged or laid out differently from what was said."""
+
+
+class PointerError(DataError):
+    """A Git-LFS pointer in the place of a file: one cause for a whole checkout, so no episode can be skipped for it."""
 
 
 class StoreError(DataError):

@@ -10,11 +10,11 @@ import errno
 import fcntl
 import hashlib
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vla.stores.below import require_no_link
 from vla.stores.errors import MachineError, StoreError, UsageError
 from vla.stores.layout import LOCK
 
@@ -28,8 +28,12 @@ _CAUSES = {
     errno.EROFS: ("the file system is read-only", "choose another --out"),
     errno.EMFILE: ("too many files are open", "raise the limit with `ulimit -n 4096`"),
     errno.EFBIG: ("the file is larger than this process or file system is allowed", "`ulimit -f unlimited`"),
+    errno.ELOOP: ("a symbolic link is in the way", "remove the link"),
     errno.EIO: ("the disk reports an input/output error", "check the disk, then run with --resume"),
 }
+
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+"""NFS without a lock daemon, FUSE without locks, Lustre without `-o flock`."""
 
 
 @contextmanager
@@ -43,7 +47,9 @@ def explaining(path: Path) -> Iterator[None]:
 
 
 def refuse_file(path: Path, *, overwrite: bool) -> None:
-    """Raise `UsageError` where there is a file at `path` that nobody said to replace, and for anything but a file."""
+    """Raise `UsageError` where there is a file at `path` and `overwrite` is not set, and for anything but a file."""
+    if path.is_symlink():  # a video would be written where the link leads
+        raise UsageError(f"{path} is a symbolic link", fix="the file's own name")
     if path.exists() and not (overwrite and path.is_file()):
         fix = "--overwrite to replace it, or another name" if path.is_file() else "another name"
         raise UsageError(f"{path} exists{'' if path.is_file() else ' and is no file'}", fix=fix)
@@ -59,6 +65,8 @@ def write_atomic_parts(path: Path, parts: Iterable[bytes | memoryview]) -> str:
     partial = path.with_name(path.name + PARTIAL)
     digest = hashlib.sha256()
     with explaining(path):
+        if partial.is_symlink():  # what the link leads to would be written over
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(partial))
         with partial.open("wb", buffering=0) as file:
             for part in parts:
                 view = memoryview(part).cast("B")
@@ -98,15 +106,26 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sweep_partial(root: Path) -> list[Path]:
-    """Delete what interrupted writes left below `root`; return the deleted paths. Only for the one writer."""
-    debris = sorted(path for path in root.rglob("*" + PARTIAL))
-    for path in debris:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    return debris
+def digest_open(descriptor: int) -> str:
+    """SHA-256 (hex) of the content of an open file, which stays open."""
+    with os.fdopen(os.dup(descriptor), "rb") as file:
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def translate_lock_errors(path: Path, fix: str = "another --out, on a local disk") -> Iterator[None]:
+    """Raise `MachineError` where the file system of `path` grants no locks; the error of a lock held by others passes.
+
+    Going on without a lock would let two writers into a store.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        found = f"{path}: the file system grants no locks ({error.strerror})"
+        raise MachineError(found, expected="NFS with rpc-statd, Lustre mounted with -o flock", fix=fix) from error
 
 
 @contextmanager
@@ -119,12 +138,14 @@ def writer_lock(root: Path, *, shared: bool = False) -> Iterator[None]:
     rename. On a file opened for writing, because NFS grants no exclusive lock on anything else (flock(2)).
     """
     file = root / LOCK
+    require_no_link(root, LOCK)
     with explaining(file):
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         with explaining(file):
             try:
-                fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                with translate_lock_errors(file):
+                    fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 # Between opening and locking, the store may have been renamed away by the writer before.
                 held = os.path.samestat(os.fstat(descriptor), file.stat())
             except (BlockingIOError, FileNotFoundError):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vla.stores.store import open_store
+import numpy as np
+
+from vla.stores.notes import store_notes
+from vla.stores.store import Store, open_store
 
 
 def describe(root: Path | str) -> dict[str, Any]:
@@ -26,11 +30,18 @@ def describe(root: Path | str) -> dict[str, Any]:
         "picture_sizes": {camera: f"{w} x {h}" for camera, (h, w) in manifest.picture_sizes.items()} or "not known",
         "tasks": list(store.episodes.tasks),
         "features": {
-            name: {"shape": list(info.shape), "dims": list(info.dims), "dtype": info.dtype, "bytes": info.row_bytes}
+            name: {
+                "shape": list(info.shape),
+                "dims": list(info.dims),
+                "dtype": info.dtype,
+                "bytes": info.row_bytes,
+                **_rounding(store, name),
+            }
             for name, info in manifest.plain.items()
         },
         "augment": manifest.augment or None,
         "steps": {name: {"shape": list(step.shape), "role": step.role} for name, step in manifest.steps.items()},
+        "notes": store_notes(store) or None,
         "bytes": sizes,
         "backbone": manifest.fingerprint.get("backbone"),
         "source": manifest.provenance.get("source"),
@@ -41,3 +52,28 @@ def describe(root: Path | str) -> dict[str, Any]:
         "skipped_episodes": store.skipped_episodes,
         "manifest_sha256": manifest.sha256(),
     }
+
+
+def rounding_of(root: Path | str) -> dict[str, Any]:
+    """Return `{feature: {"error", "saturated"}}` of the int8 features that the store at `root` holds so far."""
+    store = open_store(root, allow_partial=True)
+    found = {name: store.rounding(name) for name in store.manifest.plain}
+    return {name: asdict(cost) for name, cost in found.items() if cost is not None}
+
+
+def _rounding(store: Store, feature: str) -> dict[str, Any]:
+    """Return what int8 cost a feature: {"rounding": {"error", "saturated"}}; {} for other dtypes.
+
+    Of stores written before that was recorded the error is an estimate from grid and statistics, and `saturated` None.
+    """
+    if store.feature_info(feature).dtype != "int8":
+        return {}
+    found = store.rounding(feature)
+    if found is not None:
+        return {"rounding": {"error": found.error, "saturated": found.saturated}}
+    scales, statistics = store.scales(feature), store.statistics(feature)
+    assert scales is not None
+    # Rounding to a grid of step s costs s^2 / 12 on average.
+    lost = float((scales[sorted(store.commits)].astype(np.float64) ** 2).mean() / 12) if store.commits else 0.0
+    power = float((statistics.mean**2 + statistics.std**2).mean())
+    return {"rounding": {"error": (lost / power) ** 0.5 if power else 0.0, "saturated": None, "estimated": True}}

@@ -109,7 +109,7 @@ class JoinedReader:
 
     def limit_files(self, count: int) -> None:
         """Hold at most `count` files open."""
-        self._reader.max_open = count
+        self._reader.files.most = count
 
     def close(self) -> None:
         """Close all files."""

@@ -26,6 +26,8 @@ MAX_ROW_BYTES = 1 << 30
 
 MAX_ROWS = 1 << 30
 """More time steps than this (a year at 30 a second) are taken for the same; the largest public set has some 10^8."""
+MAX_UNITS = 1 << 22
+"""A unit is some files and a commit record: four million of them are more files than a file system holds well."""
 MAX_ARRAYS = 1000
 """More features and steps than this are no store of ours either: each is a folder, and a file in every unit."""
 _NAME = re.compile(r"(?!\.|__|zarr\.json$)[^/\\\x00-\x1f]{1,200}(?<!\.partial)")
@@ -187,6 +189,8 @@ class Manifest(Settings):
         if len(self.features) + len(self.steps) > MAX_ARRAYS:
             count = len(self.features) + len(self.steps)
             raise StoreError(f"{path} declares {count} arrays", expected=f"at most {MAX_ARRAYS}")
+        if self.units > MAX_UNITS:
+            raise StoreError(f"{path} declares {self.units} units", expected=f"at most {MAX_UNITS}")
         for name in (*self.features, *self.steps):
             if _NAME.fullmatch(name) is None:
                 raise StoreError(f"{path}: {name!r} cannot be the name of an array", expected="the name of a folder")

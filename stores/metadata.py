@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,12 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from vla.stores.below import read_below
+from vla.stores.documents import parse_json
 from vla.stores.errors import CorruptionError, StoreError
 from vla.stores.filesystem import PARTIAL, explaining
 from vla.stores.formats.registry import format_of
-from vla.stores.layout import table_metadata
+from vla.stores.layout import table_file, table_metadata
 from vla.stores.manifest import Manifest
 from vla.stores.shard import CRC_BYTES
 from vla.stores.tables import LABELS, TABLES, TEXTS, EpisodeTable
@@ -39,7 +40,7 @@ def read_manifest(root: Path) -> Manifest:
             expected="a folder with zarr.json",
             fix="the folder of the store itself",
         )
-    document = read_json(root / "zarr.json")
+    document = read_json(root, "zarr.json")
     _require(root / "zarr.json", document, _GROUP)
     attributes = document.get("attributes")
     return Manifest.from_attributes(attributes if isinstance(attributes, dict) else {}, root / "zarr.json")
@@ -79,11 +80,11 @@ def check_arrays(root: Path, manifest: Manifest) -> None:
 
 def _check_documents(root: Path, arrays: dict[str, dict[str, Any]]) -> None:
     for group in sorted({path.partition("/")[0] for path in arrays}):
-        file = root / group / "zarr.json"
-        _require(file, read_json(file), _GROUP | {"attributes": {}})
+        name = f"{group}/zarr.json"
+        _require(root / name, read_json(root, name), _GROUP | {"attributes": {}})
     for path, wanted in arrays.items():
-        file = root / path / "zarr.json"
-        _require(file, read_json(file), _document(wanted))
+        name = f"{path}/zarr.json"
+        _require(root / name, read_json(root, name), _document(wanted))
 
 
 def _require(file: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -135,17 +136,14 @@ def _codecs(wanted: dict[str, Any]) -> list[Any]:
     return [{"name": "sharding_indexed", "configuration": configuration}]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object of bounded size. Raises `CorruptionError` naming `path`."""
+def read_json(root: Path, name: str) -> dict[str, Any]:
+    """Return the JSON object, of bounded size, in the file `name` below `root`. Raises `CorruptionError` naming it."""
+    path = root / name
     with explaining(path):
-        if not path.is_file():
-            raise CorruptionError(f"{path} is missing", expected="zarr v3 metadata")
-        if path.stat().st_size > MAX_METADATA_BYTES:
-            raise CorruptionError(f"{path} has {path.stat().st_size} bytes", expected="metadata of a store")
-        data = path.read_bytes()
+        data = read_below(root, name, MAX_METADATA_BYTES)
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
+        value = parse_json(data)
+    except ValueError:
         raise CorruptionError(f"{path} is not JSON", expected="zarr v3 metadata") from None
     if not isinstance(value, dict):
         raise CorruptionError(f"{path} holds no object", expected="zarr v3 metadata")
@@ -155,19 +153,18 @@ def read_json(path: Path) -> dict[str, Any]:
 def _read_single_chunk(root: Path, path: str) -> NDArray[np.generic]:
     """Read an array of one chunk, `bytes` + `crc32c`. Its length must be what its metadata declares."""
     metadata_file = root / path / "zarr.json"
-    metadata = read_json(metadata_file)
+    metadata = read_json(root, f"{path}/zarr.json")
     shape, dtype = metadata.get("shape"), metadata.get("data_type")
     ndim, kind = (2, "uint8") if path in TEXTS else (1, "int64")
     whole = isinstance(shape, list) and len(shape) == ndim and all(type(n) is int and n > 0 for n in shape)
     if dtype != kind or not isinstance(shape, list) or not whole:
         raise CorruptionError(f"{metadata_file} declares {dtype} {shape}", expected=f"{kind}, {ndim} axes")
-    file = root / path / ("c" + ".0" * ndim)
-    size = math.prod(shape) * np.dtype(kind).itemsize + CRC_BYTES
+    name = table_file(path)
+    file, size = root / name, math.prod(shape) * np.dtype(kind).itemsize + CRC_BYTES
     with explaining(file):
-        # The size first: a file of gigabytes in a table's place is not read at all.
-        if not file.is_file() or file.stat().st_size != size:
-            raise CorruptionError(f"{file} is missing or has another size than {metadata_file} declares")
-        raw = file.read_bytes()
+        raw = read_below(root, name, size)  # a file of gigabytes in a table's place is not read at all
+    if len(raw) != size:
+        raise CorruptionError(f"{file} has another size than {metadata_file} declares")
     body, crc = raw[:-CRC_BYTES], raw[-CRC_BYTES:]
     if google_crc32c.value(body) != int.from_bytes(crc, "little"):
         raise CorruptionError(f"{file} does not match its checksum", fix=f"vla verify {root}")

@@ -10,6 +10,7 @@ what its transforms make of the actions (differences to the state, say); these a
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vla.stores.documents import read_json_file
 from vla.stores.errors import DataError, UsageError
 from vla.stores.filesystem import explaining
 from vla.stores.store import Store
@@ -57,9 +59,10 @@ def norm_stats_of(store: Store) -> dict[str, NormStats]:
     }
 
 
-def write_norm_stats(path: Path, stats: Mapping[str, NormStats]) -> None:
+def write_norm_stats(path: Path | str, stats: Mapping[str, NormStats]) -> None:
     """Write the file; an existing one is refused with `UsageError`."""
-    if path.exists():
+    path = Path(path)
+    if os.path.lexists(path):
         raise UsageError(f"{path} exists: refuse to replace it", expected="a new file")
     entries = {
         name: {key: None if value is None else value.tolist() for key, value in vars(entry).items()}
@@ -70,12 +73,13 @@ def write_norm_stats(path: Path, stats: Mapping[str, NormStats]) -> None:
         path.write_text(json.dumps({"norm_stats": entries}, indent=2) + "\n", encoding="utf-8")
 
 
-def read_norm_stats(path: Path) -> dict[str, NormStats]:
+def read_norm_stats(path: Path | str) -> dict[str, NormStats]:
     """Read the file, or `norm_stats.json` in a folder. Raises `DataError` naming what does not hold."""
+    path = Path(path)
     path = path / "norm_stats.json" if path.is_dir() else path
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = read_json_file(path)
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} does not read ({type(error).__name__})", expected="openpi's norm_stats.json") from None
     entries = found.get("norm_stats") if isinstance(found, dict) else None
     if not isinstance(entries, dict) or not entries:

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from vla.stores.debris import delete_folder, doomed, remove, require_debris
 from vla.stores.dtypes import FILL
 from vla.stores.errors import StoreError, UsageError
 from vla.stores.filesystem import PARTIAL, explaining, fsync_dir, fsync_tree, writer_lock
 from vla.stores.formats.registry import format_of
-from vla.stores.layout import COMMITS, array_options, table_metadata
+from vla.stores.layout import COMMITS, LOCK, array_options, table_metadata
 from vla.stores.manifest import Compression, Manifest
 from vla.stores.metadata import read_json
+from vla.stores.owned import STORE, delete_folder, doomed, remove_debris, remove_owned, require_debris, require_owned
 from vla.stores.store import Store
 
 CHUNK_BYTES = 4 << 20
@@ -45,22 +45,22 @@ def write_plain(
     """
     if resume:
         raise UsageError("plain zarr has no commits, so it cannot be resumed", fix="--overwrite")
+    out = out.resolve()  # behind a link, the folder is replaced where the link leads
     partial = out.with_name(out.name + PARTIAL)
     with explaining(out):
         if out.exists():
             _require_replaceable(out, overwrite)
-        require_debris(partial)
+        require_debris(partial, STORE)
         (partial / COMMITS).mkdir(parents=True, exist_ok=True)  # holds the lock while the rest is being written
         with writer_lock(partial):
-            remove(doomed(out))
-            for path in partial.iterdir():
-                if path.name != COMMITS:
-                    remove(path)
+            remove_debris(doomed(out), STORE)
+            remove_owned(partial, STORE, keep=(COMMITS, LOCK))
             _fill(store, partial, compression, progress)
-            remove(partial / COMMITS)
+            (partial / LOCK).unlink()
+            (partial / COMMITS).rmdir()
             fsync_tree(partial)
             if out.exists():
-                delete_folder(out)
+                delete_folder(out, STORE)
             partial.rename(out)
             fsync_dir(out.parent)
     return list(range(store.manifest.units))
@@ -69,11 +69,10 @@ def write_plain(
 def _require_replaceable(out: Path, overwrite: bool) -> None:
     if not overwrite:
         raise UsageError(f"{out} exists", fix="--overwrite to replace it, or another name")
-    file = out / "zarr.json"
-    attributes = read_json(file).get("attributes") if file.is_file() else None
+    attributes = read_json(out, "zarr.json").get("attributes") if (out / "zarr.json").is_file() else None
     if not isinstance(attributes, dict) or "vla_plain" not in attributes:
         raise StoreError(f"{out} is no plain zarr of ours", expected="what --overwrite may replace")
-    require_debris(out)
+    require_owned(out, STORE)
 
 
 def _fill(store: Store, folder: Path, compression: Compression, progress: Callable[[int, int], None]) -> None:

@@ -7,12 +7,15 @@ ahead, rows are in the page cache, or on their way, when they are read (benchmar
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from vla.stores.open_files import budget
 
 CHUNK_BYTES = 128 << 10
 """The kernel reads at most its read-ahead size for one piece of advice, 128 KiB by default (mm/readahead.c)."""
@@ -41,6 +44,8 @@ class Readahead:
         self._readers = tuple(readers)
         self._announced = None if again else np.zeros(rows, bool)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="vla-readahead")
+        # Each advice holds a descriptor of its own until the kernel has it.
+        self._places = threading.BoundedSemaphore(max(budget() // 8, 1))
         self._begun: list[Future[None]] = []
 
     def announce(self, rows: NDArray[np.int64]) -> None:
@@ -59,17 +64,18 @@ class Readahead:
         self._begun = []
         for reader in self._readers:
             for descriptor, offset, size in reader.extents(rows):
+                self._places.acquire()
                 # The reader may close its file at any time; the duplicate is the thread's.
-                self._begun.append(self._threads.submit(_advise, os.dup(descriptor), offset, size))
+                self._begun.append(self._threads.submit(self._advise, os.dup(descriptor), offset, size))
 
     def close(self) -> None:
         """End the threads."""
         self._threads.shutdown()
 
-
-def _advise(descriptor: int, offset: int, size: int) -> None:
-    try:
-        for at in range(offset, offset + size, CHUNK_BYTES):
-            os.posix_fadvise(descriptor, at, min(CHUNK_BYTES, offset + size - at), os.POSIX_FADV_WILLNEED)
-    finally:
-        os.close(descriptor)
+    def _advise(self, descriptor: int, offset: int, size: int) -> None:
+        try:
+            for at in range(offset, offset + size, CHUNK_BYTES):
+                os.posix_fadvise(descriptor, at, min(CHUNK_BYTES, offset + size - at), os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
+            self._places.release()

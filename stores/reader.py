@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -19,16 +18,20 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from vla.stores.below import HeldFolder
 from vla.stores.commits import Commit
 from vla.stores.errors import CorruptionError, StoreError
-from vla.stores.filesystem import explaining
+from vla.stores.filesystem import digest_open, explaining
 from vla.stores.formats.base import RowTable
 from vla.stores.formats.registry import format_of
 from vla.stores.manifest import Manifest
+from vla.stores.open_files import OpenFiles
 from vla.stores.shard import CRC_BYTES
 
 Verify = Literal["first", "always", "never"]
 MAX_OPEN_FILES = 128
+"""Files of one reader: more save little, because the kernel finds a file by its name in microseconds."""
+
 MAX_RUN = 512
 """Rows a single `preadv`: two buffers a row, and the kernel takes at most 1024 (IOV_MAX)."""
 
@@ -37,10 +40,19 @@ class FeatureReader:
     """Rows of one feature. One reader a thread; it does not survive `fork` (checked) and is not pickled.
 
     `verify`: compare each row's crc32c with the commit the first time it is read (`first`), on every read (`always`),
-    or not at all (`never`). At most `max_open` files are held open: fewer where many readers run side by side.
+    or not at all (`never`). `held`: the folder as it was when the store was opened. A file that is opened again after
+    others took its place among the open ones is compared with the commit whole if it is not the file of the first time.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, commits: dict[int, Commit], name: str, verify: Verify) -> None:
+    def __init__(
+        self,
+        root: Path,
+        manifest: Manifest,
+        commits: dict[int, Commit],
+        name: str,
+        verify: Verify,
+        held: HeldFolder | None = None,
+    ) -> None:
         self.root, self.name, self.info = root, name, manifest.features[name]
         self._manifest, self._commits, self._verify = manifest, commits, verify
         self._format = format_of(manifest)
@@ -50,9 +62,12 @@ class FeatureReader:
         self._offsets = np.zeros(manifest.rows, np.int64)  # -1: no such row; valid where its unit is located
         self._crcs = np.zeros(manifest.rows, np.uint32)
         self._verified = np.zeros(manifest.rows, bool)
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._seen = np.zeros((manifest.units, 2), np.uint64)  # inode and time of change of each file that was opened
+        self.files = OpenFiles[int](MAX_OPEN_FILES)
+        self._descriptors = self.files.descriptors
+        self._held = held or HeldFolder(root)
         self._scratch = memoryview(bytearray(CRC_BYTES))
-        self._pid, self.max_open = os.getpid(), MAX_OPEN_FILES
+        self._pid = os.getpid()
 
     def read(self, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
         """Fill `out` [n, *shape] (C-contiguous, the feature's stored dtype) with the given store rows [n].
@@ -65,7 +80,7 @@ class FeatureReader:
             raise ValueError(f"out is {out.dtype} {out.shape}, not contiguous {wanted}")
         if len(rows) == 0:
             return
-        with explaining(self.root):
+        with explaining(self.root), self.files.in_use():
             self._read(rows, out)
 
     def _read(self, rows: NDArray[np.int64], out: NDArray[Any]) -> None:
@@ -87,7 +102,7 @@ class FeatureReader:
 
         A descriptor is the reader's and may be closed with the next one.
         """
-        with explaining(self.root):
+        with explaining(self.root), self.files.in_use():
             units = rows // self._manifest.unit_rows
             offsets = self._locate(rows, units)
             stride = self._row_bytes + CRC_BYTES
@@ -97,8 +112,7 @@ class FeatureReader:
 
     def close(self) -> None:
         """Close all files."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        self.files.close()
 
     def _locate(self, rows: NDArray[np.int64], units: NDArray[np.int64]) -> NDArray[np.int64]:
         if int(rows.min()) < 0 or int(rows.max()) >= self._manifest.rows:
@@ -117,7 +131,7 @@ class FeatureReader:
         if commit is None:
             raise StoreError(f"unit {unit} of {self.root} is not committed", fix="vla featurize … --resume")
         rows = self._manifest.unit_range(unit)
-        size = commit.files[self._format.feature_file(self._manifest, self.name, unit)].size
+        size = commit.files[self._file(unit)].size
         descriptor = self._open(unit)
         found = os.fstat(descriptor).st_size
         if found != size:
@@ -134,15 +148,37 @@ class FeatureReader:
     def _open(self, unit: int) -> int:
         if os.getpid() != self._pid:
             raise RuntimeError("a store reader was carried over fork(); open the store in the child process instead")
-        descriptor = self._files.get(unit)
-        if descriptor is None:
-            path = self._path(unit)
-            if len(self._files) >= self.max_open:
-                os.close(self._files.popitem(last=False)[1])
-            if not path.is_file():  # opening a pipe would wait for ever
-                raise self._corrupt(unit, "is missing")
-            descriptor = self._files[unit] = os.open(path, os.O_RDONLY)
+        descriptor = self._descriptors.get(unit)
+        return self.files.get(unit, self._open_file) if descriptor is None else descriptor
+
+    def _open_file(self, unit: int) -> int:
+        seen = self._seen[unit].tolist()
+        if seen != [0, 0]:
+            descriptor = self._held.open_again(self._file(unit), *seen)
+            if descriptor is not None:
+                return descriptor
+        try:
+            descriptor = self._held.open(self._file(unit))
+        except CorruptionError as error:
+            raise CorruptionError(f"feature {self.name!r}, unit {unit}: {error.found}", fix=error.fix) from None
+        try:
+            self._require_committed(unit, descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
         return descriptor
+
+    def _require_committed(self, unit: int, descriptor: int) -> None:
+        """Compare a file with its commit where another one was read for this unit before.
+
+        Rows that were verified once are not verified again, and the index is not read again.
+        """
+        status = os.fstat(descriptor)
+        if self._seen[unit].any():
+            record = self._commits[unit].files[self._file(unit)]
+            if status.st_size != record.size or digest_open(descriptor) != record.sha256:
+                raise self._corrupt(unit, "was replaced while it was being read, and differs from its commit")
+        self._seen[unit] = status.st_ino, status.st_ctime_ns
 
     def _read_run(self, unit: int, offset: int, target: memoryview, first: int, last: int) -> None:
         size = self._row_bytes
@@ -175,11 +211,11 @@ class FeatureReader:
                 raise self._corrupt(row // self._manifest.unit_rows, f"differs from its commit in row {row}")
         self._verified[rows[todo]] = True
 
-    def _path(self, unit: int) -> Path:
-        return self.root / self._format.feature_file(self._manifest, self.name, unit)
+    def _file(self, unit: int) -> str:
+        return self._format.feature_file(self._manifest, self.name, unit)
 
     def _corrupt(self, unit: int, what: str) -> CorruptionError:
-        path = self._path(unit)
+        path = self.root / self._file(unit)
         return CorruptionError(f"feature {self.name!r}, unit {unit}: {path} {what}", fix=f"vla verify {self.root}")
 
 

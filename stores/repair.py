@@ -1,7 +1,8 @@
 """Giving up what is damaged, so that `--resume` computes it again: the store forgets, it never guesses.
 
 A damaged unit loses its commit record first, durably, and then its files: death at any moment leaves the unit damaged
-as it was, or absent. Sound units, the manifest, the tables and files that are not the store's are not touched.
+as it was, or absent. Sound units, the manifest, the tables and files that are not the store's are not touched. No
+symbolic link is followed: one in the place of something of the store's is removed, and its target stays.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vla.stores.below import HeldFolder
 from vla.stores.commits import remove_commits
-from vla.stores.debris import remove
 from vla.stores.errors import CorruptionError, MachineError
-from vla.stores.filesystem import PARTIAL, explaining, writer_lock
+from vla.stores.filesystem import explaining, writer_lock
 from vla.stores.formats.registry import unit_files
-from vla.stores.manifest import Manifest
 from vla.stores.remote.options import RemoteOptions, is_url, require_folder
-from vla.stores.store import open_damaged
+from vla.stores.store import Store, open_damaged
 from vla.stores.verify import VerifyReport, verify_opened
 
 
@@ -60,7 +60,7 @@ def repair_store(root: Path | str, progress: Callable[[int, int], None] = lambda
         report = verify_opened(store, lying, progress)
         if report.unreadable:
             raise unreadable(report)
-        removed = _drop(root, store.manifest, report)
+        removed = _drop(store, report)
     pending = sorted({*report.missing, *(unit for unit in report.damaged if unit < report.units)})
     return RepairReport(str(root), sorted(report.damaged), removed, pending, report)
 
@@ -87,20 +87,17 @@ def unreadable(report: VerifyReport) -> MachineError:
     return MachineError(f"{report.unreadable[0]}; nothing was dropped", fix=fix)
 
 
-def _drop(root: Path, manifest: Manifest, report: VerifyReport) -> list[str]:
-    """Remove records, then files, then debris; return the paths that were removed."""
+def _drop(store: Store, report: VerifyReport) -> list[str]:
+    """Remove records, then files, then debris and links; return the paths that were removed."""
+    root, manifest, held = store.root, store.manifest, store.held or HeldFolder(store.root)
+    held.require_in_place()
     if report.damaged:
         remove_commits(root, set(report.damaged))
     removed = []
     for unit in report.damaged:
-        for path in unit_files(manifest, unit) if unit < manifest.units else ():
-            if (root / path).is_symlink() or (root / path).exists():
-                (root / path).unlink()
-                removed.append(path)
-    for path in report.debris:
-        if path.endswith(PARTIAL):
-            remove(root / path)
-        else:
-            (root / path).unlink()
-        removed.append(path)
+        planned = unit_files(manifest, unit) if unit < manifest.units else ()
+        removed += [path for path in planned if held.remove(path)]
+    # What a partial folder holds comes before the folder.
+    removed += [path for path in sorted(report.debris, reverse=True) if held.remove(path)]
+    removed += [path for path in report.links if held.remove(path)]
     return sorted(removed)

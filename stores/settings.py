@@ -9,14 +9,20 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from types import UnionType
+from typing import Any, Self, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from vla.stores.config_files import merged, read_config
+from vla.stores.config_files import MAX_TEXT_BYTES, merged, read_config, require_sane
+from vla.stores.documents import MAX_DEPTH
 from vla.stores.errors import UsageError
+
+SAVED = ("run.json", "zarr.json")
+"""In which file a run, or a store, keeps the settings that it was made with."""
 
 
 class Settings(BaseModel):
@@ -27,11 +33,15 @@ class Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _lay_tables_over_defaults(cls, values: Any) -> Any:
-        """A table that names one key keeps the field's own default for the others, not those of the table's class."""
+        """A table that names one key keeps the field's own default for the others, not those of the table's class; a
+        bare value of a list is its one element."""
         if not isinstance(values, Mapping):
             return values
         laid = dict(values)
         for name, field in cls.model_fields.items():
+            given = laid.get(name)
+            if isinstance(given, (str, int, float)) and not isinstance(given, bool) and _is_list(field.annotation):
+                laid[name] = [given]  # `train.trackers=tensorboard`: one element alone
             # A default is written null: an empty text would be read as absent in one place and as a name in another.
             if laid.get(name) == "" and field.default is None:
                 raise ValueError(f'{name} = "": an empty text; expected a value, or null for the default')
@@ -51,9 +61,20 @@ class Settings(BaseModel):
             raise _explained(cls, error, where, under) from None
 
     @classmethod
-    def from_sources(cls, file: Path | None = None, overrides: Iterable[str] = (), **explicit: Any) -> Self:
-        """Merge defaults, a configuration `file`, explicit keyword values that are not None, and `a.b=c` strings."""
-        written: dict[str, Any] = read_config(file) if file is not None else {}
+    def from_saved(cls, values: dict[str, Any], file: Path) -> dict[str, Any]:
+        """Return the settings in what a run or a store has saved of itself in `file`; other values as they are."""
+        return values
+
+    @classmethod
+    def from_sources(cls, file: Path | str | None = None, overrides: Iterable[str] = (), **explicit: Any) -> Self:
+        """Merge defaults, a configuration `file`, explicit keyword values that are not None, and `a.b=c` strings.
+
+        `file` may also be what a run or a store has saved of itself, or their folder.
+        """
+        file = None if file is None else Path(file)
+        if file is not None and file.is_dir():  # a run or a store
+            file = next((file / name for name in SAVED if (file / name).is_file()), file)
+        written: dict[str, Any] = cls.from_saved(read_config(file), file) if file is not None else {}
         values = copy.deepcopy(written) | {key: value for key, value in explicit.items() if value is not None}
         for text in overrides:
             set_dotted(values, text)
@@ -68,17 +89,31 @@ def set_dotted(values: dict[str, Any], text: str) -> None:
     """Apply one `a.b=c` to nested `values` in place; `c` is read as JSON where it parses, as a string where not."""
     key, equals, raw = text.partition("=")
     if not equals or not key:
-        raise UsageError(f"--set {text!r} has no '='", expected="key=value, such as --set train.lr=3e-4")
-    try:
-        value = json.loads(raw)
-    except (json.JSONDecodeError, RecursionError):
-        value = raw
+        raise UsageError(f"--set {text[:60]!r} has no '='", expected="key=value, such as --set train.lr=3e-4")
+    if len(text) > MAX_TEXT_BYTES or key.count(".") >= MAX_DEPTH:
+        raise UsageError(f"--set {text[:60]!r}…", expected=f"up to {MAX_TEXT_BYTES} characters, {MAX_DEPTH} keys deep")
+    value = parse_value(raw)
     *parents, leaf = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise UsageError(f"--set {text!r}: {parent!r} is a value", expected="a table")
     values[leaf] = value
+
+
+def parse_value(raw: str) -> Any:
+    """Return what a user typed as JSON where it parses, as a string where not.
+
+    Raises `UsageError` for JSON beyond the limits of `require_sane`.
+    """
+    try:
+        value = json.loads(raw)
+        require_sane(value)
+    except json.JSONDecodeError:
+        return raw
+    except (ValueError, RecursionError) as error:  # thousands of digits or levels
+        raise UsageError(f"the value {raw[:40]}…: {error}", expected="a value within limits") from None
+    return value
 
 
 def read_pairs(texts: Iterable[str] | None) -> dict[str, str] | None:
@@ -92,23 +127,33 @@ def read_pairs(texts: Iterable[str] | None) -> dict[str, str] | None:
     return pairs or None
 
 
-def read_model_settings(texts: Iterable[str] | None) -> dict[str, Any]:
-    """Return what `--set model.KEY=VALUE` gives a head that is trained already. Raises `UsageError` for other keys."""
-    values: dict[str, Any] = {"model": {}}
-    for text in texts or ():
-        set_dotted(values, text)
-    others = values.keys() - {"model"}
-    if others:
-        raise UsageError(f"--set {min(others)} of a trained head", expected="model.KEY=VALUE")
-    if not isinstance(values["model"], dict):
-        raise UsageError(f"--set model={json.dumps(values['model'])}", expected="model.KEY=VALUE")
-    return dict(values["model"])
-
-
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return ", did you mean 'x'?" for the closest known word, or an empty string."""
-    match = difflib.get_close_matches(word, list(known), n=1)
+    """Return ", did you mean 'x'?" for the closest known word or another name of the same, or an empty string."""
+    by_name = {name.casefold(): name for name in known}
+    said = word.casefold()
+    same = [by_name[name] for names in SAME for name in names if said in names and name in by_name]
+    match = same or [by_name[name] for name in difflib.get_close_matches(said, list(by_name), n=1)]
     return f", did you mean {match[0]!r}?" if match else ""
+
+
+SAME = (
+    ("float16", "fp16", "f16", "half"),
+    ("bfloat16", "bf16"),
+    ("float32", "fp32", "f32", "float", "single", "full", "no"),
+    ("int8", "i8"),
+    ("h5", "hdf5"),
+    ("zstd", "zstandard"),
+    ("none", "off", "false"),
+)
+"""Names of one thing, in other people's software and in ours; `train.precision=no` is float32."""
+
+
+def _is_list(annotation: Any) -> bool:
+    """Return whether a field takes lists of any length, and no other value (but None)."""
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+    if get_origin(annotation) in (Union, UnionType):
+        return all(_is_list(kind) for kind in kinds)
+    return get_origin(annotation) is list or (get_origin(annotation) is tuple and kinds[-1:] == [...])
 
 
 def _holds(values: Any, wrong: Mapping[str, Any]) -> bool:
@@ -126,7 +171,10 @@ def _explained(cls: type[BaseModel], error: ValidationError, where: str, under: 
     loc = [str(part) for part in first["loc"]]
     key = ".".join(loc)
     if first["type"] == "missing":
-        name, flag = _required(_model_at(cls, loc[:-1]), loc[-1])
+        table = _model_at(cls, loc[:-1])
+        if loc[-1] not in table.model_fields:  # inside a list or a table of tables, which no flag gives
+            return UsageError(f"{where}: {key} is not given")
+        name, flag = _required(table, loc[-1])
         name = under + ".".join([*loc[:-1], name])
         return UsageError(f"{name} is not given", fix=flag or f"--set {name}=VALUE")
     if first["type"] != "extra_forbidden":
@@ -134,10 +182,16 @@ def _explained(cls: type[BaseModel], error: ValidationError, where: str, under: 
         if first["type"] == "value_error" and isinstance(first["input"], (Mapping, BaseModel)):
             # What a whole table contradicts itself in: the message names the keys, and the table would hide it.
             return UsageError(": ".join(part for part in (where, key, message) if part))
-        return UsageError(f"{where}: {key} = {first['input']!r}: {message}")
+        hint = nearest(str(first["input"]), _choices(first)) if first["type"] == "literal_error" else ""
+        return UsageError(f"{where}: {key} = {first['input']!r}: {message}{hint}")
     known = sorted(_model_at(cls, loc[:-1]).model_fields)
     hint = nearest(loc[-1], known) or f" (known: {', '.join(known)})"
     return UsageError(f"{where}: unknown key {key!r}{hint}")
+
+
+def _choices(wrong: Mapping[str, Any]) -> list[str]:
+    """Return the values that pydantic would have taken: it names them as "'a', 'b' or 'c'"."""
+    return re.findall(r"'([^']*)'", wrong["ctx"]["expected"])
 
 
 def _model_at(cls: type[BaseModel], loc: Sequence[str]) -> type[BaseModel]:

@@ -18,9 +18,10 @@ from pathlib import Path
 
 from vla.stores.commits import Commit, read_commit
 from vla.stores.errors import StoreError
-from vla.stores.filesystem import explaining, sweep_partial, writer_lock
+from vla.stores.filesystem import explaining, translate_lock_errors, writer_lock
 from vla.stores.layout import CLAIMS
 from vla.stores.manifest import Manifest
+from vla.stores.owned import STORE, sweep
 from vla.stores.remote.options import require_folder
 from vla.stores.tables import EpisodeTable
 from vla.stores.unit_buffer import UnitBuffer
@@ -46,7 +47,8 @@ class SharedWriter(StoreWriter):
             if unit in self._claimed or self.committed(unit):
                 return False
             try:
-                fcntl.lockf(self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, unit)
+                with translate_lock_errors(self.root / CLAIMS):
+                    fcntl.lockf(self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, unit)
             except (BlockingIOError, PermissionError):  # EACCES and EAGAIN both say "held" (fcntl(2))
                 return False
             if self.committed(unit):  # between looking and claiming
@@ -101,7 +103,7 @@ class SharedWriter(StoreWriter):
 
 @contextmanager
 def open_shared_writer(
-    root: Path, manifest: Manifest, episodes: EpisodeTable, *, resume: bool = True, overwrite: bool = False
+    root: Path | str, manifest: Manifest, episodes: EpisodeTable, *, resume: bool = True, overwrite: bool = False
 ) -> Iterator[SharedWriter]:
     """Join the writers of the store at `root`; make it where it is not there.
 
@@ -109,6 +111,7 @@ def open_shared_writer(
     made with other settings, `StoreError` where a writer that does not share holds it, `MachineError` where the file
     system knows no locks.
     """
+    root = Path(root)
     with explaining(require_folder(root)):
         root = root.resolve()
         manifest = with_tables(manifest, episodes)
@@ -117,12 +120,12 @@ def open_shared_writer(
         _join(root, manifest, episodes)
         try:
             with writer_lock(root):  # nobody else is at work: what is unfinished will stay so
-                sweep_partial(root)
+                sweep(root, STORE)
         except StoreError:
             pass
     with _shared_lock(root), explaining(root):
         found = require_store(root, manifest)
-        claims = os.open(root / CLAIMS, os.O_RDWR | os.O_CREAT, 0o666)
+        claims = os.open(root / CLAIMS, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             yield SharedWriter(root, found, claims)
         finally:

@@ -9,20 +9,39 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vla.stores.dtypes import INTEGERS, LIMIT, channel_scales, decode, encode_bfloat16, quantise
+from vla.stores.dtypes import (
+    INT8_MAX,
+    INTEGERS,
+    LIMIT,
+    MAX_ROUNDING_ERROR,
+    Rounding,
+    channel_scales,
+    decode,
+    encode_bfloat16,
+    quantise,
+    row_error,
+)
 from vla.stores.errors import DataError
 from vla.stores.manifest import FeatureInfo, Manifest
 from vla.stores.shard import ShardBuffer
 from vla.stores.statistics import ChannelStatistics, of_rows
 
+SMALL_FLOAT16 = 1e-3
+"""A float16 row whose largest magnitude is below this may lose more than 1 % to the steps of 6e-8 around zero."""
+
 
 class FeatureBuffer:
-    """The rows of one feature in one unit. int8 rows wait as float32: their scales are known when all are there."""
+    """The rows of one feature in one unit. int8 rows wait as float32: their scales are known when all are there.
+
+    `rounding`: what int8 cost, once finished; None for other dtypes.
+    """
 
     def __init__(self, name: str, info: FeatureInfo, rows: int, slots: int) -> None:
         self.name, self.info = name, info
         self.shard = ShardBuffer.allocate(info, rows, slots)
         self.scales: NDArray[np.float32] | None = None
+        self.rounding: Rounding | None = None
+        self._lost = np.zeros(rows)  # relative error of float16 rows of tiny numbers
         self._waiting = np.zeros((rows, *info.shape), np.float32) if info.dtype == "int8" else None
 
     def put(self, at: int, values: NDArray[Any], row: int) -> None:
@@ -34,9 +53,12 @@ class FeatureBuffer:
         if values.shape != (len(values), *target.shape[1:]):
             wanted = (len(values), *target.shape[1:])
             raise DataError(f"feature {self.name!r} has shape {values.shape}", expected=f"{wanted}")
-        _require_representable(self.name, values, self.info, row)
+        largest = _require_representable(self.name, values, self.info, row)
         encoded = encode_bfloat16(values) if self.info.dtype == "bfloat16" else values
         target[at : at + len(values)] = encoded
+        if self.info.dtype == "float16" and values.dtype != np.float16:
+            for small in np.flatnonzero((largest > 0) & (largest < SMALL_FLOAT16)).tolist():
+                self._lost[at + small] = row_error(values[small], target[at + small].astype(np.float32))
 
     def put_stored(self, at: int, stored: NDArray[Any], scales: NDArray[np.float32] | None) -> None:
         """Take rows [k, *shape] as another store holds them, with the scales [C] of their unit."""
@@ -44,15 +66,34 @@ class FeatureBuffer:
         self.shard.rows[at : at + len(stored)] = stored
 
     def finish(self, present: NDArray[np.bool_]) -> ChannelStatistics:
-        """Encode what waits, and return the statistics of the values that the rows present [n] stand for."""
+        """Encode what waits, and return the statistics of the values that the rows present [n] stand for.
+
+        Raises `DataError` where the dtype loses more than `MAX_ROUNDING_ERROR` of the rows.
+        """
         if self._waiting is not None:
-            kept = np.flatnonzero(present)
-            self.scales = channel_scales(self._waiting if len(kept) == len(present) else self._waiting[kept])
-            for row in kept:
-                self.shard.rows[row] = quantise(self._waiting[row], self.scales)
+            self.rounding = self._quantise(self._waiting, np.flatnonzero(present))
             self._waiting = None
+        error = self.rounding.error if self.rounding is not None else float(self._lost[present].sum())
+        error = error if self.rounding is not None else error / max(int(present.sum()), 1)
+        if error > MAX_ROUNDING_ERROR:
+            found = f"feature {self.name!r} loses {error:.0%} of its rows to {self.info.dtype}"
+            fix = "--dtype float16 or float32" if self.info.dtype == "int8" else "--dtype bfloat16 or float32"
+            raise DataError(found, expected=f"at most {MAX_ROUNDING_ERROR:.0%} a unit", fix=fix)
         stored = self.shard.rows if present.all() else self.shard.rows[present]
         return of_rows(stored, self.info.shape[-1], lambda rows: decode(self.info.dtype, rows, self.scales))
+
+    def _quantise(self, waiting: NDArray[np.float32], kept: NDArray[np.int64]) -> Rounding:
+        """Encode the rows `kept` as int8; return what that costs."""
+        self.scales = channel_scales(waiting if len(kept) == len(waiting) else waiting[kept])
+        edge = self.scales * np.float32(INT8_MAX + 0.5)
+        error, saturated = 0.0, 0
+        for row in kept:
+            values, stored = waiting[row], quantise(waiting[row], self.scales)
+            self.shard.rows[row] = stored
+            error += row_error(values, decode("int8", stored, self.scales))
+            saturated += int(np.count_nonzero(np.abs(values) > edge))
+        count = max(len(kept), 1)
+        return Rounding(error / count, saturated / (count * waiting[0].size))
 
 
 @dataclass
@@ -60,7 +101,8 @@ class UnitBuffer:
     """The rows of one unit being filled, in memory.
 
     `steps[name]` is `[n, *shape]`; features come in through `put`; rows not marked in `present` [n] stay empty.
-    `skipped` names episodes left out and why. `statistics` overrules what would be computed (a converted unit's).
+    `skipped` names episodes left out and why. `statistics` and `rounding` overrule what would be computed (a converted
+    unit's).
     """
 
     unit: int
@@ -71,6 +113,7 @@ class UnitBuffer:
     skipped: dict[str, str] = field(default_factory=dict)
     dropped: list[range] = field(default_factory=list)
     statistics: dict[str, ChannelStatistics] = field(default_factory=dict)
+    rounding: dict[str, Rounding] = field(default_factory=dict)
 
     def leave_out(self, episode: str, rows: range, reason: str) -> None:
         """Leave an episode out of the store; `rows` are those of its rows that lie in this unit."""
@@ -135,18 +178,22 @@ def _blank(rows: int, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
     return np.full((rows, *shape), empty_value(np.dtype(dtype)), np.dtype(dtype).newbyteorder("<"))
 
 
-def _require_representable(name: str, values: NDArray[Any], info: FeatureInfo, start: int) -> None:
+def _require_representable(name: str, values: NDArray[Any], info: FeatureInfo, start: int) -> NDArray[np.float64]:
+    """Return the largest magnitude of each row [k]; 0 for whole numbers. Raises `DataError` naming a bad row."""
     limit = LIMIT[info.dtype]
     if info.dtype in INTEGERS:
         lowest = np.iinfo(info.stored).min
         fits = lowest <= float(values.min(initial=0.0)) and float(values.max(initial=0.0)) <= limit
         if not fits or not np.array_equal(values, np.rint(values)):
             raise DataError(f"feature {name!r} is not all {info.dtype} from row {start} on", expected="whole numbers")
-        return
+        return np.zeros(len(values))
+    flat = values.reshape(len(values), values[:1].size) if len(values) else values.reshape(0, 1)
     # Two passes and no copy; NaN passes through min and max, and every comparison with it is false.
-    if -limit <= float(values.min(initial=0.0)) and float(values.max(initial=0.0)) <= limit:
-        return
-    flat = values.reshape(len(values), -1)
+    largest: NDArray[np.float64] = np.maximum(-flat.min(axis=1, initial=0.0), flat.max(axis=1, initial=0.0)).astype(
+        np.float64
+    )
+    if (largest <= limit).all():
+        return largest
     finite = np.isfinite(flat).all(axis=1)
     if not finite.all():
         raise DataError(f"feature {name!r} is not finite in row {start + int(finite.argmin())}")

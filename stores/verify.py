@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vla.stores.below import link_below, open_below
 from vla.stores.commits import Commit, FileRecord, record_unit
 from vla.stores.dtypes import decode
-from vla.stores.errors import CorruptionError, MachineError, VlaError
-from vla.stores.filesystem import PARTIAL, digest_file, explaining
+from vla.stores.errors import CorruptionError, MachineError, StoreError, VlaError
+from vla.stores.filesystem import digest_open, explaining
 from vla.stores.formats.registry import format_of, unit_files
 from vla.stores.manifest import FeatureInfo
+from vla.stores.owned import STORE, debris, links
 from vla.stores.reader import FeatureReader
 from vla.stores.remote.options import RemoteOptions, is_url, require_folder
 from vla.stores.store import Store, open_damaged
@@ -27,7 +31,8 @@ class VerifyReport:
     """What `verify_store` found. `findings` are one line each and name array, unit and file; none means sound.
 
     The same for programs: `missing` units are not committed, `damaged` ones have a record or bytes that differ from
-    what was committed, `debris` are files of no committed unit. `unreadable` are those findings that are the machine's
+    what was committed, `debris` are files of no committed unit, `links` symbolic links that bear a
+    name of the store's. `unreadable` are those findings that are the machine's
     (a permission, say): the unit may be sound.
     """
 
@@ -41,6 +46,7 @@ class VerifyReport:
     damaged: list[int] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
     debris: list[str] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON-able values."""
@@ -82,25 +88,32 @@ def verify_opened(
     report = VerifyReport(str(store.root), store.manifest.units, len(store.commits))
     for path, error in lying.items():
         report.add(record_unit(path), str(error))
-    report.missing = [unit for unit in range(report.units) if unit not in {*store.commits, *report.damaged}]
+    there = {*store.commits, *report.damaged}
+    report.missing = [unit for unit in range(report.units) if unit not in there]
     if report.missing:
         line = f"units {ranges(report.missing)} of {store.root} are not committed (vla featurize … --resume)"
         report.findings.append(line)
-    left_out = store.left_out
-    readers = {name: store.reader(name, "always") for name in store.manifest.features}
+    try:
+        # A reader allocates by the number of rows, for which without a commit nothing speaks but the manifest.
+        readers = {name: store.reader(name, "always") for name in store.manifest.features if store.commits}
+    except StoreError as error:
+        report.findings.append(str(error))
+        return report
     try:
         for done, (unit, commit) in enumerate(sorted(store.commits.items())):
             sound = _check_files(store, commit, report)
             if not sound:
                 _check_parts(store, commit, report)
             if sound or format_of(store.manifest).shared_files:
-                rows = np.asarray(store.manifest.unit_range(unit))
-                _check_rows(readers, rows[~left_out[rows]], unit, report)
+                _check_rows(readers, store.present_rows(unit), unit, report)
             progress(done + 1, len(store.commits))
     finally:
         for reader in readers.values():
             reader.close()
+    _check_links(store, report)
     _check_debris(store, report)
+    if store.held is not None:
+        store.held.require_in_place()
     return report
 
 
@@ -110,7 +123,7 @@ def _check_files(store: Store, commit: Commit, report: VerifyReport) -> bool:
         file = store.root / path
         where = f"array {'/'.join(path.split('/')[:2])}, unit {commit.unit}: {file}"
         try:
-            problem = _compare(file, record)
+            problem = _compare(store.root, path, record)
         except MachineError as error:
             report.add(commit.unit, f"{where} cannot be read ({error.found})", error)
             sound = False
@@ -134,14 +147,23 @@ def _check_parts(store: Store, commit: Commit, report: VerifyReport) -> None:
             report.add(commit.unit, f"array {part}, {error}", error)
 
 
-def _compare(file: Path, record: FileRecord) -> str:
-    """Say what is wrong with a file; nothing where it is as committed. Raises `MachineError`."""
-    with explaining(file):
-        if not file.is_file():
-            return "is missing"
-        if file.stat().st_size != record.size:
-            return f"has {file.stat().st_size} bytes, not {record.size}"
-        return "" if digest_file(file) == record.sha256 else "differs from its commit"
+def _compare(root: Path, name: str, record: FileRecord) -> str:
+    """Return what is wrong with a file; nothing where it is as committed. Raises `MachineError`."""
+    with explaining(root / name):
+        link = link_below(root, name)
+        if link is not None:
+            return f"is not read: {link} is a symbolic link"
+        try:
+            descriptor = open_below(root, name)
+        except CorruptionError:
+            return "is no file" if os.path.lexists(root / name) else "is missing"
+        try:
+            size = os.fstat(descriptor).st_size
+            if size != record.size:
+                return f"has {size} bytes, not {record.size}"
+            return "" if digest_open(descriptor) == record.sha256 else "differs from its commit"
+        finally:
+            os.close(descriptor)
 
 
 def _check_rows(readers: dict[str, FeatureReader], rows: NDArray[np.int64], unit: int, report: VerifyReport) -> None:
@@ -163,17 +185,30 @@ def _finite(info: FeatureInfo, values: NDArray[Any]) -> bool:
     return bool(np.isfinite(decode(info.dtype, values)).all())
 
 
+def _check_links(store: Store, report: VerifyReport) -> None:
+    """Report the links that have a name of the layout: nothing is read through them."""
+    reported = {path for unit in report.damaged if unit < report.units for path in unit_files(store.manifest, unit)}
+    for path in sorted(set(links(store.root, STORE)) - reported):
+        report.links.append(path)
+        line = f"{store.root / path} is a symbolic link (vla verify --repair removes it, never its target)"
+        report.findings.append(line)
+
+
 def _check_debris(store: Store, report: VerifyReport) -> None:
     owners = {*store.commits, *(unit for unit in report.damaged if unit < report.units)}
     known = {path for unit in owners for path in unit_files(store.manifest, unit)}
-    debris = set(store.root.rglob("*" + PARTIAL))
-    for folder in format_of(store.manifest).folders:
-        for pattern in ("c.*", "unit-*.h5"):
-            files = (store.root / folder).rglob(pattern)
-            debris |= {file for file in files if file.relative_to(store.root).as_posix() not in known}
-    for file in sorted(debris):
-        report.debris.append(file.relative_to(store.root).as_posix())
-        report.findings.append(f"{file} belongs to no committed unit (harmless; vla verify --repair removes it)")
+    found = set(debris(store.root, STORE))
+    for folder in {path.rpartition("/")[0] for path in unit_files(store.manifest, 0)}:
+        if (store.root / folder).is_dir() and link_below(store.root, folder) is None:
+            paths = {f"{folder}/{name.name}" for name in (store.root / folder).iterdir()}
+            found |= {path for path in paths - known if _UNIT_FILE.fullmatch(path) and STORE.has_file(path)}
+    for path in sorted(found - set(report.links)):
+        report.debris.append(path)
+        line = f"{store.root / path} belongs to no committed unit (harmless; vla verify --repair removes it)"
+        report.findings.append(line)
+
+
+_UNIT_FILE = re.compile(r".*/(c\.[^/]*|unit-[^/]*\.h5)")
 
 
 def ranges(numbers: list[int]) -> str:

@@ -7,33 +7,25 @@ writer sweeps the debris and computes the unit again. Committed units are never 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vla.stores.below import require_no_link
 from vla.stores.commits import Commit, FileRecord, read_commits
-from vla.stores.debris import delete_folder, doomed, remove, require_debris
 from vla.stores.errors import MachineError, StoreError, UsageError
-from vla.stores.filesystem import (
-    PARTIAL,
-    explaining,
-    fsync_dir,
-    fsync_tree,
-    sweep_partial,
-    write_atomic_parts,
-    writer_lock,
-)
+from vla.stores.filesystem import PARTIAL, explaining, fsync_dir, fsync_tree, write_atomic_parts, writer_lock
 from vla.stores.fingerprint import digest_array, require_equal
 from vla.stores.formats.base import UnitContent
-from vla.stores.formats.registry import format_of
-from vla.stores.layout import COMMITS, commit_file, write_metadata
+from vla.stores.formats.registry import format_of, unit_files
+from vla.stores.layout import COMMITS, LOCK, commit_file, write_metadata
 from vla.stores.manifest import Manifest
 from vla.stores.metadata import check_arrays, read_manifest, read_tables, table_digests
+from vla.stores.owned import STORE, delete_folder, doomed, remove_owned, require_debris, require_owned, sweep
 from vla.stores.remote.options import require_folder
 from vla.stores.tables import EpisodeTable
 from vla.stores.unit_buffer import UnitBuffer, empty_value, unit_buffer
@@ -42,7 +34,8 @@ from vla.stores.unit_buffer import UnitBuffer, empty_value, unit_buffer
 class StoreWriter:
     """The one writer of a store. Use `open_writer`, which holds the lock."""
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
+    def __init__(self, root: Path | str, manifest: Manifest) -> None:
+        root = Path(root)
         self.root, self.manifest = root, manifest
         self.commits = read_commits(root, manifest)
 
@@ -66,12 +59,14 @@ class StoreWriter:
         self._require_whole(buffer)
         count = len(buffer.rows)
         parts: dict[str, NDArray[Any]] = {f"steps/{name}": values[:count] for name, values in buffer.steps.items()}
-        shards, crcs = {}, {}
+        shards, crcs, rounding = {}, {}, dict(buffer.rounding)
         for name, feature in buffer.features.items():
             moments = feature.finish(buffer.present)
             parts[f"stats/{name}"] = buffer.statistics.get(name, moments).to_array()
             shards[name], crcs[name] = feature.shard, feature.shard.checksums(buffer.present)
             parts[f"checksums/{name}"] = crcs[name]
+            if feature.rounding is not None:
+                rounding[name] = feature.rounding
             if feature.scales is not None:
                 parts[f"scales/{name}"] = feature.scales
         files: dict[str, FileRecord] = {}
@@ -81,7 +76,7 @@ class StoreWriter:
             sha256 = write_atomic_parts(self.root / path, data)
             files[path] = FileRecord(sum(view.nbytes for view in data), sha256)
         digests = {part: digest_array(parts[part]) for part in form.digested_parts(self.manifest)}
-        commit = Commit(unit, files, dict(buffer.skipped), digests)
+        commit = Commit(unit, files, dict(buffer.skipped), digests, rounding)
         write_atomic_parts(self.root / commit_file(unit), [commit.to_bytes(self.manifest)])
         self.commits[unit] = commit
         return commit
@@ -104,13 +99,14 @@ class StoreWriter:
 
 @contextmanager
 def open_writer(
-    root: Path, manifest: Manifest, episodes: EpisodeTable, *, resume: bool = False, overwrite: bool = False
+    root: Path | str, manifest: Manifest, episodes: EpisodeTable, *, resume: bool = False, overwrite: bool = False
 ) -> Iterator[StoreWriter]:
     """Create the store at `root`, or go on with it, and hold its writer lock.
 
     `manifest.tables` is filled in here. Raises `UsageError` where `root` exists and neither flag is given,
     `FingerprintError` where a resumed store was made with other settings, `StoreError` where another writer holds it.
     """
+    root = Path(root)
     with explaining(require_folder(root)):
         root = root.resolve()  # behind a link, the store is made and replaced where it lies
         manifest = with_tables(manifest, episodes)
@@ -118,7 +114,7 @@ def open_writer(
     with writer_lock(root):
         with explaining(root):
             found = require_store(root, manifest)
-            sweep_partial(root)
+            sweep(root, STORE)
             writer = StoreWriter(root, found)
         yield writer
 
@@ -128,11 +124,15 @@ def with_tables(manifest: Manifest, episodes: EpisodeTable) -> Manifest:
     return manifest.model_copy(update={"tables": table_digests(episodes.to_arrays())})
 
 
-def refuse_existing(root: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raise `UsageError` where there is something at `root` and neither flag says what to do with it."""
+def refuse_existing(root: Path | str, *, resume: bool, overwrite: bool) -> None:
+    """Raise `UsageError` where there is something at `root` and neither flag is given, or a store at `root` holds
+    what `overwrite` must not delete."""
+    root = Path(root)
     if root.exists() and not (resume or overwrite):
         fix = "--resume to go on with it, --overwrite to replace it, or another --out"
         raise UsageError(f"{root} exists", fix=fix)
+    if root.exists() and not resume and (root / "zarr.json").is_file():
+        require_owned(root, STORE)
 
 
 def require_store(root: Path, wanted: Manifest) -> Manifest:
@@ -141,6 +141,8 @@ def require_store(root: Path, wanted: Manifest) -> Manifest:
     _require_same(root, found, wanted)
     check_arrays(root, found)
     read_tables(root, found)
+    for path in unit_files(found, 0):
+        require_no_link(root, path.rpartition("/")[0])  # else units would be written where the link leads
     return found
 
 
@@ -166,12 +168,10 @@ def begin_store(
 def _create(root: Path, manifest: Manifest, episodes: EpisodeTable) -> None:
     """Make a store without units under a temporary name, and rename it. The lock keeps a second process out."""
     partial, old = root.with_name(root.name + PARTIAL), doomed(root)
-    require_debris(old)
+    require_debris(old, STORE)
     with _unmade(root, partial):
-        remove(old)
-        for path in partial.iterdir():
-            if path.name != COMMITS:
-                remove(path)
+        remove_owned(old, STORE)
+        remove_owned(partial, STORE, keep=(COMMITS, LOCK))
         form = format_of(manifest)
         folders = form.folders if form.shared_files else ()
         write_metadata(partial, manifest, episodes.to_arrays(), form.arrays(manifest), folders)
@@ -186,7 +186,7 @@ def _unmade(root: Path, partial: Path) -> Iterator[None]:
     made = StoreError(f"{root} was made by another process just now", fix="--resume")
     with ExitStack() as held:
         try:
-            require_debris(partial)
+            require_debris(partial, STORE)
             (partial / COMMITS).mkdir(parents=True, exist_ok=True)
             held.enter_context(writer_lock(partial))
         except (OSError, MachineError):
@@ -194,7 +194,8 @@ def _unmade(root: Path, partial: Path) -> Iterator[None]:
                 raise made from None
             raise
         if root.exists():
-            shutil.rmtree(partial, ignore_errors=True)  # a third process that comes too late may be at it
+            with suppress(OSError):  # a third process that comes too late may be at it
+                remove_owned(partial, STORE)
             raise made
         yield
 
@@ -202,7 +203,7 @@ def _unmade(root: Path, partial: Path) -> Iterator[None]:
 def _remove_store(root: Path) -> None:
     """Delete an existing store; its manifest has been read."""
     with writer_lock(root):
-        delete_folder(root)
+        delete_folder(root, STORE)
 
 
 def _require_same(root: Path, found: Manifest, wanted: Manifest) -> None:

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 from typer.core import TyperCommand
 
 from vla.terminal.options import SETTINGS
+
+KEPT = "what was committed is kept, --resume goes on"
+
+
+class InterruptedCommand(BaseException):
+    """A signal ended a command. No `KeyboardInterrupt`: typer turns those into a bare exit code 130.
+
+    `number` is the signal's; `left` says what the command left and what to type.
+    """
+
+    def __init__(self, number: int, left: str) -> None:
+        super().__init__(number, left)
+        self.number, self.left = number, left
 
 
 class Command(TyperCommand):
@@ -18,6 +32,16 @@ class Command(TyperCommand):
         if option is not None:
             option.rich_help_panel = SETTINGS
         return option
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; turn a signal that ended the command into `InterruptedCommand`."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            notes = getattr(error, "__notes__", [])
+            left = KEPT if "resume" in ctx.params else "the same command begins again"
+            number = getattr(error, "number", signal.SIGINT)
+            raise InterruptedCommand(number, "; ".join(notes) or left) from error
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Refuse flags of which one would throw away what the other is to keep."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vla.terminal.safe_text import safe_json
+from vla.terminal.tables import draw_pairs, draw_table
 
 if TYPE_CHECKING:  # rich is imported when something is shown
     from rich.console import Console
@@ -48,6 +49,8 @@ def show_plan(plan: dict[str, Any], as_json: bool) -> None:
         f"{plan['units']} units of {plan['unit_rows']} frames, {plan['bytes'] / 2**20:.1f} MiB in {plan['files']} files"
         f"; weights: {plan['weights_licence']}"
     )
+    for line in plan.get("warnings", ()):
+        open_log().print(f"warning: {line}", markup=False)
     for name, value in plan.get("assumed", {}).items():
         open_log().print(f"ASSUMED: {name} = {value}", style="bold")
     if plan.get("frames_per_s"):
@@ -65,21 +68,16 @@ def _duration(seconds: float) -> str:
 
 
 def show_facts(facts: dict[str, Any]) -> None:
-    """Print a table of two columns."""
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for key, value in facts.items():
-        table.add_row(key.replace("_", " "), value if isinstance(value, str) else json.dumps(value))
-    open_out().print(table)
+    """Print names and values in two columns. A text with a slash may be a path, and no space in it ends a line."""
+    texts = [value if isinstance(value, str) else json.dumps(value) for value in facts.values()]
+    paths = [at for at, value in enumerate(facts.values()) if isinstance(value, str) and "/" in value]
+    names = [key.replace("_", " ") for key in facts]
+    draw_pairs(open_out(), list(zip(names, texts, strict=True)), whole=paths)
 
 
 def show_rows(title: str, rows: list[dict[str, Any]]) -> None:
     """Print a table whose columns are the keys of the first row; `title` heads the column of names."""
-    from rich.table import Table
-
     if rows:
-        table = Table(title, *(key for key in rows[0] if key != "name"))
-        for row in rows:
-            table.add_row(*(value if isinstance(value, str) else f"{value:.4g}" for value in row.values()))
-        open_out().print(table)
+        columns = [title, *(key for key in rows[0] if key != "name")]
+        cells = [[value if isinstance(value, str) else f"{value:.4g}" for value in row.values()] for row in rows]
+        draw_table(open_out(), columns, cells)

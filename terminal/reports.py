@@ -8,27 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 from vla.terminal.output import emit, figures, open_log, open_out, show_facts, show_rows
 from vla.terminal.safe_text import safe_line
+from vla.terminal.tables import draw_table
 
 if TYPE_CHECKING:  # rich is imported when something is shown
     from rich.text import Text
-
-
-def show_table(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, fold: int | None = None) -> None:
-    """Print a table. Column `fold` is broken anywhere rather than cut short: a command cut short cannot be typed."""
-    from rich.table import Table
-
-    table = Table(show_lines=fold is not None)
-    for at, column in enumerate(columns):
-        table.add_column(column, overflow="fold" if at == fold else "ellipsis")
-    for row in rows:
-        table.add_row(*row)
-    open_out().print(table)
 
 
 def show_left_out(left_out: Mapping[str, str]) -> None:
     """Log the episodes that were left out."""
     for episode, reason in left_out.items():
         open_log().print(safe_line(f"left out {episode}: {reason}"), highlight=False)
+
+
+def committed_so_far(root: str | Path, units: int) -> str:
+    """Return what an interrupted run leaves at `root`, of `units` in all, and what to type."""
+    from vla.stores.commits import committed_units
+
+    if isinstance(root, str):  # on an object store, which is not asked once more
+        return f"the units committed in {root} are kept; the same command with --resume goes on"
+    done = len(committed_units(root)) if root.exists() else 0
+    return f"{done} of {units} units are committed in {root}; the same command with --resume goes on"
 
 
 def show_featurized(
@@ -45,9 +44,18 @@ def show_featurized(
         open_log().print(f"{root}: {made}")
     else:
         open_log().print(f"{root}: nothing was missing")
+    show_rounding(report.get("rounding", {}))
     show_left_out(left_out)
     if left_out:  # last, so that a long list above does not push it out of sight
         open_log().print(f"{root}: {len(left_out)} OF {total} EPISODES LEFT OUT", style="bold red")
+
+
+def show_rounding(rounding: Mapping[str, Mapping[str, float]]) -> None:
+    """Log what int8 cost each feature."""
+    for name, cost in rounding.items():
+        open_log().print(
+            f"{name}: relative error {cost['error']:.2%}, {cost['saturated']:.2%} of its numbers saturated"
+        )
 
 
 def show_made(
@@ -99,11 +107,11 @@ def show_errors(facts: Mapping[str, Any], extra: Mapping[str, float]) -> None:
         titles = {"executed_mae": "error, executed steps", "mae": "error, whole horizon"}
         titles |= {"baseline_mae": "always the mean action"} if "baseline_mae" in by_name else {}
         rows = [(name, *(f"{by_name[column][name]:.4f}" for column in titles)) for name in by_name["mae"]]
-        show_table(("dimension", *titles.values()), rows)
+        draw_table(open_out(), ("dimension", *titles.values()), rows)
         what = "mean absolute error"
     if "per_task" in facts:
         tasks = [(task, f"{error:.4f}") for task, error in facts["per_task"].items()]
-        show_table(("task", "error, executed steps"), tasks)
+        draw_table(open_out(), ("task", "error, executed steps"), tasks)
     if extra:
         print_line(figures(extra))
     print_line(f"{what} over {facts['windows']} windows; {facts['checkpoint']}, step {facts['step']}")
@@ -120,7 +128,7 @@ def show_check(facts: Mapping[str, Any], findings: Sequence[str], source: str) -
 
 def print_line(text: str) -> None:
     """Print one line on stdout."""
-    open_out().print(text, highlight=False)
+    open_out().print(text, highlight=False, soft_wrap=True)
 
 
 def _entry(name: str, summary: str) -> Text:
@@ -142,7 +150,7 @@ def show_backbones(entries: Mapping[str, Mapping[str, Any]]) -> None:
         for name, entry in entries.items()
     ]
     columns = ("backbone", "features a view", "parameters", "licences (code; weights)", "missing here")
-    show_table(columns, rows, fold=4)
+    draw_table(open_out(), columns, rows, whole=[4], ruled=True)
 
 
 def show_heads(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -155,15 +163,16 @@ def show_heads(rows: Sequence[Mapping[str, Any]]) -> None:
         )
         for row in rows
     ]
-    show_table(("head", "features it needs", "made by"), cells, fold=2)
+    draw_table(open_out(), ("head", "features it needs", "made by"), cells, whole=[2], ruled=True)
     print_line("vla heads HEAD lists a head's settings.")
 
 
 def show_fields(head: str, fields: Iterable[Mapping[str, str]]) -> None:
     """Print every setting of a head."""
     rows = [(f"{field['name']}\n  = {field['default']}", f"{field['text']}\n{field['type']}") for field in fields]
-    show_table(("setting = default", "meaning, and type"), rows)
-    print_line(f"{head} takes them as --set NAME=VALUE or from --config; train.* are those with defaults of its own.")
+    draw_table(open_out(), ("setting", "meaning, and type"), rows, whole=[0])
+    print_line(f"{head} takes them as --set NAME=VALUE or from --config;")
+    print_line("train.* are those with defaults of its own.")
 
 
 def show_parameters(counts: Mapping[str, tuple[int, int]]) -> None:
@@ -174,11 +183,12 @@ def show_parameters(counts: Mapping[str, tuple[int, int]]) -> None:
 
 
 def counting(counts: dict[str, tuple[int, int]]) -> Callable[[Any], None]:
-    """Return what tells a head's parameters before its first step, and keeps them in `counts`."""
+    """Return what prints a head's parameters and notes before its first step, and keeps the counts in `counts`."""
 
     def begun(head: Any) -> None:
         counts.update(head.parameter_counts())
         show_parameters(counts)
+        show_findings(head.notes)
 
     return begun
 
@@ -197,11 +207,10 @@ def _short(count: int) -> str:
 
 def show_dims(groups: Mapping[tuple[int, int], Sequence[Any]]) -> None:
     """Print the table of `vla action-dims`: tasks grouped by (size of action, size of state)."""
-    from rich.table import Table
-
-    table = Table("action", "state", "task", "episodes", "components of the action")
+    rows: list[tuple[str, ...]] = []
+    sections = []
     for (action, state), members in groups.items():
-        for place, dims in enumerate(members):
-            sizes = (str(action), str(state)) if place == 0 else ("", "")
-            table.add_row(*sizes, dims.task, str(dims.episodes), ", ".join(dims.names), end_section=dims is members[-1])
-    open_out().print(table)
+        rows += [(d.task, str(d.episodes), str(action), str(state), ", ".join(d.names)) for d in members]
+        sections.append(len(rows) - 1)
+    columns = ("task", "episodes", "action", "state", "components of the action")
+    draw_table(open_out(), columns, rows, sections=sections)

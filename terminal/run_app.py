@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
-import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import typer
 
+from vla.stores.interrupt import catch_signals
+from vla.terminal.help import KEPT, InterruptedCommand
 from vla.terminal.safe_text import safe_line
+from vla.terminal.streams import OutputError, end_output
 
-INTERRUPTED = 130
 
-
-def run_app(app: typer.Typer, arguments: Sequence[str]) -> int:
+def run_app(app: typer.Typer, arguments: Sequence[str], *, process: bool = False) -> int:
     """Run the command that `arguments` name and return its exit code; without any, show the help.
 
-    Where they are wrong, one line on stderr says what was found and what to type, and 2 is returned; 130 after Ctrl-C;
-    0 where the reader of stdout has had enough (`vla … | head`). What a command raises on purpose is raised.
+    Where they are wrong, one line on stderr says what was found and what to type, and 2 is returned; 128 + n after
+    signal n, 130 after Ctrl-C; 4 where the result cannot be written to stdout. What a command raises on purpose is
+    raised. `process`: the command is all that this process does; a second signal ends the process.
     """
     wrong: Any = typer.BadParameter.__base__  # click's UsageError, which typer exports under no name
     try:
-        code = app(list(arguments) or ["--help"], prog_name="vla", standalone_mode=False)
+        with catch_signals(process=process):
+            code = app(list(arguments) or ["--help"], prog_name="vla", standalone_mode=False)
     except wrong as error:
         sys.stderr.write(f"vla: {safe_line(_one_line(error))}\n")
         return 2
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    except SystemExit as end:
-        if not isinstance(end.__context__, BrokenPipeError):
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    if code == INTERRUPTED:
-        sys.stderr.write("vla: interrupted; what was committed is kept, --resume goes on\n")
-    return code or 0
+    except InterruptedCommand as ended:
+        code = _interrupted(ended.number, ended.left)
+    except KeyboardInterrupt as error:
+        code = _interrupted(getattr(error, "number", signal.SIGINT), KEPT)
+    except OutputError as error:
+        return end_output(0, error)
+    else:
+        if code == 128 + signal.SIGINT:  # typer's own answer to Ctrl-C outside a command of ours
+            code = _interrupted(signal.SIGINT, KEPT)
+    return end_output(code or 0)
+
+
+def _interrupted(number: int, left: str) -> int:
+    by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+    sys.stderr.write(f"vla: interrupted{by}; {left}\n")
+    return 128 + number
 
 
 def _one_line(error: Any) -> str:

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -24,6 +25,7 @@ from hypothesis import settings
 from numpy.typing import NDArray
 
 from vla.featurize.backbones.base import BackboneSpec, FeatureSpec
+from vla.stores.interrupt import SIGNALS
 from vla.stores.manifest import FeatureInfo, Manifest, StepInfo
 from vla.stores.settings import Settings
 from vla.stores.store import Store, open_store
@@ -212,6 +214,17 @@ def edit_info() -> Callable[..., None]:
         file.write_text(json.dumps({key: value for key, value in info.items() if value is not None}))
 
     return edit
+
+
+@pytest.fixture
+def default_signals() -> Iterator[None]:
+    """Signals do in this test, and in the processes it starts, what they do by default: `nohup make test &` hands down
+    SIGHUP and SIGINT as ignored, and what is ignored stays ignored in a child."""
+    defaults = dict.fromkeys(SIGNALS, signal.SIG_DFL) | {signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

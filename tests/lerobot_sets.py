@@ -1,4 +1,4 @@
-"""Writes small LeRobot data sets, v3.0 and v2.1, whose every picture carries its own episode and frame number.
+"""Writes small LeRobot data sets, v3.0, v2.1 and v2.0, whose every picture carries its own episode and frame number.
 
 Loaded by the fixtures of conftest.py on first use: most tests need no encoder.
 """
@@ -102,6 +102,8 @@ class Plan:
     extra: Mapping[str, tuple[dict[str, Any], Callable[[int, int], Any]]] = field(default_factory=dict)
     tables: Callable[[int, dict[str, Any]], None] = lambda episode, table: None
     tasks: Sequence[Sequence[str]] | None = None
+    declared: Sequence[str] | None = None
+    task_index: Callable[[int, int], int] | None = None
     info: Mapping[str, Any] = field(default_factory=dict)
     image_bytes: Callable[[NDArray[np.uint8]], bytes] = encoded
     meta_lengths: Mapping[int, int] = field(default_factory=dict)
@@ -109,6 +111,21 @@ class Plan:
     @property
     def numbers(self) -> list[int]:
         return list(self.indices) if self.indices is not None else list(range(len(self.lengths)))
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts of meta/tasks: those that the episodes list."""
+        if self.declared is not None:
+            return list(self.declared)
+        listed = [text for number in self.numbers for text in _tasks_of(self, number)]
+        return list(dict.fromkeys(listed)) or ["first task", "second task"]
+
+    def task_of(self, number: int, frame: int) -> int:
+        """The task_index of a frame: of the first text that its episode lists."""
+        if self.task_index is not None:
+            return self.task_index(number, frame)
+        listed = _tasks_of(self, number)
+        return self.texts.index(listed[0]) if listed else number % 2
 
 
 def action_of(episode: int, frame: int) -> list[float]:
@@ -180,6 +197,7 @@ def _info(plan: Plan) -> dict[str, Any]:
         "total_episodes": len(plan.lengths),
         "chunks_size": 1000,
         "fps": plan.fps,
+        "total_frames": sum(plan.lengths),
         "data_path": DATA_V3 if plan.version == "v3.0" else DATA_V21,
         "video_path": VIDEO_V3 if plan.version == "v3.0" else VIDEO_V21,
         "features": features,
@@ -198,7 +216,7 @@ def _table(plan: Plan, number: int, length: int, index: int) -> dict[str, Any]:
         named("frame_index"): pa.array(frames, pa.int64()),
         named("episode_index"): pa.array([number] * length, pa.int64()),
         "index": pa.array(range(index, index + length), pa.int64()),
-        "task_index": pa.array([number % 2] * length, pa.int64()),
+        "task_index": pa.array([plan.task_of(number, f) for f in frames], pa.int64()),
     }
     for camera, (column, kind) in enumerate(plan.cameras.items()):
         if kind == "image":
@@ -240,7 +258,7 @@ def _meta_v3(root: Path, plan: Plan, files: dict[str, list[tuple[int, int]]]) ->
     folder = root / "meta/episodes/chunk-000"
     folder.mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(rows), folder / "file-000.parquet")
-    tasks = pa.table({"task_index": [0, 1], "__index_level_0__": ["first task", "second task"]})
+    tasks = pa.table({"task_index": range(len(plan.texts)), "__index_level_0__": plan.texts})
     pq.write_table(tasks, root / "meta/tasks.parquet")
 
 
@@ -251,6 +269,5 @@ def _meta_v21(root: Path, plan: Plan, files: dict[str, list[tuple[int, int]]]) -
         for number, length in members
     ]
     (root / "meta/episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    texts = ["first task", "second task"]
-    tasks = [json.dumps({"task_index": index, "task": text}) + "\n" for index, text in enumerate(texts)]
+    tasks = [json.dumps({"task_index": index, "task": text}) + "\n" for index, text in enumerate(plan.texts)]
     (root / "meta/tasks.jsonl").write_text("".join(tasks))

@@ -18,7 +18,6 @@ import hashlib
 import json
 import logging
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,15 +28,18 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from vla.pretrained.weights import first_not_finite
+from vla.stores.documents import read_json_file
 from vla.stores.errors import CheckpointError
 from vla.stores.filesystem import PARTIAL, digest_file, explaining, fsync_dir, fsync_tree
+from vla.stores.owned import CHECKPOINT, remove_owned
 from vla.stores.settings import Settings
 
-REQUIRED = {"model.safetensors", "optimizer.safetensors", "state.json", "artefact.json"}
-OPTIONAL = {"ema.safetensors"}
 MAX_JSON_BYTES = 64 << 20
 """A larger JSON file is none of ours: state.json of ten thousand parameters has 1 MB."""
 
+REQUIRED = {"model.safetensors", "optimizer.safetensors", "state.json", "artefact.json"}
+OPTIONAL = {"ema.safetensors"}
 CHECKPOINT_NAME = r"^step-[0-9]{8,}$"
 _NAME = re.compile(CHECKPOINT_NAME)
 log = logging.getLogger(__name__)
@@ -74,7 +76,7 @@ class Survey:
 
 
 def save_checkpoint(
-    run_dir: Path,
+    run_dir: Path | str,
     step: int,
     models: Mapping[str, torch.nn.Module],
     optimizer_tensors: Mapping[str, torch.Tensor],
@@ -86,12 +88,12 @@ def save_checkpoint(
     `models`: "model" and, where averaging is on, "ema". `state` and `artefact` are JSON-able.
     Raises `MachineError` where the disk refuses; nothing is left under the checkpoint's name then.
     """
+    run_dir = Path(run_dir)
     folder = run_dir / "checkpoints" / f"step-{step:08d}"
     partial = folder.with_name(folder.name + PARTIAL)
     with explaining(folder):
         for old in (folder, partial):  # a run that fell back to an earlier checkpoint reaches the same step again
-            if old.exists():
-                shutil.rmtree(old)
+            remove_owned(old, CHECKPOINT)
         partial.mkdir(parents=True)
         contents = {f"{name}.safetensors": save(_tensors(model)) for name, model in models.items()}
         contents["optimizer.safetensors"] = save(dict(optimizer_tensors))
@@ -105,8 +107,9 @@ def save_checkpoint(
     return folder
 
 
-def checkpoints(run_dir: Path) -> list[Path]:
+def checkpoints(run_dir: Path | str) -> list[Path]:
     """Return the run's checkpoint folders, newest first, whole or not."""
+    run_dir = Path(run_dir)
     found = [path for path in (run_dir / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=step_of, reverse=True)
 
@@ -116,8 +119,9 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def survey(run_dir: Path) -> Survey:
+def survey(run_dir: Path | str) -> Survey:
     """Find the newest checkpoint whose every file matches its digest; say in the log which were passed over."""
+    run_dir = Path(run_dir)
     passed_over: list[str] = []
     for folder in checkpoints(run_dir):
         try:
@@ -130,8 +134,9 @@ def survey(run_dir: Path) -> Survey:
     return Survey(None, tuple(passed_over))
 
 
-def newest_complete(run_dir: Path) -> Path:
+def newest_complete(run_dir: Path | str) -> Path:
     """Return the newest complete checkpoint of a run. Raises `CheckpointError` where there is none."""
+    run_dir = Path(run_dir)
     if not run_dir.exists():
         raise CheckpointError(f"{run_dir} does not exist", expected="a run of `vla train-head`, or one checkpoint")
     found = survey(run_dir)
@@ -146,11 +151,12 @@ def newest_complete(run_dir: Path) -> Path:
     return found.newest
 
 
-def load_checkpoint(path: Path, *, which: str = "newest") -> Checkpoint:
+def load_checkpoint(path: Path | str, *, which: str = "newest") -> Checkpoint:
     """Open one checkpoint folder, or a run folder's "newest" complete or "best" one, for inference.
 
-    Raises `CheckpointError` naming the file that is missing or damaged.
+    Raises `CheckpointError` naming the file that is missing or damaged, and the tensor that is not finite.
     """
+    path = Path(path)
     if _NAME.fullmatch(path.name) or (path / "complete.json").exists():
         folder = path
         verify_checkpoint(folder)
@@ -161,18 +167,24 @@ def load_checkpoint(path: Path, *, which: str = "newest") -> Checkpoint:
         folder = newest_complete(path)
     averaged = (folder / "ema.safetensors").is_file()
     state = read_state(folder)
+    file = folder / ("ema.safetensors" if averaged else "model.safetensors")
+    weights = read_tensors(file)
+    wrong = first_not_finite(weights)
+    if wrong is not None:
+        raise CheckpointError(f"{file}: {wrong} holds numbers that are not finite", fix="an earlier checkpoint")
     return Checkpoint(
         folder=folder,
         step=state["step"],
         artefact=read_object(folder / "artefact.json"),
         metrics=state.get("metrics", {}),
-        weights=read_tensors(folder / ("ema.safetensors" if averaged else "model.safetensors")),
+        weights=weights,
         averaged=averaged,
     )
 
 
-def best_of(run_dir: Path) -> str:
+def best_of(run_dir: Path | str) -> str:
     """Return the name of the checkpoint that `best.json` points to. Raises `CheckpointError` where it does not."""
+    run_dir = Path(run_dir)
     file = run_dir / "best.json"
     name = read_object(file).get("checkpoint")
     if not isinstance(name, str) or not _NAME.fullmatch(name):  # no way out of the folder
@@ -180,8 +192,9 @@ def best_of(run_dir: Path) -> str:
     return name
 
 
-def verify_checkpoint(folder: Path) -> None:
+def verify_checkpoint(folder: Path | str) -> None:
     """Compare every file with `complete.json`. Raises `CheckpointError` naming the first that differs."""
+    folder = Path(folder)
     record = folder / "complete.json"
     try:
         complete = _Complete.model_validate(read_object(record))
@@ -201,8 +214,9 @@ def verify_checkpoint(folder: Path) -> None:
                 raise CheckpointError(f"{file} differs from {record.name}: truncated or changed")
 
 
-def load_weights(module: torch.nn.Module, file: Path) -> None:
+def load_weights(module: torch.nn.Module, file: Path | str) -> None:
     """Load a safetensors file into `module`. Raises `CheckpointError` where names or shapes differ."""
+    file = Path(file)
     tensors, wanted = read_tensors(file), module.state_dict()
     wrong = sorted(tensors.keys() ^ wanted.keys()) or [n for n in wanted if wanted[n].shape != tensors[n].shape]
     if wrong:
@@ -230,13 +244,11 @@ def read_state(folder: Path) -> dict[str, Any]:
 def read_object(file: Path) -> dict[str, Any]:
     """Read a JSON object of bounded size. Raises `CheckpointError` naming the file."""
     try:
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{file} has {file.stat().st_size} bytes", expected=f"at most {MAX_JSON_BYTES}")
-        value = json.loads(file.read_bytes())
+        value = read_json_file(file, MAX_JSON_BYTES)
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing", expected="a complete checkpoint or a run folder") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: {type(error).__name__}", expected="JSON") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: {error}", expected="JSON") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{file} holds a {type(value).__name__}", expected="a JSON object")
     return value

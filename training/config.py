@@ -43,7 +43,7 @@ class TrainConfig(Settings):
     `validate_every`: steps between validations; every regular checkpoint is validated as well.
     `keep_checkpoints`: newest ones kept, besides the one whose `best_metric` is lowest.
     `best_metric`: the figure of the validation by which the best checkpoint is told.
-    `device`: "auto" takes a GPU where there is one.
+    `device`: "auto" takes a GPU where there is one; else cpu, cuda, cuda:N, mps, as torch calls it.
     `threads`: torch's threads on a CPU, which the caller of the loop sets (0: as they are); small heads are fastest
     with one.
     `trackers`: names accelerate knows, such as "tensorboard" or "wandb".
@@ -52,16 +52,16 @@ class TrainConfig(Settings):
     steps: int = Field(2000, ge=1)
     batch_size: int = Field(64, ge=1)
     accumulate: int = Field(1, ge=1)
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.95, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(1e-6, ge=0)
+    eps: float = Field(1e-8, gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(1e-6, ge=0, allow_inf_nan=False)
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_steps: int | None = Field(None, ge=0)
     grad_clip: float = Field(1.0, gt=0)
     precision: Literal["no", "bf16", "fp16"] = "no"
     ema: bool = True
-    ema_power: float = Field(0.75, gt=0)
+    ema_power: float = Field(0.75, gt=0, allow_inf_nan=False)
     ema_max: float = Field(0.9999, ge=0, lt=1)
     seed: int = Field(42, ge=0)
     log_every: int = Field(50, ge=1)
@@ -69,7 +69,7 @@ class TrainConfig(Settings):
     checkpoint_every: int = Field(500, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     best_metric: str = "action_mae"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: str = "auto"
     threads: int = Field(1, ge=0)
     trackers: tuple[str, ...] = ()
 

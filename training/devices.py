@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -14,6 +16,7 @@ from accelerate.utils import DistributedType
 from vla.stores.errors import MachineError, UsageError
 from vla.stores.settings import nearest
 from vla.training.config import TrainConfig
+from vla.training.torch_device import choose_device
 
 SUPPORTED = {DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU}
 """One process, or data-parallel ones. Sharded optimisers (FSDP, DeepSpeed) would need checkpoints of another form."""
@@ -27,12 +30,21 @@ def accelerated(config: TrainConfig, run_dir: Path) -> Iterator[Accelerator]:
     where a device or a tracker's package is missing.
     """
     _check_trackers(config.trackers)
+    device = choose_device(config.device, "train.device")
+    if device.index is not None and "LOCAL_RANK" in os.environ:
+        raise UsageError(f"train.device {config.device!r} of several processes", expected="auto: one device for each")
     fresh = not AcceleratorState._shared_state
+    # Where accelerate has to choose itself (the first GPU, or each process's own) it is left to.
+    chosen = config.device not in ("auto", "cpu", "cuda")
+    if chosen:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     try:
         accelerator = Accelerator(
             mixed_precision=config.precision,
             gradient_accumulation_steps=config.accumulate,
-            cpu=config.device == "cpu",
+            cpu=device.type == "cpu",
             log_with=list(config.trackers) or None,
             project_dir=str(run_dir),
         )
@@ -40,10 +52,10 @@ def accelerated(config: TrainConfig, run_dir: Path) -> Iterator[Accelerator]:
         found = str(error).split("\n")[0]
         fix = "--set train.precision=no" if config.precision != "no" else "--set train.device=auto"
         raise MachineError(f"accelerate refuses these settings: {found}", fix=fix) from None
+    finally:
+        if chosen:
+            del os.environ["ACCELERATE_TORCH_DEVICE"]
     try:
-        if config.device == "cuda" and accelerator.device.type != "cuda":
-            fix = "--set train.device=auto"
-            raise MachineError("device 'cuda' is not there", expected="a GPU that torch sees", fix=fix)
         if config.precision != "no" and not accelerator.native_amp:  # accelerate ignores fp16 on a CPU in silence
             found = f"precision {config.precision!r} is not there on device {accelerator.device.type!r}"
             raise MachineError(found, expected="a GPU", fix="--set train.precision=no, or bf16")

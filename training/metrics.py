@@ -17,6 +17,9 @@ from vla.stores.filesystem import explaining, write_atomic
 from vla.training.feed import Feed
 
 LOSS, NORM = "loss", "grad_norm"
+TIMING = ("steps_per_s", "data_wait_share")
+"""Figures of the machine's moment: shown and logged, and in no checkpoint, so that equal runs give equal files."""
+
 Series = dict[str, list[float]]
 
 
@@ -57,8 +60,8 @@ class Window:
         for name, values in fresh.items():
             self._known.setdefault(name, []).extend(values)
 
-    def close(self) -> dict[str, float]:
-        """Return the means over the window and begin a new one. Overflows under fp16 are left out and counted."""
+    def means(self) -> dict[str, float]:
+        """Return the means over the window. Overflows under fp16 are left out and counted."""
         means = {}
         for name, values in self._known.items():
             finite = [value for value in values if math.isfinite(value)] if name == NORM else values
@@ -66,8 +69,11 @@ class Window:
                 means[name] = math.fsum(finite) / len(finite)
             if len(finite) < len(values):
                 means["skipped_steps"] = float(len(values) - len(finite))
-        self._known = {}
         return means
+
+    def begin(self) -> None:
+        """Begin a new window."""
+        self._known = {}
 
     def state(self) -> Series:
         """Return what was drained since the last line, JSON-able."""
@@ -103,7 +109,7 @@ class Clock:
     def close(self) -> dict[str, float]:
         """Return steps per second and the share of the time spent waiting for data, and begin anew."""
         seconds = max(perf_counter() - self._began - self._paused, 1e-9)
-        figures = {"steps_per_s": self.steps / seconds, "data_wait_share": self._feed.waited / seconds}
+        figures = dict(zip(TIMING, (self.steps / seconds, self._feed.waited / seconds), strict=True))
         self._begin()
         return figures
 

@@ -1,6 +1,7 @@
 """The folder of a run: begun, refused, gone on with, replaced; and which of its checkpoints are kept.
 
-run.json        what decides the weights: settings, processes, the caller's artefact
+run.json        what decides the weights: settings, processes, the caller's artefact; and `settings`, all that the
+                caller was configured with, from which the run replays
 metrics.jsonl   one line per log step
 best.json       the checkpoint with the lowest validation metric
 checkpoints/    see checkpoint.py
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,15 @@ from typing import Any
 from pydantic import Field
 
 from vla.stores.errors import CheckpointError, UsageError
-from vla.stores.filesystem import PARTIAL, explaining, sweep_partial, write_atomic
+from vla.stores.filesystem import PARTIAL, explaining, write_atomic
 from vla.stores.fingerprint import differences
+from vla.stores.owned import CHECKPOINT, RUN, foreign, remove_owned, sweep
 from vla.stores.settings import Settings
 from vla.training.checkpoint import CHECKPOINT_NAME, checkpoints, read_object, step_of, survey
 
 log = logging.getLogger(__name__)
+
+SETTINGS = "settings"
 
 
 class Best(Settings):
@@ -42,6 +45,12 @@ def can_resume(run_dir: Path) -> bool:
     return bool(checkpoints(run_dir))
 
 
+def begun_run(run_dir: Path | None) -> Path | None:
+    """Return the file of a run's settings; None where no run was begun in the folder."""
+    file = None if run_dir is None else run_dir / "run.json"
+    return file if file is not None and file.is_file() else None
+
+
 def begun_warmup(run_dir: Path) -> int | None:
     """Return the steps of warm-up that a run was begun with; None where no run was. Raises `CheckpointError`."""
     file = run_dir / "run.json"
@@ -50,15 +59,35 @@ def begun_warmup(run_dir: Path) -> int | None:
     return steps if type(steps) is int and steps >= 0 else None
 
 
+def saved_settings(values: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Return the caller's settings in the content of a `run.json`; the content of another configuration as it is.
+
+    Raises `UsageError` for a run that was written before runs kept them.
+    """
+    if not {"train", "processes", "artefact"} <= values.keys():
+        return values
+    settings = values.get(SETTINGS)
+    if not isinstance(settings, dict):
+        raise UsageError(f"{file} has no {SETTINGS!r}: an earlier version wrote it", fix="the flags that it began with")
+    return settings
+
+
 def prepare_run(
-    run_dir: Path, decides: Mapping[str, Any], *, resume: bool, overwrite: bool, places: Sequence[str] = ()
+    run_dir: Path,
+    decides: Mapping[str, Any],
+    *,
+    resume: bool,
+    overwrite: bool,
+    places: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[Path | None, tuple[str, ...]]:
     """Make the folder ready. Return the checkpoint to go on from (None: from step 0), and why newer ones are not it.
 
     `decides` is everything the weights depend on, JSON-able; `places` names what of it only says where something is,
-    such as "artefact.stores.path" (of every item of a list), which may be another on resuming. Raises `UsageError`
-    where the folder exists and neither flag is given, where it is not a run, and where the run was begun with something
-    else, naming the field; `CheckpointError` where there are checkpoints and all of them are damaged.
+    such as "artefact.stores.path" (of every item of a list), which may be another on resuming. `settings` are kept
+    beside `decides`, to replay the run from. Raises `UsageError` where the folder exists and neither flag is given,
+    where it is not a run, where `overwrite` would delete what is no part of a run, and where the run was begun with
+    something else, naming the field; `CheckpointError` where there are checkpoints and all of them are damaged.
     """
     file = run_dir / "run.json"
     with explaining(run_dir):
@@ -70,12 +99,14 @@ def prepare_run(
         if inside and resume:
             _require_same(file, decides, places)
         elif inside:
-            for path in inside:  # run.json stays until it is replaced: an interrupted --overwrite leaves a run of ours
-                if path != file:
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            # run.json stays until it is replaced: an interrupted --overwrite leaves a run.
+            remove_owned(run_dir, RUN, keep=(file.name,))
+        if (run_dir / "checkpoints").is_symlink():  # pruning would delete where the link leads
+            raise UsageError(f"{run_dir / 'checkpoints'} is a symbolic link", fix="a link in the run folder's place")
         run_dir.mkdir(parents=True, exist_ok=True)
-        sweep_partial(run_dir)
-        write_atomic(file, json.dumps(decides, indent=1).encode())
+        sweep(run_dir, RUN)
+        kept = dict(decides) if settings is None else {**decides, SETTINGS: settings}
+        write_atomic(file, json.dumps(kept, indent=1).encode())
     found = survey(run_dir)
     if found.newest is None and found.passed_over:
         raise CheckpointError(
@@ -98,20 +129,26 @@ def write_best(run_dir: Path, best: Best | None) -> None:
 def prune(run_dir: Path, keep: int, step: int, best: Best | None) -> None:
     """Delete all checkpoints up to `step` but the newest `keep` and the best.
 
-    Later ones stay: they are damaged ones, from which a resumed run fell back, and take nobody's place.
+    Later ones stay: they are damaged ones, from which a resumed run fell back, and take nobody's place. So do those
+    that hold other files than a checkpoint's.
     """
     past = [folder for folder in checkpoints(run_dir) if step_of(folder) <= step]
     with explaining(run_dir):
         for folder in past[keep:]:
             if best is None or folder.name != best.checkpoint:
+                others = foreign(folder, CHECKPOINT)
+                if others:
+                    log.warning("%s is kept: it holds %s, which is no part of a checkpoint", folder, others[0])
+                    continue
                 # Under its name a checkpoint is whole: half a deletion must not look like damage.
                 partial = folder.rename(folder.with_name(folder.name + PARTIAL))
-                shutil.rmtree(partial)
+                remove_owned(partial, CHECKPOINT)
 
 
 def _require_same(file: Path, decides: Mapping[str, Any], places: Sequence[str]) -> None:
     begun: Any = read_object(file)
     ours: Any = json.loads(json.dumps(decides))
+    begun.pop(SETTINGS, None)  # what of them decides is in the rest
     for place in places:
         _drop(begun, place.split("."))
         _drop(ours, place.split("."))

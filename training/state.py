@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import get_scheduler
 
-from vla.stores.errors import CheckpointError
+from vla.pretrained.weights import first_not_finite
+from vla.stores.errors import CheckpointError, DataError
 from vla.training.checkpoint import load_weights, read_state, read_tensors, save_checkpoint
 from vla.training.config import TrainConfig
 from vla.training.ema import WarmAverage
-from vla.training.metrics import Window
+from vla.training.metrics import TIMING, Window
 from vla.training.optimizer_state import dump_optimizer, load_optimizer, parameter_names
 from vla.training.run_folder import Best, prune, write_best
 from vla.training.seeding import random_state, restore_random_state, seed_everything
@@ -61,7 +63,7 @@ class TrainState:
         self.best: Best | None = None
         self.latest: dict[str, float] = {}
         self.window = Window(self._mean_over_processes, scaled=accelerator.scaler is not None)
-        self._saved = -1
+        self._saved = self._finite = -1  # the step of the last checkpoint, and of the last `require_finite`
         seed_everything(config.seed, 1 + accelerator.process_index)
 
     def update(self) -> torch.Tensor:
@@ -89,19 +91,45 @@ class TrainState:
         """The model to validate: of averaged weights, or the trained one where averaging is off."""
         return self.ema.averaged if self.ema is not None else self.module
 
+    def require_finite(self) -> None:
+        """Raise `DataError` naming the first tensor of the model, its average or the optimiser that is not finite.
+
+        Losses and gradients do not show what the newest update did to the weights: no batch has passed them yet.
+        """
+        if self._finite == self.step:
+            return
+        tensors = {f"the model's {name}": values for name, values in self.module.state_dict().items()}
+        if self.ema is not None:
+            average = self.ema.averaged.state_dict()
+            tensors |= {f"the averaged model's {name}": values for name, values in average.items()}
+        for name, parameter in zip(self.names, self.trained, strict=True):
+            for slot, values in self.optimizer.state.get(parameter, {}).items():
+                if slot != "step":  # a count
+                    tensors[f"the optimiser's {name}.{slot}"] = values
+        wrong = first_not_finite(tensors)
+        if wrong is not None:
+            raise DataError(
+                f"{wrong} is not finite after step {self.step}",
+                expected="finite numbers; the step is not saved",
+                fix="a smaller train.lr, then --resume from the last checkpoint or --overwrite",
+            )
+        self._finite = self.step
+
     def save(self, run_dir: Path, artefact: Mapping[str, Any], figures: Mapping[str, float]) -> None:
         """Write the checkpoint of this step, unless it is there; keep the newest ones and the best.
 
-        `figures` are this step's validation. Raises `DataError` where a loss was not finite.
+        `figures` are this step's validation. Raises `DataError` where a loss or anything to be saved is not finite.
         """
         if self._saved == self.step:
             return
         self.window.drain(self.step)
+        self.require_finite()
         random_states = gather_object([random_state()])
         if self.accelerator.is_main_process:
             metric = self.config.best_metric
             value = figures.get(metric)
-            if value is not None and (self.best is None or value < self.best.value):
+            finite = value is not None and math.isfinite(value)
+            if value is not None and finite and (self.best is None or value < self.best.value):
                 self.best = Best(checkpoint=f"step-{self.step:08d}", metric=metric, value=value)
             models = {"model": self.module} | ({"ema": self.ema.averaged} if self.ema is not None else {})
             tensors, rest = dump_optimizer(self.optimizer, self.names)
@@ -134,6 +162,7 @@ class TrainState:
             best.metric != self.config.best_metric or not (run_dir / "checkpoints" / best.checkpoint).is_dir()
         ):
             self.best = None
+        self.require_finite()
         if self.accelerator.is_main_process:
             write_best(run_dir, self.best)
 
@@ -142,7 +171,7 @@ class TrainState:
         schedule = self.schedule.state_dict()
         return {
             "config": self.config.model_dump(mode="json"),
-            "metrics": self.latest,
+            "metrics": {name: value for name, value in self.latest.items() if name not in TIMING},
             "window": self.window.state(),
             "schedule": {key: schedule[key] for key in _SCHEDULE},
             "scaler": scaler.state_dict() if scaler is not None else None,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from peers import Frames, Read
+from vla.stores.errors import missing_extra
 
-PACKAGE, INSTALL = "tensorstore", "pip install 'vla-feature-cache[bench]'"
+PACKAGE, INSTALL = "tensorstore", missing_extra("bench")
 
 
 def build(folder: Path, frames: Frames, store: Path) -> None:

@@ -7,7 +7,7 @@ is sized (`croco_kwargs`), so ViT-B and ViT-L are both read. Code and weights ar
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -28,7 +28,9 @@ from vla.pretrained.weights import (
     require_fit,
 )
 from vla.stores.errors import DataError, MachineError
+from vla.stores.pointers import refuse_pointer
 from vla.stores.settings import Settings
+from vla.stores.user_given import WEIGHTS, UserGiven
 
 REPOSITORY = Repository(
     url="https://github.com/naver/croco",
@@ -71,9 +73,9 @@ class CrocoSettings(Settings):
     tokens to pool x pool cells (None: all of them). `seed`: of random weights.
     """
 
-    checkout: str | None = None
-    any_commit: bool = False
-    weights: str | None = None
+    checkout: Annotated[str | None, UserGiven()] = None
+    any_commit: Annotated[bool, UserGiven()] = False
+    weights: Annotated[str | None, WEIGHTS] = None
     pool: int | None = Field(None, ge=1, le=64)
     seed: int = Field(0, ge=0)
 
@@ -184,6 +186,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
     try:
         content = torch.load(path, "cpu", weights_only=True)
     except DAMAGE as error:
+        refuse_pointer(path)
         raise DataError(f"{path} is not a file of weights: {str(error).partition(chr(10))[0]}") from None
     kwargs, tensors = (content.get(key) if isinstance(content, dict) else None for key in ("croco_kwargs", "model"))
     if not isinstance(kwargs, dict) or not all(isinstance(name, str) for name in kwargs):

@@ -11,7 +11,7 @@ own. The views of a scene attend to each other; time steps never do. The head ru
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -25,6 +25,7 @@ from vla.pretrained.inference import count_parameters, frozen_inference
 from vla.pretrained.weights import RANDOM, digest_tensors
 from vla.stores.errors import DataError, UsageError
 from vla.stores.settings import Settings, nearest
+from vla.stores.user_given import WEIGHTS, PlainText
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """ImageNet's, of [0, 1] pixels: upstream's `input_processor.py`."""
@@ -39,6 +40,8 @@ one, and upstream's own head takes 8 at a time."""
 FEATURES = ("ray", "ray_full", "ray_conf", "depth")
 TOKENS = re.compile(r"tokens_(0|[1-9]\d*)")
 
+PUBLISHED = "DA3-LARGE"
+"""The model that is loaded where neither `weights` nor `model` is given."""
 Model = Literal["DA3-SMALL", "DA3-BASE", "DA3-LARGE", "DA3-LARGE-1.1", "DA3-GIANT", "DA3-GIANT-1.1", "tiny"]
 ReferenceView = Literal["first", "middle", "saddle_balanced", "saddle_sim_range"]
 
@@ -47,7 +50,8 @@ class Da3Settings(Settings):
     """Which network, which of its outputs, and what it sees at once.
 
     `weights`: a folder or hub id with config.json and model.safetensors, "random", or None for `model` from the hub.
-    `model`: a published model, or "tiny" with random weights; where a folder is given, the folder says.
+    `model`: the size of the network. None is "tiny" with random weights, DA3-LARGE from the hub, and the folder's own
+    where `weights` is a folder.
     `features`: of "ray" (pooled), "ray_full", "ray_conf", "depth" and "tokens_<layer>". `target_hw`: rows and columns
     of "ray". `size`: longest side of the network's input in pixels, a multiple of 14. `picture`: height and width of
     the source's pictures, needed for the features whose shape depends on it. `views`: views of a scene; 1 takes each
@@ -56,9 +60,9 @@ class Da3Settings(Settings):
     "first" is the first camera throughout. `seed`: of random weights.
     """
 
-    weights: str | None = None
-    model: Model = "DA3-LARGE"
-    features: tuple[str, ...] = Field(("ray",), min_length=1)
+    weights: Annotated[str | None, WEIGHTS] = None
+    model: Model | None = None
+    features: Annotated[tuple[str, ...], PlainText()] = Field(("ray",), min_length=1)
     target_hw: tuple[int, int] = (14, 14)
     size: int = Field(504, ge=2 * PATCH, le=2016, multiple_of=PATCH)
     picture: tuple[int, int] | None = None
@@ -244,17 +248,18 @@ def _require_picture(settings: Da3Settings) -> None:
 
 def _build(settings: Da3Settings) -> tuple[str, Any, dict[str, Any]]:
     """Return the architecture's name, the network, and the part of the identity that tells its weights."""
-    name = MODELS[settings.model]
     if settings.weights == RANDOM:
+        name = MODELS[settings.model or "tiny"]
         network = build_network(name, settings.seed)
         digest = digest_tensors(network.state_dict())
         return name, network, {"weights": RANDOM, "seed": settings.seed, "weights_sha256": digest}
     if settings.weights is None and settings.model == "tiny":
         raise UsageError("no weights of the tiny model were ever published", fix="--weights random")
+    model = settings.model or PUBLISHED
     fix = (
-        f"`hf download depth-anything/{settings.model} --local-dir weights/da3` where there is a network, then "
-        "--weights weights/da3 (or --weights random --set options.model=tiny for a trial run)"
+        f"`hf download depth-anything/{model} --local-dir weights/da3` where there is a network, then "
+        "--weights weights/da3 (or --weights random for a trial run)"
     )
-    wanted = name if settings.weights is None or "model" in settings.model_fields_set else None
-    name, network, digest = load_network(settings.weights or f"depth-anything/{settings.model}", wanted, fix)
+    wanted = MODELS[model] if settings.weights is None or settings.model is not None else None
+    name, network, digest = load_network(settings.weights or f"depth-anything/{model}", wanted, fix)
     return name, network, {"weights_sha256": digest}

@@ -9,7 +9,7 @@ place in the picture. Either network can also be run alone.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -24,6 +24,7 @@ from vla.pretrained.inference import count_parameters, frozen_inference
 from vla.pretrained.weights import RANDOM
 from vla.stores.errors import UsageError
 from vla.stores.settings import Settings
+from vla.stores.user_given import WEIGHTS, UserGiven
 
 DINO_ID, SIGLIP_ID = "facebook/dinov3-vits16-pretrain-lvd1689m", "google/siglip-so400m-patch14-384"
 
@@ -38,9 +39,9 @@ class DinoSiglipSettings(Settings):
     `coarse`: sides of the two poolings. `seed`: of random weights.
     """
 
-    weights: str | None = None
-    dino: str = DINO_ID
-    siglip: str = SIGLIP_ID
+    weights: Annotated[str | None, WEIGHTS] = None
+    dino: Annotated[str, UserGiven()] = DINO_ID
+    siglip: Annotated[str, UserGiven()] = SIGLIP_ID
     towers: Literal["both", "dino", "siglip"] = "both"
     size: int = Field(384, ge=28, le=1024)
     grid: int | None = Field(None, ge=2)

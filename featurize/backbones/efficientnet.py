@@ -8,7 +8,7 @@ The forward pass stops at the last block asked for.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -22,6 +22,7 @@ from vla.pretrained.inference import count_parameters, freeze, frozen_inference
 from vla.pretrained.weights import RANDOM, digest_files, digest_tensors, find_file, load_strictly, read_tensors
 from vla.stores.errors import MachineError, UsageError
 from vla.stores.settings import Settings
+from vla.stores.user_given import WEIGHTS
 
 MEAN, STD = 127.0, 128.0
 """Of the pixel values, for all Lite variants: `efficientnet_lite_builder.py` of the official TensorFlow release."""
@@ -53,7 +54,7 @@ class EfficientNetSettings(Settings):
     size: int = Field(224, ge=32, le=1024)
     resample: Literal["bicubic", "bilinear"] = "bicubic"
     pool: int | None = Field(None, ge=1)
-    weights: str | None = None
+    weights: Annotated[str | None, WEIGHTS] = None
     seed: int = Field(0, ge=0)
 
     @field_validator("block", mode="before")

@@ -7,7 +7,6 @@ are at hand: while the model is built, torch.hub is answered with the copy of DI
 from __future__ import annotations
 
 import inspect
-import json
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from vla.featurize.backbones.checkout import Repository, open_checkout
 from vla.pretrained.hub import find_model, weight_files
 from vla.pretrained.inference import freeze
 from vla.pretrained.weights import RANDOM, digest_files, digest_tensors, load_strictly, read_tensors
+from vla.stores.documents import read_json_file
 from vla.stores.errors import DataError, UsageError
 from vla.stores.fingerprint import digest
 
@@ -169,7 +169,7 @@ def _construct(module: ModuleType, config: dict[str, Any], folder: Path | None) 
 def _read_config(path: Path) -> dict[str, Any]:
     """Read the keyword arguments of the model; ranges in it may be infinite."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json_file(path)
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path}: {error}") from None
     if not isinstance(config, dict):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -20,6 +20,7 @@ from vla.pretrained.inference import count_parameters, freeze, frozen_inference
 from vla.pretrained.weights import RANDOM, digest_tensors
 from vla.stores.errors import DataError, UsageError
 from vla.stores.settings import Settings
+from vla.stores.user_given import WEIGHTS, PlainText
 
 
 class Rgb2pcSettings(Settings):
@@ -30,8 +31,8 @@ class Rgb2pcSettings(Settings):
     `means`: also keep each input's own spatial mean, unfused, for heads that go on training the adapters.
     """
 
-    weights: str | None = None
-    student: dict[str, Any] = {}
+    weights: Annotated[str | None, WEIGHTS] = None
+    student: Annotated[dict[str, Any], PlainText()] = {}
     seed: int = Field(0, ge=0)
     projected: bool = False
     means: bool = False

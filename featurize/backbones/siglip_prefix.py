@@ -10,7 +10,7 @@ Only the tower and the projector are read from a checkpoint; the language model'
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import transformers
@@ -25,6 +25,7 @@ from vla.pretrained.inference import count_parameters, freeze, frozen_inference
 from vla.pretrained.paligemma import VISION_FIELDS, Prefix, read_prefix
 from vla.pretrained.weights import RANDOM, digest_tensors, load_strictly
 from vla.stores.settings import Settings
+from vla.stores.user_given import WEIGHTS
 
 MODEL_ID = "google/paligemma-3b-pt-224"
 
@@ -47,7 +48,7 @@ class SiglipPrefixSettings(Settings):
     google/paligemma-3b-pt-224. `seed`: of random weights.
     """
 
-    weights: str | None = None
+    weights: Annotated[str | None, WEIGHTS] = None
     seed: int = Field(0, ge=0)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from vla.featurize.image import Image
 from vla.pretrained.inference import count_parameters, frozen_inference
 from vla.pretrained.weights import RANDOM
 from vla.stores.settings import Settings
+from vla.stores.user_given import WEIGHTS, UserGiven
 
 CLIP_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 """Mean and std of [0, 1] pixels that CLIP was trained with (its processor's defaults)."""
@@ -49,9 +50,9 @@ class SpatialSettings(Settings):
     `seed`: of random weights.
     """
 
-    weights: str | None = None
-    clip: str = CLIP_ID
-    llava: str = LLAVA_ID
+    weights: Annotated[str | None, WEIGHTS] = None
+    clip: Annotated[str, UserGiven()] = CLIP_ID
+    llava: Annotated[str, UserGiven()] = LLAVA_ID
     geometry: Literal["source", "mapanything"] = "source"
     tokens: Literal["voxel", "patch"] = "voxel"
     voxel: float = Field(0.2, gt=0, le=100)
@@ -60,9 +61,9 @@ class SpatialSettings(Settings):
     projector: bool = False
     fit: Fit = "crop"
     dense: int = Field(0, ge=0, le=64)
-    mapanything: str | None = None
-    checkout: str | None = None
-    any_commit: bool = False
+    mapanything: Annotated[str | None, WEIGHTS] = None
+    checkout: Annotated[str | None, UserGiven()] = None
+    any_commit: Annotated[bool, UserGiven()] = False
     geometry_size: int = Field(518, ge=28, le=1036, multiple_of=14)
     seed: int = Field(0, ge=0)
 

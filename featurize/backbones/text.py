@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import transformers
@@ -23,6 +23,7 @@ from vla.pretrained.inference import count_parameters, frozen_inference
 from vla.pretrained.weights import RANDOM, digest_files, digest_tensors
 from vla.stores.errors import DataError, MachineError, UsageError
 from vla.stores.settings import Settings
+from vla.stores.user_given import WEIGHTS, PlainText
 
 DEFAULT_ID = "Qwen/Qwen3-0.6B"
 """The language model of OpenTrackVLA's planner; Apache-2.0."""
@@ -43,11 +44,11 @@ class TextSettings(Settings):
     told, with `{instruction}` in it. `seed`: of random weights.
     """
 
-    weights: str | None = None
+    weights: Annotated[str | None, WEIGHTS] = None
     embedding: Literal["table", "encoder", "none"] = "table"
     length: int = Field(64, ge=1, le=4096)
     side: Literal["left", "right"] = "left"
-    template: str = Field("{instruction}", pattern=r"\{instruction\}")
+    template: Annotated[str, PlainText()] = Field("{instruction}", pattern=r"\{instruction\}")
     special_tokens: bool = True
     seed: int = Field(0, ge=0)
 

@@ -10,7 +10,7 @@ With no context, the default, a scene is the one time step, and features depend 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field, field_validator
@@ -25,6 +25,7 @@ from vla.pretrained.inference import count_parameters, frozen_inference
 from vla.pretrained.weights import RANDOM
 from vla.stores.errors import UsageError
 from vla.stores.settings import Settings
+from vla.stores.user_given import WEIGHTS, UserGiven
 
 SCENE_PIXELS = {"cpu": 2 * 518 * 518, "cuda": 16 * 518 * 518}
 """Input pixels of one forward pass, at least one scene: the outputs of all 24 layers stay until its end, 270 MB for
@@ -44,9 +45,9 @@ class VggtSettings(Settings):
     source. `seed`: of random weights.
     """
 
-    checkout: str | None = None
-    any_commit: bool = False
-    weights: str | None = None
+    checkout: Annotated[str | None, UserGiven()] = None
+    any_commit: Annotated[bool, UserGiven()] = False
+    weights: Annotated[str | None, WEIGHTS] = None
     layer: int = -1
     size: int | tuple[int, int] = 518
     pool: int | None = Field(None, ge=1, le=64)

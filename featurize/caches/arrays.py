@@ -26,6 +26,7 @@ from vla.featurize.caches.checks import (
 )
 from vla.featurize.sources.base import Episode, StepSpec
 from vla.stores.errors import SourceError
+from vla.stores.pointers import refuse_pointer
 
 STEPS = ("action", "state")
 _SAFE_DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64", "U8": "uint8"}
@@ -134,6 +135,7 @@ def map_npy(path: Path) -> NDArray[Any]:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError, SyntaxError) as error:
+        refuse_pointer(path)
         raise SourceError(f"{path} does not load: {error}", expected="a plain .npy array", fix=SKIP) from None
     if not isinstance(array, np.memmap) or array.offset + array.nbytes != path.stat().st_size:
         raise SourceError(f"{path} has {path.stat().st_size} bytes", expected="an array that fills the file", fix=SKIP)
@@ -171,6 +173,7 @@ class _Safe:
             self._file = safe_open(self._path, framework="numpy")
             return cast(Any, self._file).__enter__()
         except (SafetensorError, OSError) as error:
+            refuse_pointer(self._path)
             what = f"{self._path} does not load: {error}"
             raise SourceError(what, expected="a whole .safetensors", fix=SKIP) from None
 

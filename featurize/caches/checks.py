@@ -44,7 +44,7 @@ def as_feature(values: NDArray[Any], spec: FeatureSpec, has_views: bool, where: 
 
 def as_steps(values: NDArray[Any], shape: tuple[int, ...], where: str) -> NDArray[np.float32]:
     """Return steps [T, *shape] float32, finite."""
-    if values.dtype.kind not in "fiu" or values.shape[1:] != shape:
+    if values.dtype.kind not in "fiub" or values.shape[1:] != shape:
         raise SourceError(f"{where} is {values.dtype} {values.shape}", expected=f"numbers [T, {shape}]", fix=SKIP)
     with np.errstate(over="ignore"):
         steps = values.astype(np.float32)

@@ -27,9 +27,9 @@ from vla.featurize.run import Progress
 from vla.featurize.skipped import MAX_SKIPPED, require_few_skipped
 from vla.featurize.sources.base import Episode, Source, SourceIndex
 from vla.featurize.sources.registry import common_options, open_source, refuse_overwriting_source
-from vla.stores.debris import refuse_overwriting
 from vla.stores.errors import SourceError, UsageError
 from vla.stores.manifest import Rate
+from vla.stores.owned import refuse_overlap
 from vla.stores.settings import Settings
 from vla.stores.unit_buffer import UnitBuffer
 from vla.stores.writer import StoreWriter, open_writer
@@ -124,7 +124,7 @@ def prepare(config: ImportConfig) -> ImportJob:
 
 def run(
     job: ImportJob,
-    root: Path,
+    root: Path | str,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -133,13 +133,13 @@ def run(
 ) -> ImportReport:
     """Make the store at `root`. Raises `SourceError` on a damaged cache; what is committed stays committed.
 
-    Raises `UsageError` where `overwrite` would delete the cache or the source, and what `require_room` does where the
+    Raises `UsageError` where `root` overlaps with the cache or the source, and what `require_room` does where the
     disk is too small (not with `accept`).
     """
-    if overwrite:
-        refuse_overwriting(root, [job.config.path])
-        if job.source is not None:
-            refuse_overwriting_source(root, str(job.config.source), job.source)
+    root = Path(root)
+    refuse_overlap(root, [job.config.path])
+    if job.source is not None:
+        refuse_overwriting_source(root, str(job.config.source), job.source)
     refuse_shadowing(root)
     require_room(job.plan, root, overwrite=overwrite, accept=accept)
     report, began = ImportReport(), time.perf_counter()

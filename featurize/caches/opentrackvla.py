@@ -9,7 +9,6 @@ EPISODE is a path such as `seed_100/SCENE/4`. An action is the base velocity (vx
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import warnings
@@ -24,7 +23,9 @@ from vla.featurize.backbones.base import FeatureSpec
 from vla.featurize.caches.base import CacheIndex
 from vla.featurize.caches.checks import SKIP, as_feature, digest_files, natural
 from vla.featurize.sources.base import Episode, StepSpec
+from vla.stores.documents import parse_json
 from vla.stores.errors import SourceError
+from vla.stores.pointers import refuse_pointer
 
 FPS = 10.0
 """make_tracking_data.py integrates with dt = 0.1 s."""
@@ -143,6 +144,7 @@ def _load(path: Path, shape: tuple[int, ...]) -> NDArray[Any]:
             warnings.simplefilter("ignore")  # about the protocol of a pickle that is then refused
             tensor = torch.load(path, map_location="cpu", weights_only=True)
     except damage as error:
+        refuse_pointer(path)
         reason = type(error).__name__ + (": holds more than tensors" if isinstance(error, damage[1]) else "")
         raise SourceError(f"{path} does not load ({reason})", expected=f"one tensor {shape}", fix=SKIP) from None
     if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tuple(tensor.shape) != shape:
@@ -157,10 +159,10 @@ def _load(path: Path, shape: tuple[int, ...]) -> NDArray[Any]:
 def _sample(path: Path, number: int, line: str) -> tuple[str, NDArray[np.float32], str]:
     """Return (stem of the current frame, actions [K, 3], instruction) of a line."""
     try:
-        sample = json.loads(line)
+        sample = parse_json(line)
         stem, task = PurePosixPath(str(sample["current"])).stem, str(sample["instruction"])
         actions = np.asarray(sample["actions"], np.float32)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise SourceError(f"{path}, line {number}: no sample ({type(error).__name__})", fix=SKIP) from None
     if actions.ndim != 2 or actions.shape[1] != 3 or not np.isfinite(actions).all():
         raise SourceError(f"{path}, line {number}: actions {actions.shape}", expected="finite [K, 3]", fix=SKIP)

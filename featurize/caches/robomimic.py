@@ -25,7 +25,7 @@ from vla.featurize.caches.checks import (
     natural,
     require_views,
 )
-from vla.featurize.hdf5 import dataset, group, opened
+from vla.featurize.hdf5 import dataset, group, opened, read_rows, read_whole, require_rows
 from vla.featurize.robosuite_attributes import control_frequency
 from vla.featurize.sources.base import Episode, StepSpec
 from vla.stores.errors import SourceError, UsageError
@@ -81,7 +81,9 @@ class RobomimicCache:
         with opened(self._path) as file:
             for name, spec in index.features.items():
                 data = dataset(file, f"data/{index.episodes[episode].id}/obs/{self._features[name]}")
-                made[name] = as_feature(data[start:stop], spec, self._has_views, f"{self._path}:{data.name}", start)
+                made[name] = as_feature(
+                    read_rows(data, start, stop), spec, self._has_views, f"{self._path}:{data.name}", start
+                )
         return made
 
     def steps(self, episode: int) -> dict[str, NDArray[Any]]:
@@ -89,9 +91,10 @@ class RobomimicCache:
         index = self.index()
         demo = f"data/{index.episodes[episode].id}"
         with opened(self._path) as file:
-            made = {"action": dataset(file, f"{demo}/actions")[()]}
+            made = {"action": read_whole(dataset(file, f"{demo}/actions"))}
             if self._state:
-                made["state"] = np.concatenate([dataset(file, f"{demo}/obs/{key}")[()] for key in self._state], axis=1)
+                parts = [read_whole(dataset(file, f"{demo}/obs/{key}")) for key in self._state]
+                made["state"] = np.concatenate(parts, axis=1)
         return {
             name: as_steps(values, index.steps[name].shape, f"{self._path}:{demo} {name}")
             for name, values in made.items()
@@ -137,6 +140,7 @@ class RobomimicCache:
             flat = key == "actions" or key.removeprefix("obs/") in self._state
             if data.ndim < 2 or (flat and data.ndim != 2):
                 raise SourceError(f"{self._path}:{data.name} has shape {data.shape}", expected="[T, D]", fix=SKIP)
+            require_rows(data, len(data) if flat else 1)
         return found
 
     def _specs(self, shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, Any]:

@@ -51,12 +51,13 @@ class TrainedStudent:
     folder: Path
 
 
-def load_student(path: Path) -> TrainedStudent:
+def load_student(path: Path | str) -> TrainedStudent:
     """Load a run folder of `vla distill rgb2pc` (its newest checkpoint) or one checkpoint.
 
     Raises `CheckpointError` where it is of something else, and where weights and configuration do not fit to the last
     key: no parameter stays random.
     """
+    path = Path(path)
     found = load_checkpoint(path)
     if found.artefact.get("student") != STUDENT:
         raise CheckpointError(f"{found.folder} is no student", expected=f"a run of `vla distill {STUDENT}`")

@@ -18,7 +18,7 @@ from torch import Tensor
 from vla.featurize.distill.pairing import PairedTeacher, PairingReport, pair
 from vla.featurize.distill.teacher import open_teacher
 from vla.stores.batches import WindowBatch, WindowBatches
-from vla.stores.dtypes import INTEGERS, DtypeName
+from vla.stores.dtypes import INTEGERS
 from vla.stores.errors import DataError, UsageError
 from vla.stores.join import JoinedStores, join_stores
 from vla.stores.memory import memory_limit
@@ -27,6 +27,7 @@ from vla.stores.settings import Settings
 from vla.stores.store import open_store
 from vla.stores.tables import EpisodeTable
 from vla.stores.windows import WindowIndex, WindowSpec, split_episodes
+from vla.training.storage import as_tensor
 
 CACHE_SHARE = 0.7
 """Of the memory, how much of a store the page cache is taken to hold."""
@@ -147,7 +148,7 @@ class DistillSource:
     def _step_batch(self, batch: WindowBatch, rows: NDArray[np.int64]) -> StepBatch:
         dtypes = {name: self.stores.feature_info(name).dtype for name in self.inputs}
         return StepBatch(
-            {name: _as_tensor(values[:, 0], dtypes[name]) for name, values in batch.features.items()},
+            {name: as_tensor(values[:, 0], dtypes[name]) for name, values in batch.features.items()},
             torch.from_numpy(self.teacher.read(rows)),
             torch.from_numpy(rows),
             {name: torch.from_numpy(values[:, 0]) for name, values in batch.scales.items()},
@@ -208,8 +209,3 @@ def _grid_of(stores: JoinedStores, name: str) -> tuple[int, int, int]:
     if views != {info.shape[0]}:
         raise UsageError(f"{name!r} has {info.shape[0]} views", expected=f"{max(views)}, as the other stores")
     return info.shape[1], info.shape[2], info.shape[3]
-
-
-def _as_tensor(stored: NDArray[Any], dtype: DtypeName) -> Tensor:
-    tensor = torch.from_numpy(stored)
-    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from vla.featurize.distill.fusion import MixtureFusion, WeightedFusion
 from vla.stores.settings import Settings
+from vla.stores.user_given import PlainText
 
 
 class StudentConfig(Settings):
@@ -30,7 +31,7 @@ class StudentConfig(Settings):
     training it is always all of them.
     """
 
-    inputs: dict[str, tuple[int, int, int]] = Field(min_length=1)
+    inputs: Annotated[dict[str, tuple[int, int, int]], PlainText()] = Field(min_length=1)
     teacher_dim: int = Field(ge=1)
     dim: int | None = Field(None, ge=2)
     grid: tuple[int, int] | None = None

@@ -59,11 +59,12 @@ class Teacher(Protocol):
         ...
 
 
-def open_teacher(path: Path, feature: str | None = None) -> Teacher:
+def open_teacher(path: Path | str, feature: str | None = None) -> Teacher:
     """Open the embeddings at `path`; `feature` names one of a store that has several.
 
     Raises `SourceError` where there is nothing of a known layout.
     """
+    path = Path(path)
     if recognise(path) == "store":
         return StoreTeacher(path, feature)
     if feature is not None:

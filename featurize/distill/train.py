@@ -19,9 +19,11 @@ from vla.featurize.distill.loss import TAU, agreement, embedding_mse, info_nce, 
 from vla.featurize.distill.student import Student, StudentConfig
 from vla.stores.errors import UsageError
 from vla.stores.fingerprint import digest
+from vla.stores.owned import refuse_overlap
 from vla.stores.settings import Settings, nearest
 from vla.training.config import TrainConfig
 from vla.training.loop import FitReport, Progress, fit, seed_everything
+from vla.training.run_folder import saved_settings
 
 TRAIN_DEFAULTS: dict[str, Any] = {
     "steps": 5000,
@@ -39,8 +41,8 @@ leaves InfoNCE seven negatives."""
 class LossConfig(Settings):
     """`tau`: InfoNCE's temperature. `mse`: weight of the embeddings' squared difference beside it."""
 
-    tau: float = Field(TAU, gt=0)
-    mse: float = Field(0.0, ge=0)
+    tau: float = Field(TAU, gt=0, allow_inf_nan=False)
+    mse: float = Field(0.0, ge=0, allow_inf_nan=False)
 
 
 class DistillConfig(Settings):
@@ -51,6 +53,11 @@ class DistillConfig(Settings):
     model: dict[str, Any] = {}
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig.build(TRAIN_DEFAULTS)
+
+    @classmethod
+    def from_saved(cls, values: dict[str, Any], file: Path) -> dict[str, Any]:
+        """See `Settings.from_saved`."""
+        return saved_settings(values, file)
 
 
 class DistilledStudent(Student):
@@ -63,6 +70,8 @@ class DistilledStudent(Student):
     def loss(self, batch: StepBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean over views of InfoNCE + mse * MSE, and the metrics.
 
+        InfoNCE is defined over its batch: with `train.accumulate` or several processes the negatives of a step are
+        those of its own micro-batch, and the step is the mean over micro-batches, which are equally large.
         Negatives are the other steps of the batch in the same view: two views of one step are never negatives, nor is
         a step that the batch holds twice.
         """
@@ -125,14 +134,17 @@ def prepare(config: DistillConfig) -> DistillJob:
 
 def distill(
     job: DistillJob,
-    run_dir: Path,
+    run_dir: Path | str,
     *,
     resume: bool = False,
     overwrite: bool = False,
     progress: Progress = lambda step, total, metrics: None,
 ) -> FitReport:
-    """Train the student into `run_dir`. Raises what `fit` raises."""
+    """Train the student into `run_dir`. Raises what `fit` raises, and `UsageError` where `run_dir` holds the data."""
+    run_dir = Path(run_dir)
     config, source = job.config, job.source
+    if not resume:
+        refuse_overlap(run_dir, [*config.data.stores, config.data.teacher])
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     held_out = source.validation
@@ -151,6 +163,7 @@ def distill(
         config.train,
         run_dir,
         artefact=job.artefact.model_dump(mode="json"),
+        settings=config.model_dump(mode="json"),
         validate=validate if held_out is not None and len(held_out) > 1 else None,
         resume=resume,
         overwrite=overwrite,

@@ -57,7 +57,7 @@ class SourceIndex:
     `steps` always has exactly one column of role `action`, named `action`; at most one of role `state`, named `state`.
     `sizes` is (height, width) of each camera's pictures, of those cameras whose metadata say it.
     `skipped` maps episode ids left out under `--skip-bad` to the reason; `filtered` names those of them that an option
-    leaves out on purpose.
+    leaves out on purpose. `warnings` are lines on what else was left out, or contradicts itself without being read.
     `mapping` is the resolved column mapping ({ours: theirs}); it enters the fingerprint. `extras` names what `views`
     gives beside the image; a source without any needs no such method (see `ViewSource`).
     `assumed` {option: value and why}: what neither a file states nor the user gives.
@@ -75,6 +75,7 @@ class SourceIndex:
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     mapping: Mapping[str, str] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()
     pictures: bool = True
     stores: tuple[str, ...] = ()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from vla.stores.dtypes import decode
 from vla.stores.errors import SourceError, UsageError
 from vla.stores.join import JoinedReader, JoinedStores, join_stores
 from vla.stores.store import open_store
+from vla.stores.user_given import UserGiven
 
 BLOCK = 32
 """Frames read at once: a few megabytes of features, and few calls."""
@@ -34,7 +35,7 @@ class StoreSource:
     `FingerprintError` where the stores are of different demonstrations.
     """
 
-    def __init__(self, root: Path | str, *, join: Sequence[str] = ()) -> None:
+    def __init__(self, root: Path | str, *, join: Annotated[Sequence[str], UserGiven()] = ()) -> None:
         self._stores: JoinedStores = join_stores([open_store(path) for path in (root, *join)])
         manifests = [store.manifest for store in self._stores.stores]
         if any(manifest.cameras != manifests[0].cameras for manifest in manifests):
@@ -78,7 +79,7 @@ class StoreSource:
         for name in names:
             self._stores.feature_info(name)
             store = self._stores.stores[self._stores.owner[name]]
-            manifest, scales = store.manifest, store.scales(name)
+            manifest, scales = store.manifest, store.live_scales(name)
             identity[name] = {
                 "backbone": manifest.fingerprint["backbone"],
                 "context": manifest.fingerprint["context"],
@@ -86,7 +87,7 @@ class StoreSource:
             }
             recipes[name] = {
                 "backbone": manifest.provenance["backbone"],
-                "scales": None if scales is None else scales.max(axis=0).tolist(),
+                "scales": None if scales is None else scales.tolist(),
             }
             random |= manifest.random_weights
         return ExtrasRecord(identity, recipes, random)

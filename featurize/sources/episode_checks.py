@@ -9,10 +9,7 @@ from numpy.typing import NDArray
 
 from vla.featurize.sources import parquet
 from vla.featurize.sources.base import StepSpec
-from vla.featurize.sources.lerobot_info import Info, inside, missing_file
-from vla.featurize.sources.lerobot_layout import EpisodeRow, Span
-from vla.featurize.sources.mapping import Column
-from vla.featurize.sources.video import TOLERANCE, Clip
+from vla.featurize.sources.video import TOLERANCE
 from vla.stores.errors import SourceError
 
 SKIP = "--skip-bad leaves the episode out"
@@ -34,7 +31,7 @@ def locate(data: Path, episode: int) -> dict[int, tuple[int, int]]:
     if count > MAX_FILE_ROWS:
         raise SourceError(f"{data} claims {count} rows", expected=f"at most {MAX_FILE_ROWS} a file", fix=SKIP)
     where = f"{data}, column episode_index"
-    indices = parquet.to_array(parquet.read_table(data, ["episode_index"]).column(0), where)
+    indices = parquet.to_array(parquet.read_table(data, ["episode_index"]).column(0), where).reshape(-1)
     if not len(indices):
         return {}
     starts = np.flatnonzero(np.r_[True, indices[1:] != indices[:-1]])
@@ -43,24 +40,6 @@ def locate(data: Path, episode: int) -> dict[int, tuple[int, int]]:
     for start, count in zip(starts, counts, strict=True):
         places.setdefault(int(indices[start]), (int(start), int(count)))
     return places
-
-
-def clip_of(info: Info, span: Span, first_time: float, row: EpisodeRow, column: Column, label: str) -> Clip:
-    """Locate an episode in its video by timestamps: its frame 0 is the file's frame round((from + t_0) * fps)."""
-    path = inside(info.root, span.path)
-    if not path.is_file():
-        raise missing_file(info.root, span.path, f"the video of {label}", OTHER_CAMERA)
-    if path.stat().st_size == 0:
-        raise SourceError(f"{path} has 0 bytes", expected=f"the video of {label}", fix=SKIP)
-    exact = (span.start + first_time) * info.fps
-    frames = row.length if span.stop is None else (span.stop - span.start) * info.fps
-    if not (np.isfinite(exact) and exact > -0.5 and abs(exact - round(exact)) <= TOLERANCE):
-        raise SourceError(f"{path}, {label} begins at {exact:.2f} frames", expected="a whole frame", fix=SKIP)
-    if not frames > row.length - 0.5:
-        raise SourceError(
-            f"{path}, {label} spans {frames:.1f} frames", expected=f"{row.length} as its length says", fix=SKIP
-        )
-    return Clip(path, round(exact), info.fps, column.size, label)
 
 
 def fitted(values: NDArray[np.generic], spec: StepSpec, where: str) -> NDArray[np.generic]:
@@ -79,12 +58,12 @@ def require_finite(values: NDArray[np.generic], where: str) -> None:
         raise SourceError(f"{where}, frame {row} is NaN or infinite", expected="finite numbers", fix=SKIP)
 
 
-def require_order(frames: NDArray[np.generic], times: NDArray[np.generic], where: str) -> None:
-    """Raise `SourceError` where rows are shuffled, missing or doubled."""
+def require_order(frames: NDArray[np.generic], times: NDArray[np.generic], where: str, *, timed: bool = True) -> None:
+    """Raise `SourceError` where rows are shuffled, missing or doubled; without `timed` only by their numbers."""
     off = np.flatnonzero(frames != np.arange(len(frames)))
     if len(off):
         raise SourceError(f"{where}: row {off[0]} has frame_index {frames[off[0]]}", expected=f"{off[0]}", fix=SKIP)
-    back = np.flatnonzero(~(np.diff(times.astype(np.float64)) > 0))
+    back = np.flatnonzero(~(np.diff(times.astype(np.float64)) > 0)) if timed else np.zeros(0, np.int64)
     if len(back) or not np.isfinite(times.astype(np.float64)).all():
         at = int(back[0]) + 1 if len(back) else 0
         raise SourceError(f"{where}: timestamp {times[at]} at row {at}", expected="increasing seconds", fix=SKIP)
@@ -98,5 +77,5 @@ def require_grid(times: NDArray[np.float64], fps: float, where: str) -> None:
         raise SourceError(
             f"{where}: timestamp {times[row]:.4f} at row {row} is off",
             expected=f"{row}/{fps:g} s after row 0",
-            fix=SKIP,
+            fix=f"--set source_options.align=index where row i saw frame i, or {SKIP}",
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -18,8 +17,10 @@ from numpy.typing import NDArray
 
 from vla.featurize.sources.episode_checks import SKIP, require_finite
 from vla.featurize.sources.lerobot_info import MAX_JSON_BYTES, inside
+from vla.stores.documents import parse_json
 from vla.stores.errors import SourceError
 from vla.stores.filesystem import digest_file
+from vla.stores.pointers import refuse_pointer
 
 MAX_TEXT_BYTES = 64 << 10
 """An instruction is a sentence; a text file above this is something else."""
@@ -78,7 +79,8 @@ def folders(root: Path, folder: Path) -> list[Path]:
 
 
 def size_of(file: Path, limit: int, what: str, fix: str = SKIP) -> int:
-    """Return the bytes of a regular file. Raises `SourceError` where it is missing, above `limit`, a pipe or a device.
+    """Return the bytes of a regular file. Raises `SourceError` where it is missing, above `limit`, a pipe or a device,
+    `PointerError` for a Git-LFS pointer.
 
     Opening a pipe would wait for ever, and a device has no end.
     """
@@ -88,6 +90,7 @@ def size_of(file: Path, limit: int, what: str, fix: str = SKIP) -> int:
         raise SourceError(f"cannot read {file}: {error.strerror or error}", expected=what, fix=fix) from None
     if not stat.S_ISREG(status.st_mode):
         raise SourceError(f"{file} is no regular file", expected=what, fix=fix)
+    refuse_pointer(file)
     if status.st_size > limit:
         raise SourceError(f"{file} has {status.st_size} bytes", expected=f"at most {limit}", fix=fix)
     return status.st_size
@@ -109,10 +112,10 @@ def read_json(file: Path, what: str, fix: str = SKIP) -> Any:
     """Return the value of a JSON file of bounded size. Raises `SourceError` naming `what` it should have been."""
     size_of(file, MAX_JSON_BYTES, what, fix)
     try:
-        return json.loads(file.read_bytes())
+        return parse_json(file.read_bytes())
     except OSError as error:
         raise SourceError(f"cannot read {file}: {error.strerror or error}", expected=what, fix=fix) from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise SourceError(f"{file} is not JSON", expected=what, fix=fix) from None
 
 

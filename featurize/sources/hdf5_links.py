@@ -6,30 +6,12 @@ file of the machine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import h5py
 
 from vla.featurize.sources.episode_checks import SKIP
 from vla.stores.errors import SourceError
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[h5py.File]:
-    """Open a file to read. What HDF5 raises on damage becomes a `SourceError` naming the file."""
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            yield file
-    # h5py raises OSError on truncation and failed checksums, RuntimeError and KeyError on damaged links,
-    # ValueError and TypeError on types that numpy has not, MemoryError on sizes that the file only claims.
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
-        if isinstance(error, SourceError):
-            raise
-        reason = " ".join(str(error).split())[:160]
-        raise SourceError(f"{path} does not read: {reason}", expected="a whole HDF5 file", fix=SKIP) from None
 
 
 def find(file: h5py.File, path: str) -> Any:

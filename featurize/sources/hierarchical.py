@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ from vla.featurize.sources.recordings import Found, RecordedSource, Recording, c
 from vla.featurize.sources.stage_texts import Said, StageTexts
 from vla.stores.errors import SourceError
 from vla.stores.manifest import Rate
+from vla.stores.user_given import UserGiven
 
 _STAGE = re.compile(r"stage(\d{1,6})")
 Place = tuple[Path, Callable[[StageTexts], Said]]
@@ -46,7 +48,7 @@ class HierarchicalSource(RecordedSource):
         self,
         root: Path | str,
         *,
-        instruction_json: str | None = None,
+        instruction_json: Annotated[str | None, UserGiven()] = None,
         cameras: Sequence[str] | None = None,
         fps: Rate | None = None,
         skip_bad: bool = False,

@@ -6,7 +6,6 @@ Format: LeRobot's `lerobot/datasets/utils.py` (CODEBASE_VERSION, DEFAULT_*_PATH,
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shlex
@@ -18,10 +17,19 @@ from typing import Any
 import numpy as np
 
 from vla.featurize.sources.mapping import PRIVILEGED, Column
+from vla.stores.documents import parse_json
 from vla.stores.errors import SourceError
+from vla.stores.pointers import is_pointer, pointer_error
 
 INFO = "meta/info.json"
-VERSIONS = ("v3.0", "v2.1")
+VERSIONS = ("v3.0", "v2.1", "v2.0")
+"""v2.0 and v2.1 differ in where statistics are kept (meta/stats.json, meta/episodes_stats.jsonl); neither is read."""
+
+CHUNK = ("episode_chunk", "chunk_index", "chunk")
+EPISODE = ("episode_index", "file_index", "episode")
+CAMERA = ("video_key", "camera_key", "image_key", "camera")
+"""What v2 templates in circulation call the three facts of a file's place; the first of each is LeRobot's."""
+
 MAX_JSON_BYTES = 64 << 20
 """A thousand times the largest info.json met; refuses one made to fill the memory."""
 
@@ -44,6 +52,7 @@ class Info:
     video_path: str
     chunk_size: int
     total_episodes: int | None
+    total_frames: int | None
     licence: str
 
 
@@ -56,31 +65,57 @@ def read_info(root: Path) -> Info:
     features = raw.get("features")
     if not isinstance(features, dict) or not all(isinstance(spec, dict) for spec in features.values()):
         raise SourceError(f"{file} has no table 'features'", expected=f"LeRobot {version} metadata")
-    fps = raw.get("fps")
-    if isinstance(fps, bool) or not isinstance(fps, int | float) or not (math.isfinite(fps) and fps > 0):
-        raise SourceError(f"{file} says fps = {fps!r}", expected="frames per second, above 0")
+    fps = number(raw.get("fps"))
+    if fps is None or not (math.isfinite(fps) and fps > 0):
+        raise SourceError(f"{file} says fps = {raw.get('fps')!r}", expected="frames per second, above 0")
     has_video = any(spec.get("dtype") == "video" for spec in features.values())
-    keys = ("chunk_index", "file_index") if version == "v3.0" else ("episode_chunk", "episode_index")
+    keys = ("chunk_index", "file_index") if version == "v3.0" else (*CHUNK, *EPISODE)
+    video_keys = (*keys, *(CAMERA[:1] if version == "v3.0" else CAMERA))
     return Info(
         root=root,
         version=version,
-        fps=float(fps),
+        fps=fps,
         columns={str(name): _column(str(name), spec, file) for name, spec in features.items()},
         data_path=_template(raw, "data_path", keys, file),
-        video_path=_template(raw, "video_path", (*keys, "video_key"), file) if has_video else "",
+        video_path=_template(raw, "video_path", video_keys, file) if has_video else "",
         chunk_size=_count(raw, "chunks_size", 1000, file),
         total_episodes=_count(raw, "total_episodes", 0, file, least=0) if "total_episodes" in raw else None,
+        total_frames=_count(raw, "total_frames", 0, file, least=0) if "total_frames" in raw else None,
         licence=_licence(raw, root),
     )
 
 
 def inside(root: Path, relative: str) -> Path:
-    """Return the real path of `relative`. Raises `SourceError` where it, or a link on its way, leaves `root`."""
+    """Return the real path of `relative`. Raises `SourceError` where it, or a link on its way, leaves `root`.
+
+    Where `root` is a snapshot in the hub's cache, links into the `blobs` of the same repository are followed; the path
+    then keeps its name in the snapshot, as a blob's own name says nothing.
+    """
     path = (root / relative).resolve()
-    if not path.is_relative_to(root):
-        copy = f"cp -rL {shlex.quote(str(root))} COPY"
-        raise SourceError(f"{relative!r} in {root} leads out of it, to {path}", expected="a path inside", fix=copy)
-    return path
+    if path.is_relative_to(root):
+        return path
+    blobs = _hub_blobs(root)
+    if blobs is not None and path.is_relative_to(blobs):
+        return root / relative
+    copy = f"cp -rL {shlex.quote(str(root))} COPY"
+    raise SourceError(f"{relative!r} in {root} leads out of it, to {path}", expected="a path inside", fix=copy)
+
+
+def _hub_blobs(root: Path) -> Path | None:
+    """Return the `blobs` of the repository whose snapshot holds `root`: `datasets--NAME/{blobs,snapshots/COMMIT}`."""
+    for folder in root.parents:
+        if folder.name == "snapshots" and re.match(r"(datasets|models|spaces)--", folder.parent.name):
+            blobs = folder.parent / "blobs"
+            return blobs if blobs.is_dir() and not blobs.is_symlink() else None
+    return None
+
+
+def _is_inside(root: Path, relative: str) -> bool:
+    try:
+        inside(root, relative)
+    except SourceError:
+        return False
+    return True
 
 
 def missing_file(root: Path, relative: str, what: str, fix: str = "") -> SourceError:
@@ -105,14 +140,32 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def parse_object(text: bytes, where: str) -> dict[str, Any]:
-    """Parse one JSON object. Raises `SourceError` naming `where`."""
+    """Parse one JSON object. Raises `SourceError` naming `where`, `PointerError` for a Git-LFS pointer."""
+    if is_pointer(text):
+        raise pointer_error(where)
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = parse_json(text)
+    except ValueError:
         raise SourceError(f"{where} is not JSON", expected="an object") from None
     if not isinstance(value, dict):
         raise SourceError(f"{where} holds a {type(value).__name__}", expected="an object")
     return value
+
+
+def number(value: Any) -> float | None:
+    """Return a number of info.json, written as a number or as text ("30.0"); None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return None
+
+
+def _whole(value: Any) -> int | None:
+    """Return a count, written as 3, 3.0 or "3"; None for anything else."""
+    found = number(value)
+    return int(found) if found is not None and found.is_integer() else None
 
 
 def _version(raw: dict[str, Any], file: Path) -> str:
@@ -120,18 +173,15 @@ def _version(raw: dict[str, Any], file: Path) -> str:
     if version in VERSIONS:
         return str(version)
     fix = "lerobot's own converters (v1 to v2.0, v2.0 to v2.1, v2.1 to v3.0)"
-    if version == "v2.0":
-        # The two differ in where statistics are kept (meta/stats.json, meta/episodes_stats.jsonl); neither is read.
-        fix = f"""sed -i 's/"v2.0"/"v2.1"/' {shlex.quote(str(file))}"""
     raise SourceError(f"{file} says codebase_version = {version!r}", expected=" or ".join(VERSIONS), fix=fix)
 
 
 def _column(name: str, spec: dict[str, Any], file: Path) -> Column:
     dtype, shape = str(spec.get("dtype")), spec.get("shape")
-    shape = shape if isinstance(shape, list | tuple) else []
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in shape):
-        raise SourceError(f"{file}: {name!r} has shape {shape}", expected="a list of counts")
-    shape = tuple(shape)
+    counts = [_whole(n) for n in (shape if isinstance(shape, list | tuple) else [])]
+    shape = tuple(n for n in counts if n is not None and n >= 0)
+    if len(shape) != len(counts):
+        raise SourceError(f"{file}: {name!r} has shape {spec.get('shape')}", expected="a list of counts")
     if dtype in ("video", "image"):
         details = spec.get("info") or spec.get("video_info") or {}
         depth = isinstance(details, dict) and details.get("video.is_depth_map")
@@ -179,9 +229,9 @@ def _template(raw: dict[str, Any], key: str, fields: tuple[str, ...], file: Path
 
 
 def _count(raw: dict[str, Any], key: str, default: int, file: Path, least: int = 1) -> int:
-    value = raw.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise SourceError(f"{file} says {key} = {value!r}", expected=f"a count of at least {least}")
+    value = _whole(raw.get(key, default))
+    if value is None or value < least:
+        raise SourceError(f"{file} says {key} = {raw.get(key)!r}", expected=f"a count of at least {least}")
     return value
 
 
@@ -189,15 +239,15 @@ def _licence(raw: dict[str, Any], root: Path) -> str:
     """Return the licence that info.json or the front matter of the data card names."""
     named = raw.get("license", raw.get("licence"))
     card = root / "README.md"
-    if not named and card.is_file() and card.resolve().is_relative_to(root) and card.stat().st_size < MAX_JSON_BYTES:
+    if not named and card.is_file() and _is_inside(root, card.name) and card.stat().st_size < MAX_JSON_BYTES:
         front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
         line = re.search(r"^licen[cs]e:\s*(\S[^\n]*)", front[1], re.MULTILINE) if front else None
         named = line[1].strip().strip("\"'") if line else None
     return str(named or "unknown")
 
 
-def inferred(dtype: str, width: int | None) -> Column:
-    """Describe a column that the data hold and info.json does not list; `width` None is one number a frame."""
+def inferred(dtype: str, shape: tuple[int, ...]) -> Column:
+    """Describe a column that the data hold and info.json does not list, or lists with a type of its own."""
     if dtype not in NUMBERS:
         return Column("unused", dtype, ())
-    return Column("number", np.dtype(dtype).name, () if width is None else (width,))
+    return Column("number", np.dtype(dtype).name, shape)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
 from vla.featurize.sources.base import Role, StepSpec
 from vla.stores.errors import SourceError, UsageError
@@ -21,7 +21,9 @@ DEFAULTS = {
     "timestamp": "timestamp",
     "frame_index": "frame_index",
 }
-"""Our name -> LeRobot's. `state` may be missing, the others may not."""
+"""Our name -> LeRobot's. `state` may be missing, and `frame_index`, as rows come in order; the others may not."""
+
+OPTIONAL = ("state", "frame_index")
 
 PRIVILEGED = "observation.environment_state"
 CAMERA_PREFIX = "observation.images."
@@ -46,9 +48,20 @@ _NAME = re.compile(r"(?!\.|__|zarr\.json$)[^/\\\x00-\x1f\x7f]{1,200}(?<!\.partia
 """What a store takes as the name of an array (stores/manifest.py), since step names become array names."""
 
 
+class Part(NamedTuple):
+    """Components `start..stop-1` of a column."""
+
+    column: str
+    start: int
+    stop: int
+
+
 @dataclass(frozen=True)
 class Column:
-    """A column as the metadata describe it: `shape` excludes the frame axis, `size` of pictures is (height, width)."""
+    """A column as the metadata describe it: `shape` excludes the frame axis, `size` of pictures is (height, width).
+
+    `parts` is not empty where it is no column of the data but parts of such, end to end: read only if it is asked for.
+    """
 
     kind: Literal["number", "picture", "video", "unused"]
     dtype: str
@@ -56,11 +69,15 @@ class Column:
     names: tuple[str, ...] = ()
     privileged: bool = False
     size: tuple[int, int] | None = None
+    parts: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True)
 class ColumnMap:
-    """The resolved mapping: `cameras` and `steps` are {our name: their column}, `specs` describes each step column."""
+    """The resolved mapping: `cameras` and `steps` are {our name: their column}, `specs` describes each step column.
+
+    `specs` always has `frame_index`, also where no column holds it.
+    """
 
     cameras: dict[str, str]
     steps: dict[str, str]
@@ -73,22 +90,31 @@ class ColumnMap:
 
 
 def resolve(
-    columns: Mapping[str, Column], wanted: Mapping[str, str], cameras: Sequence[str] | None, *, where: str
+    columns: Mapping[str, Column],
+    wanted: Mapping[str, str],
+    cameras: Sequence[str] | None,
+    *,
+    where: str,
+    camera_names: Mapping[str, str] | None = None,
 ) -> ColumnMap:
     """Choose columns. `wanted` is the user's {ours: theirs}, `cameras` the views to take in order (None: all, []:
     numbers alone).
+
+    `camera_names` {their column: ours} are the data set's own names of cameras; `wanted` counts before them.
 
     Raises `SourceError` naming `where`, the columns that are there, and the `--map` that would fix it; `UsageError`
     where `wanted` names one of ours twice.
     """
     chosen = _chosen(columns, wanted, where)
     steps = _steps(columns, chosen, where)
-    views = _views(columns, chosen, cameras, where)
+    views = _views(columns, chosen, cameras, where, camera_names or {})
     _require_usable({**steps, **views}, len(steps) + len(views), where)
     privileged = _sole_privileged(columns, steps)
     if privileged is not None:
         steps = {"privileged" if theirs == privileged else ours: theirs for ours, theirs in steps.items()}
-    return ColumnMap(views, steps, {ours: _spec(ours, columns[theirs], where) for ours, theirs in steps.items()})
+    specs = {ours: _spec(ours, columns[theirs], where) for ours, theirs in steps.items()}
+    specs.setdefault("frame_index", StepSpec((), "int64", "other"))
+    return ColumnMap(views, steps, specs)
 
 
 def our_name(name: str) -> str:
@@ -126,7 +152,7 @@ def _steps(columns: Mapping[str, Column], chosen: Mapping[str, str], where: str)
         else:
             aliases = [alias for alias in ALIASES[ours] if alias in numbers and alias not in chosen.values()]
             # A state that is there under another name must not be dropped in silence; none at all is a fact.
-            if aliases or ours != "state":
+            if (aliases and ours != "frame_index") or ours not in OPTIONAL:
                 missing[ours] = aliases[0] if aliases else _closest(ours, numbers)
     if missing:
         _refuse_missing(missing, columns, where)
@@ -134,7 +160,7 @@ def _steps(columns: Mapping[str, Column], chosen: Mapping[str, str], where: str)
         if columns[theirs].kind == "number":
             steps[ours] = theirs
     taken = set(steps.values()) | BOOKKEEPING
-    others = [name for name in sorted(numbers) if name not in taken and _is_cheap(columns[name])]
+    others = [name for name in sorted(numbers - taken) if not columns[name].parts and _is_cheap(columns[name])]
     return steps | {name: name for name in others if name not in steps}
 
 
@@ -145,10 +171,15 @@ def _refuse_missing(missing: Mapping[str, str], columns: Mapping[str, Column], w
 
 
 def _views(
-    columns: Mapping[str, Column], chosen: Mapping[str, str], cameras: Sequence[str] | None, where: str
+    columns: Mapping[str, Column],
+    chosen: Mapping[str, str],
+    cameras: Sequence[str] | None,
+    where: str,
+    names: Mapping[str, str],
 ) -> dict[str, str]:
     pictures = [name for name, column in columns.items() if column.kind in ("picture", "video")]
-    renamed = {theirs: ours for ours, theirs in chosen.items() if theirs in pictures}
+    renamed = {theirs: names[theirs] for theirs in pictures if theirs in names}
+    renamed |= {theirs: ours for ours, theirs in chosen.items() if theirs in pictures}
     known = {renamed.get(theirs, our_name(theirs)): theirs for theirs in pictures}
     if len(known) != len(pictures):
         raise SourceError(f"two cameras of {where} get one name", expected="a --map NAME=COLUMN for each")

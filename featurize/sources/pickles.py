@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from vla.stores.errors import SourceError
+from vla.stores.pointers import is_pointer, pointer_error
 
 MAX_BYTES = 1 << 28
 """A longer file is refused: the planner's paths of one episode take well under a megabyte."""
@@ -74,6 +75,8 @@ def load_pickle(path: Path) -> Any:
 
 def loads(data: bytes, where: str) -> Any:
     """Like `load_pickle` for bytes; `where` names them in errors."""
+    if is_pointer(data):
+        raise pointer_error(where)
     try:
         _scan(data)
         reader = _Reader(io.BytesIO(data), encoding="latin1")

@@ -12,6 +12,7 @@ from PIL import ImageOps
 
 from vla.featurize.image import Image
 from vla.stores.errors import SourceError
+from vla.stores.pointers import is_pointer, pointer_error
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 """What LeRobot and its neighbours write. Fewer decoders face files from strangers."""
@@ -32,6 +33,8 @@ def decode_picture(data: bytes, where: str, size: tuple[int, int] | None = None)
     are no such picture, for more than 8 bits a channel (depth is not colour), for pictures above 64 million pixels,
     and for another size upright than `size` (height, width).
     """
+    if is_pointer(data):
+        raise pointer_error(where)
     try:
         with Pillow.open(io.BytesIO(data), formats=FORMATS) as picture:
             _require_8_bit(picture, data, where)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import importlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from vla.featurize.options import checked_options, keywords
+from vla.featurize.options import checked_options, keywords, options_model
 from vla.featurize.sources.base import Source
-from vla.stores.debris import refuse_overwriting
 from vla.stores.errors import SourceError, UsageError
-from vla.stores.settings import nearest
+from vla.stores.owned import refuse_overlap
+from vla.stores.settings import nearest, parse_value
+from vla.stores.user_given import resolve
 
 
 class Entry(NamedTuple):
@@ -27,7 +27,7 @@ class Entry(NamedTuple):
 
 
 SOURCES: dict[str, Entry] = {
-    "lerobot": Entry("vla.featurize.sources.lerobot:LeRobotSource", ("meta/info.json",), "LeRobot v3.0 or v2.1"),
+    "lerobot": Entry("vla.featurize.sources.lerobot:LeRobotSource", ("meta/info.json",), "LeRobot v3.0, v2.1 or v2.0"),
     "store": Entry("vla.featurize.sources.cached:StoreSource", ("commits/writer.lock",), "a store of cached features"),
     "trackvla": Entry(
         "vla.featurize.sources.trackvla:TrackVLASource",
@@ -98,7 +98,7 @@ def known_rate(spec: str | Path, fps: float) -> dict[str, float]:
 
 
 def shipped() -> Path:
-    """Return the data set that ships with a checkout. Raises `UsageError` outside of one."""
+    """Return the data set that ships with a checkout and with the wheel. Raises `UsageError` where there is none."""
     path = Path(__file__).parents[2] / "examples" / "push"
     if not path.is_dir():
         raise UsageError("no --source given", expected="a folder of demonstrations", fix="--source DIR")
@@ -106,8 +106,18 @@ def shipped() -> Path:
 
 
 def refuse_overwriting_source(root: Path | str, spec: str | Path, source: Source) -> None:
-    """Raise `UsageError` where the store at `root` is, or holds, what `source`, opened from `spec`, reads."""
-    refuse_overwriting(root, [*source.index().stores, *_parse(spec)[1]])
+    """Raise `UsageError` where the store at `root` overlaps with what `source`, opened from `spec`, reads."""
+    refuse_overlap(root, [*source.index().stores, *_parse(spec)[1]])
+
+
+def resolve_options(
+    spec: str | Path, recorded: Mapping[str, Any], given: Mapping[str, Any], *, artefact: str, prefix: str
+) -> dict[str, Any]:
+    """Return the options of a source that an artefact records, those that reach the disk as the user gives them.
+
+    Raises what `vla.stores.user_given.resolve` raises.
+    """
+    return resolve(options_model(_class_of(_parse(spec)[0])), recorded, given, artefact=artefact, prefix=prefix)
 
 
 def option_names(spec: str | Path) -> list[str]:
@@ -174,10 +184,7 @@ def _written(kind: str, text: str) -> dict[str, Any]:
         key, equals, raw = pair.partition("=")
         if not equals:
             raise UsageError(f"{kind} source option {pair!r}", expected=f"KEY=VALUE, such as {kind}:episodes=8,seed=1")
-        try:
-            options[key.strip()] = json.loads(raw)
-        except (json.JSONDecodeError, RecursionError):
-            options[key.strip()] = raw
+        options[key.strip()] = parse_value(raw)
     return options
 
 

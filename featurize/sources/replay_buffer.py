@@ -57,8 +57,9 @@ class ReplayBufferSource:
     `privileged`: arrays [N, D], joined in this order; `NAME[a:b]` takes columns a..b-1 (None: `state` where it exists).
     PushT's `state` holds the block's pose in columns 2 to 4, which a real robot would not know: `state=["state[0:2]"],
     privileged=["state[2:5]"]`. `picture_range`: what white is in float pictures, 255 or 1. `fps` has to be given: the
-    format does not say it. `task`: the instruction. `skip_bad` leaves episodes out whose numbers are NaN or infinite,
-    and names them.
+    format does not say it. `empty_chunks`: what a chunk without a file is, damage ("refuse") or the array's fill value
+    ("fill"), which zarr need not store. `task`: the instruction. `skip_bad` leaves episodes out whose numbers are NaN
+    or infinite, and names them.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class ReplayBufferSource:
         privileged: Sequence[str] = (),
         picture_range: Literal[1, 255] = 255,
         fps: Rate | None = None,
+        empty_chunks: Literal["refuse", "fill"] = "refuse",
         task: str = "",
         skip_bad: bool = False,
     ) -> None:
@@ -78,7 +80,7 @@ class ReplayBufferSource:
             raise UsageError(f"picture_range {picture_range!r}", expected="1 or 255")
         self._root, self._cameras, self._range, self._fps = Path(path), cameras, picture_range, fps
         self._named = {"action": [action], "state": state, "privileged": list(privileged)}
-        self._task, self._skip_bad = task, skip_bad
+        self._task, self._skip_bad, self._fill = task, skip_bad, empty_chunks == "fill"
         self._lock = threading.Lock()
         self._indexed: _Indexed | None = None
         self._digest: str | None = None
@@ -135,12 +137,14 @@ class ReplayBufferSource:
         there = {path.parent.name: open_zarr2(path.parent) for path in sorted((self._root / "data").glob("*/.zarray"))}
         cameras = self._choose_cameras(there)
         columns = self._choose_columns(there)
-        for array in (*cameras.values(), *(column.array for parts in columns.values() for column in parts)):
+        numbers = [column.array for parts in columns.values() for column in parts]
+        for array in (*cameras.values(), *numbers):
             if array.shape[0] != ends[-1]:
                 raise SourceError(
                     f"{array.path} has {array.shape[0]} rows", expected=f"{ends[-1]} as episode_ends says"
                 )
-            array.require_whole()
+            fix = "--set source_options.empty_chunks=fill if zarr left it out"
+            array.require_whole(fill=self._fill, at_once=array in numbers, fix=fix)
         episodes, rows, skipped = [], [], {}
         for number, (first, stop) in enumerate(zip((0, *ends[:-1].tolist()), ends.tolist(), strict=True)):
             name = f"episode_{number:06d}"
@@ -164,7 +168,7 @@ class ReplayBufferSource:
             cameras=tuple(cameras),
             episodes=tuple(episodes),
             steps={name: StepSpec((width,), "float32", ROLES[name]) for name, width in widths.items()},
-            mapping=mapping | {"white": str(self._range)},
+            mapping=mapping | {"white": str(self._range)} | ({"empty_chunks": "fill"} if self._fill else {}),
             skipped=skipped,
             pictures=bool(cameras),
             sizes={camera: (array.shape[1], array.shape[2]) for camera, array in cameras.items()},

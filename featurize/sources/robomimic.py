@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.featurize.caches.checks import as_steps, digest_files, natural
-from vla.featurize.hdf5 import SKIP, dataset, group, opened
+from vla.featurize.hdf5 import SKIP, dataset, group, hard_member, opened, read_rows, read_whole, require_rows
 from vla.featurize.image import Image
 from vla.featurize.robosuite_attributes import control_frequency, instruction
 from vla.featurize.sources.base import Episode, NoEpisodeError, Role, SourceIndex, StepSpec, no_pictures
@@ -113,7 +113,9 @@ class RobomimicSource:
         for first in range(start, stop, BLOCK):
             last = min(first + BLOCK, stop)
             with opened(self._path) as file:
-                views = [dataset(file, f"data/{demo}/obs/{key}")[first:last] for key in indexed.cameras.values()]
+                views = [
+                    read_rows(dataset(file, f"data/{demo}/obs/{key}"), first, last) for key in indexed.cameras.values()
+                ]
             if self._flip:
                 views = [view[:, ::-1] for view in views]
             for frame in range(last - first):
@@ -150,6 +152,8 @@ class RobomimicSource:
             what = f"{self._path}:data/{demo} has rows of shape {others}"
             return SourceError(what, expected=f"{usual} as most have, such as {model}", fix=SKIP)
 
+        whole = self._filter is None and not skipped
+        warnings = self._disagreements(file, sum(shapes["action"][0] for shapes in found.values()), whole)
         model = keep_usual(found, _row_shapes, differs, skipped, skip_bad=self._skip_bad)
         widths = {name: found[model][name][1] for name in columns}
         names = {ours: "+".join(paths) for ours, paths in columns.items()}
@@ -163,6 +167,7 @@ class RobomimicSource:
             steps={name: StepSpec((width,), "float32", ROLES[name]) for name, width in widths.items()},
             mapping=names,
             skipped=skipped,
+            warnings=warnings,
             pictures=bool(cameras),
         )
         return _Indexed(index, cameras, columns)
@@ -178,9 +183,12 @@ class RobomimicSource:
             hint = nearest(self._filter, masks)
             known = f"one of {', '.join(masks)}" if masks else "no filter: the file has none"
             raise UsageError(f"{self._path} has no filter {self._filter!r}{hint}", expected=known)
-        listed = dataset(file, f"mask/{self._filter}", "SO")[()]
+        listed = read_whole(dataset(file, f"mask/{self._filter}", "SO"))
         kept = sorted((name.decode() if isinstance(name, bytes) else str(name) for name in listed.ravel()), key=natural)
         lost = [name for name in kept if name not in there]
+        if len(set(kept)) < len(kept):
+            twice = next(name for name in kept if kept.count(name) > 1)
+            raise SourceError(f"{self._path}:mask/{self._filter} lists {twice} twice", expected="each name once")
         if lost or not kept:
             raise SourceError(
                 f"{self._path}:mask/{self._filter} lists {', '.join(lost[:3]) or 'nothing'}", expected="names of data/"
@@ -248,10 +256,28 @@ class RobomimicSource:
             if not _is_picture(data):
                 found = f"{data.dtype} {data.shape}"
                 raise SourceError(f"{self._path}:{data.name} is {found}", expected="uint8 [T, H, W, 3]", fix=SKIP)
+            if data.id.get_storage_size() == 0:
+                raise SourceError(f"{self._path}:{data.name} was never written", expected="pictures", fix=SKIP)
+            require_rows(data, BLOCK)
             shapes[f"obs/{key}"] = data.shape
         if len({shape[0] for shape in shapes.values()}) > 1 or shapes["action"][0] < 1:
             raise SourceError(f"{self._path}:data/{demo} has shapes {shapes}", expected="one length", fix=SKIP)
+        stated, rows = _stated(hard_member(file, f"data/{demo}"), "num_samples"), shapes["action"][0]
+        if stated not in (None, rows):
+            found = f"{self._path}:data/{demo} has {rows} rows"
+            raise SourceError(found, expected=f"{stated} as its num_samples says", fix=SKIP)
         return shapes
+
+    def _disagreements(self, file: h5py.File, rows: int, whole: bool) -> tuple[str, ...]:
+        """Return what the file says of all demonstrations and does not hold. Raises it unless `skip_bad`."""
+        stated = _stated(hard_member(file, "data"), "total")
+        if not whole or stated in (None, rows):
+            return ()
+        found = f"{self._path}:data says total = {stated}, its demonstrations have {rows} rows"
+        if not self._skip_bad:
+            fix = "--skip-bad, which reads the file all the same"
+            raise SourceError(found, expected="records that agree", fix=fix)
+        return (found,)
 
     def _steps(self, file: h5py.File, demo: str, columns: dict[str, tuple[str, ...]]) -> dict[str, NDArray[np.generic]]:
         """Read the numbers of a demonstration, {our name: float32 [T, D]}, finite."""
@@ -262,7 +288,7 @@ class RobomimicSource:
                 data = dataset(file, f"data/{demo}/{path}")
                 if data.ndim != 2:
                     raise SourceError(f"{self._path}:{data.name} has shape {data.shape}", expected="[T, D]", fix=SKIP)
-                parts.append(as_steps(data[()], data.shape[1:], f"{self._path}:{data.name}"))
+                parts.append(as_steps(read_whole(data), data.shape[1:], f"{self._path}:{data.name}"))
             if len({len(part) for part in parts}) > 1:
                 lengths = dict(zip(paths, map(len, parts), strict=True))
                 raise SourceError(f"{self._path}:data/{demo} has lengths {lengths}", expected="one length", fix=SKIP)
@@ -292,6 +318,12 @@ def _observed(file: h5py.File, demo: str) -> tuple[tuple[str, int, str], ...]:
         return ()
     arrays = {key: there[key] for key in there if type(there.get(key, getlink=True)) is h5py.HardLink}
     return tuple((key, data.ndim, data.dtype.str) for key, data in arrays.items() if isinstance(data, h5py.Dataset))
+
+
+def _stated(node: Any, name: str) -> int | None:
+    """Return a count that an attribute states, None where there is none."""
+    value = np.asarray(node.attrs.get(name, ()))
+    return int(value.reshape(-1)[0]) if value.size == 1 and value.dtype.kind in "iuf" else None
 
 
 def _row_shapes(shapes: dict[str, tuple[int, ...]]) -> tuple[tuple[str, tuple[int, ...]], ...]:

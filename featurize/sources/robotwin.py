@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from vla.featurize.sources.robotwin_episode import Checked, RoboTwinOptions, loa
 from vla.featurize.sources.robotwin_layout import episodes_of, task_folders
 from vla.stores.errors import SourceError, UsageError
 from vla.stores.filesystem import digest_file
+from vla.stores.user_given import UserGiven
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class RoboTwinSource:
         actions: Literal["joint", "planner"] | None = None,
         alignment: Literal["next", "same"] = "next",
         resample: Literal["linear"] | None = None,
-        images: str | None = None,
+        images: Annotated[str | None, UserGiven()] = None,
         channels: Literal["bgr", "rgb"] = "bgr",
         depth_unit: Literal["mm", "m"] = "mm",
         extrinsics: Literal["cam2world_gl", "world2cam_cv"] = "cam2world_gl",

@@ -22,6 +22,10 @@ VERSION = 1
 COLOURS = {"red": (255, 64, 64), "green": (64, 255, 64), "blue": (64, 64, 255)}
 FPS = 10.0
 GEOMETRY = ("depth", "intrinsics", "pose")
+MAX_EPISODE_NUMBERS = 20_000_000
+"""Of one column of an episode, which is made as a whole: 160 MB."""
+MAX_FRAMES = 100_000_000
+"""Of all episodes: 115 days at 10 fps."""
 REACH = 0.8
 """Blobs stay within this distance of the centre, in units of half a picture."""
 
@@ -43,6 +47,12 @@ class SyntheticSettings(Settings):
     def _lengths_in_order(self) -> SyntheticSettings:
         if not 1 <= self.length[0] <= self.length[1]:
             raise ValueError("length is the least and the greatest number of frames, from 1 on")
+        columns = max(self.action_dim, self.state_dim, 3 * self.cameras)
+        if self.length[1] * columns > MAX_EPISODE_NUMBERS or self.length[1] * self.episodes > MAX_FRAMES:
+            raise ValueError(
+                f"length {list(self.length)} exceeds {MAX_EPISODE_NUMBERS // columns} frames an episode, or "
+                f"{MAX_FRAMES // self.episodes} for {self.episodes} episodes"
+            )
         return self
 
 

@@ -8,21 +8,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import av
+import numpy as np
 from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
+from numpy.typing import NDArray
 
 from vla.featurize.image import Image
 from vla.featurize.sources.pictures import require_size
 from vla.stores.errors import SourceError
+from vla.stores.pointers import refuse_pointer
 
 TOLERANCE = 0.25
 """Of a frame's duration: how far a timestamp may lie off the grid of 1/fps. Milliseconds round by 0.03 at 60 fps."""
+
+ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
+"""PyAV 15 and 16 convert colours in one thread and have no such argument."""
 
 LOCAL = {"protocol_whitelist": "file"}
 
@@ -32,6 +39,8 @@ class Clip:
     """An episode's frames in a video: its frame 0 is the file's frame number `first`.
 
     `size` (height, width) is what the metadata say (None: nothing); `label` names camera and episode in errors.
+    `times` int64 [N] are the timestamps of all frames of the file, in ticks, where frames are found by their order
+    (None: by the grid of 1/fps).
     """
 
     path: Path
@@ -39,6 +48,50 @@ class Clip:
     fps: float
     size: tuple[int, int] | None
     label: str
+    times: NDArray[np.int64] | None = field(default=None, compare=False, repr=False)
+
+
+def count_frames(path: Path, label: str) -> int:
+    """Return the number of frames that a video's header states; 0 where it states none. Decodes nothing.
+
+    Raises `SourceError` naming `label` where the file is no video.
+    """
+    with _opened(path, label) as stream:
+        return int(stream.frames)
+
+
+def frame_times(path: Path, label: str) -> NDArray[np.int64]:
+    """Return when each frame of a video is shown, int64 [N], in ticks, increasing. Reads every packet, decodes none."""
+    with _opened(path, label) as stream:
+        container = cast(av.container.InputContainer, stream.container)
+        # Packets that an edit list cuts off are marked; the last one of a stream is empty and has no time.
+        shown = {packet.pts for packet in container.demux(stream) if packet.pts is not None and not packet.is_discard}
+        return np.asarray(sorted(shown), np.int64)
+
+
+def require_rate(path: Path, label: str, fps: float) -> None:
+    """Raise `SourceError` where a video states another frame rate than `fps`."""
+    with _opened(path, label) as stream:
+        rate = float(stream.average_rate) if stream.average_rate else fps
+    if abs(rate - fps) > TOLERANCE * fps:
+        found = f"{path}, {label}: the video's rate is {rate:g} frames/s"
+        fix = _constant_rate(Clip(path, 0, fps, None, label))
+        raise SourceError(found, expected=f"one every 1/{fps:g} s", fix=fix)
+
+
+@contextmanager
+def _opened(path: Path, label: str) -> Iterator[av.VideoStream]:
+    """Open a video's first stream. What FFmpeg raises becomes a `SourceError`."""
+    try:
+        with av.open(str(path), format="mp4", options=LOCAL, metadata_errors="replace") as container:
+            if not container.streams.video:
+                raise SourceError(f"{path} has no video stream", expected=label)
+            yield container.streams.video[0]
+    except FFmpegError as error:
+        refuse_pointer(path)
+        reason = error.strerror or type(error).__name__
+        fix = "--skip-bad leaves the episode out"
+        raise SourceError(f"{path}, {label} cannot be decoded: {reason}", expected="a whole MP4", fix=fix) from None
 
 
 def read_clip(clip: Clip, start: int, stop: int) -> Iterator[Image]:
@@ -60,7 +113,7 @@ def read_clip(clip: Clip, start: int, stop: int) -> Iterator[Image]:
             require_size((stream.height, stream.width), clip.size, f"{clip.path}, {clip.label}")
             # An episode is short: starting threads and filling their pipeline costs more than they save.
             stream.codec_context.thread_count = 1
-            grid = _Grid.of(stream, clip)
+            grid = _Grid.of(stream, clip) if clip.times is None else _Listed(clip.times, clip)
             # One for all frames, without threads: each frame would set up its own conversion, 3 times slower.
             colour = VideoReformatter()
             for packet in _from_key_frame(container, stream, grid, clip.first + start):
@@ -72,11 +125,12 @@ def read_clip(clip: Clip, start: int, stop: int) -> Iterator[Image]:
                     if number != wanted:
                         raise _misplaced(clip, stream, number, wanted)
                     _require_plain(frame, clip, number)
-                    yield cast(Image, colour.reformat(frame, format="rgb24", threads=1).to_ndarray())
+                    yield cast(Image, colour.reformat(frame, format="rgb24", **ONE_THREAD).to_ndarray())
                     wanted += 1
                     if wanted == stop:
                         return
     except FFmpegError as error:
+        refuse_pointer(clip.path)
         fix = "--skip-bad leaves the episode out"
         reason = error.strerror or type(error).__name__
         raise SourceError(
@@ -130,8 +184,29 @@ class _Grid:
             )
 
 
+@dataclass(frozen=True)
+class _Listed:
+    """Frames by their order: frame n is shown at `times[n]`, whatever the time between two."""
+
+    times: NDArray[np.int64]
+    clip: Clip
+
+    def number(self, pts: int | None) -> int:
+        """Return the number in the file of the frame shown at `pts`."""
+        if pts is None:
+            raise SourceError(f"{self.clip.path} has a frame without timestamp", expected="timestamps")
+        return int(np.searchsorted(self.times, pts))
+
+    def pts(self, number: int) -> int:
+        """Return when frame `number` is shown, in ticks."""
+        return int(self.times[number])
+
+    def require_on(self, pts: int | None) -> None:
+        """Accept every timestamp: the order alone counts."""
+
+
 def _from_key_frame(
-    container: av.container.InputContainer, stream: av.VideoStream, grid: _Grid, number: int
+    container: av.container.InputContainer, stream: av.VideoStream, grid: _Grid | _Listed, number: int
 ) -> Iterator[av.Packet[av.VideoStream]]:
     """Yield packets from a key frame shown at or before frame `number` on.
 

@@ -15,9 +15,9 @@ from vla.stores.errors import DataError
 class GeometryTokenAdapter(nn.Module):
     """`geom_dim` channels to `hidden_dim`, on a grid of `target_hw` rows and columns a view.
 
-    `init_alpha`: the scale that tokens begin with. `warmup`: batches over which it is ramped up linearly from 0, on
-    top of what is learnt; `seen` counts them and is part of the state, so that a resumed run goes on where it was (0:
-    no ramp). `modality`: add a learnt vector to every token, which begins at zero.
+    `init_alpha`: the scale that tokens begin with. `warmup`: optimiser steps over which it is ramped up linearly
+    from 0, on top of what is learnt; `seen` counts them and is part of the state, so that a resumed run goes on where
+    it was (0: no ramp). `modality`: add a learnt vector to every token, which begins at zero.
     """
 
     seen: Tensor
@@ -67,7 +67,10 @@ class GeometryTokenAdapter(nn.Module):
     def _ramp(self) -> Tensor | float:
         if not self.warmup:
             return 1.0
-        factor = (self.seen / self.warmup).clamp(max=1.0)
-        if self.training and torch.is_grad_enabled():
-            self.seen += 1
+        factor: Tensor = (self.seen / self.warmup).clamp(max=1.0)
         return factor
+
+    def advance(self) -> None:
+        """Count one optimiser step of the ramp: micro-batches of one step share its factor."""
+        if self.warmup:
+            self.seen += 1

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vla.heads.frozen import Frozen
 from vla.pretrained.language import LanguageSizes, build_language
-from vla.stores.errors import MachineError
+from vla.stores.errors import MachineError, missing_extra
 
 Tuning = Literal["frozen", "full", "lora"]
 LORA: dict[str, Any] = {
@@ -88,7 +88,7 @@ def with_lora(network: nn.Module) -> nn.Module:
     try:
         import peft
     except ImportError:
-        raise MachineError("LoRA needs peft", fix='pip install "vla-feature-cache[lora]"') from None
+        raise MachineError("LoRA needs peft", fix=missing_extra("lora")) from None
     network = peft.inject_adapter_in_model(peft.LoraConfig(**LORA), network)
     for name, module in network.named_modules():
         if ".lora_" in name and isinstance(module, nn.Linear):

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vla.heads.nets.prefix import PrefixCache, PrefixModel
-from vla.training.processes import mean_count
 
 Observed = tuple[Tensor, Tensor]
 """Tokens [B, P, D] that come before every prompt, and which of them are real, bool [B, P]."""
@@ -34,9 +33,12 @@ class TokenErrors:
     counted: Tensor
     correct: Tensor
 
-    def mean(self) -> Tensor:
-        """Return the mean over counted tokens: never over padding. 0 where there are none."""
-        return self.error.sum() / mean_count(self.counted.sum())
+    def mean(self, divisor: Tensor | None = None) -> Tensor:
+        """Return the mean over counted tokens: never over padding. 0 where there are none.
+
+        `divisor`: what the sum is divided by instead, the count of a whole optimiser step.
+        """
+        return self.error.sum() / (self.counted.sum().clamp(min=1) if divisor is None else divisor)
 
 
 def teach(model: PrefixModel, observed: Observed, prompt: Prompt, answer: Tensor) -> TokenErrors:

@@ -24,7 +24,7 @@ from vla.featurize.image import Image
 from vla.rollout.envs.base import EnvSpec, LiveImages, Observation, StepResult
 from vla.rollout.envs.metaworld_tasks import INSTRUCTIONS, instruction
 from vla.rollout.envs.offscreen import choose_offscreen_library, make_renderer
-from vla.stores.errors import MachineError, UsageError
+from vla.stores.errors import MachineError, UsageError, missing_extra
 from vla.stores.settings import nearest
 
 SIMULATOR_HZ = 80
@@ -197,9 +197,7 @@ def _import_simulator(*, renders: bool) -> tuple[Any, dict[str, Any], dict[str, 
     """Import MuJoCo and Meta-World late (0.8 s); return (mujoco, task to environment class, task to expert class)."""
     missing = [package for package in ("mujoco", "metaworld") if importlib.util.find_spec(package) is None]
     if missing:
-        raise MachineError(
-            f"the package {' and '.join(missing)} is not installed", fix="pip install 'vla-feature-cache[sim]'"
-        )
+        raise MachineError(f"the package {' and '.join(missing)} is not installed", fix=missing_extra("sim"))
     choose_offscreen_library(required=renders)
     mujoco = importlib.import_module("mujoco")
     tasks = importlib.import_module("metaworld.env_dict")

@@ -9,7 +9,7 @@ import platform
 import sys
 from typing import Any
 
-from vla.stores.errors import MachineError
+from vla.stores.errors import MachineError, missing_extra
 
 
 def make_renderer(mujoco: Any, model: Any, size: int) -> Any:
@@ -43,7 +43,7 @@ def choose_offscreen_library(*, required: bool) -> None:
 def _missing_offscreen_library() -> MachineError | None:
     """Return what keeps MuJoCo from drawing through OSMesa, or None."""
     if importlib.util.find_spec("OpenGL") is None:
-        return MachineError("the package PyOpenGL is not installed", fix="pip install 'vla-feature-cache[sim]'")
+        return MachineError("the package PyOpenGL is not installed", fix=missing_extra("sim"))
     if ctypes.util.find_library("OSMesa") is None:
         return MachineError(
             "the library OSMesa, which renders off screen, is not installed",

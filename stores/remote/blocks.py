@@ -9,7 +9,6 @@ checksum drops the blocks that it came from, once; the second time it is the sto
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from vla.stores.errors import MachineError
 from vla.stores.fingerprint import digest
+from vla.stores.open_files import OpenFiles
 from vla.stores.remote.bucket import Bucket, ObjectInfo, ReplacedError
 from vla.stores.remote.cache import HEADER, CacheFolder, emptied
 
@@ -82,15 +82,13 @@ class BlockCache:
         self._bucket, self._folder, self._shards = bucket, folder, shards
         self._cache = CacheFolder(bucket.options)
         self._threads = ThreadPoolExecutor(bucket.options.threads, thread_name_prefix="vla-fetch")
-        self._open: OrderedDict[str, tuple[int, int]] = OrderedDict()  # marks and shard, as descriptors
+        self._files = OpenFiles[tuple[str, str]](2 * MAX_OPEN)  # by part of the cache ("blocks" or "files") and path
         self._touched: dict[str, NDArray[np.int64]] = {}
 
     def close(self) -> None:
         """End the threads and close all files."""
         self._threads.shutdown(cancel_futures=True)
-        while self._open:
-            for descriptor in self._open.popitem()[1]:
-                os.close(descriptor)
+        self._files.close()
         self._cache.close()
 
     @property
@@ -104,7 +102,7 @@ class BlockCache:
 
     def drop_used(self) -> None:
         """Have every block that was used since `begin` fetched again."""
-        with self._cache.shared():
+        with self._cache.shared(), self._files.in_use():
             for path, numbers in self._touched.items():
                 self._mark(path, numbers, 0)
 
@@ -118,11 +116,11 @@ class BlockCache:
         for path, blocks in numbers.items():
             self._touched[path] = np.union1d(self._touched.get(path, blocks), blocks)
         for _ in range(ROUNDS):
-            with self._cache.shared():
+            with self._cache.shared(), self._files.in_use():
                 missing = self._missing(numbers)
                 if not missing:
                     for path in numbers:
-                        os.utime(self._descriptors(path)[0])
+                        os.utime(self._descriptor("blocks", path))
                     yield
                     return
             self._fetch(numbers, missing)  # and look again: another process may make room in between
@@ -140,7 +138,7 @@ class BlockCache:
         missing = {}
         for path, wanted in numbers.items():
             shard = self._shards[path]
-            marks = os.pread(self._descriptors(path)[0], HEADER + shard.blocks, 0)
+            marks = os.pread(self._descriptor("blocks", path), HEADER + shard.blocks, 0)
             if marks[:HEADER] != shard.header:
                 url = f"{self._bucket.url}/{path}"
                 raise ReplacedError(f"{url} was replaced while it was being read", fix="run again")
@@ -188,25 +186,18 @@ class BlockCache:
 
     def _keep(self, path: str, run: NDArray[np.int64], data: bytes) -> None:
         shard = self._shards[path]
-        with self._cache.shared():
+        with self._cache.shared(), self._files.in_use():
             self._missing({path: run})  # still this object's file
             view, offset = memoryview(data), int(run[0]) * shard.block
             while view:
-                written = os.pwrite(self._descriptors(path)[1], view, offset)
+                written = os.pwrite(self._descriptor("files", path), view, offset)
                 view, offset = view[written:], offset + written
             self._mark(path, run, 1)
 
     def _mark(self, path: str, numbers: NDArray[np.int64], value: int) -> None:
-        marks = self._descriptors(path)[0]
+        marks = self._descriptor("blocks", path)
         for number in numbers.tolist():  # a byte each: two processes never overwrite each other's
             os.pwrite(marks, bytes([value]), HEADER + number)
 
-    def _descriptors(self, path: str) -> tuple[int, int]:
-        found = self._open.get(path)
-        if found is None:
-            if len(self._open) >= MAX_OPEN:
-                for descriptor in self._open.popitem(last=False)[1]:
-                    os.close(descriptor)
-            marks, shard = (os.open(self._folder / part / path, os.O_RDWR) for part in ("blocks", "files"))
-            found = self._open[path] = (marks, shard)
-        return found
+    def _descriptor(self, part: str, path: str) -> int:
+        return self._files.get((part, path), lambda key: os.open(self._folder.joinpath(*key), os.O_RDWR))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vla.stores.errors import MachineError, StoreError
+from vla.stores.errors import MachineError, StoreError, missing_extra
 from vla.stores.remote.options import RemoteOptions
 
 T = TypeVar("T")
@@ -59,8 +59,7 @@ class Bucket:
             from obstore import exceptions
             from obstore.store import from_url
         except ImportError as error:
-            fix = "pip install 'vla-feature-cache[remote]'"
-            raise MachineError(f"{url} needs the package obstore ({error})", fix=fix) from None
+            raise MachineError(f"{url} needs the package obstore ({error})", fix=missing_extra("remote")) from None
         self.url, self.options = url.rstrip("/"), options
         self._obstore, self._errors = obstore, exceptions
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""

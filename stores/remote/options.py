@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
 from vla.stores.errors import UsageError
 from vla.stores.settings import Settings
+from vla.stores.user_given import UserGiven
 
 SCHEMES = ("s3://", "s3a://", "gs://", "az://", "abfs://", "abfss://")
 _LIKE_A_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
@@ -25,7 +27,7 @@ class RemoteOptions(Settings):
     was never heard of again counts as gone.
     """
 
-    cache: str | None = None
+    cache: Annotated[str | None, UserGiven()] = None
     limit_gb: float = Field(50.0, gt=0)
     block_mb: float = Field(4.0, gt=0)
     threads: int = Field(8, ge=1, le=64)

@@ -15,15 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vla.stores.commits import Commit
-from vla.stores.debris import CONTENTS
 from vla.stores.errors import StoreError, UsageError
 from vla.stores.filesystem import explaining, writer_lock
 from vla.stores.layout import CLAIMS, COMMITS, LOCK, commit_file
 from vla.stores.manifest import Manifest
 from vla.stores.metadata import read_manifest
+from vla.stores.owned import STORE
 from vla.stores.remote.bucket import Bucket, ObjectInfo, TakenError
 from vla.stores.remote.lease import LEASE, Lease, writer_lease
-from vla.stores.remote.mirror import INDEX, ROOT, mirror_metadata, require_supported
+from vla.stores.remote.mirror import INDEX, ROOT, mirror_metadata, require_store, require_supported
 from vla.stores.remote.naming import named
 from vla.stores.remote.options import RemoteOptions
 from vla.stores.tables import EpisodeTable
@@ -82,6 +82,7 @@ def open_remote_writer(
             shutil.rmtree(root, ignore_errors=True)
             (staging / INDEX).unlink(missing_ok=True)
             if ROOT in objects:
+                require_store(bucket, objects)
                 mirror_metadata(bucket, objects, root, staging / INDEX)
             if ROOT in objects and overwrite:
                 read_manifest(root)
@@ -108,21 +109,26 @@ def upload(bucket: Bucket, root: Path, paths: list[str]) -> None:
 
 
 def _require_usable(bucket: Bucket, objects: Mapping[str, ObjectInfo], *, resume: bool, overwrite: bool) -> None:
+    if ROOT in objects and not (resume or overwrite):
+        fix = "--resume to go on with it, --overwrite to replace it, or another --out"
+        raise UsageError(f"{bucket.url} exists", fix=fix)
+    foreign = sorted(path for path in objects if not STORE.has_file(path))
     if ROOT in objects:
-        if not (resume or overwrite):
-            fix = "--resume to go on with it, --overwrite to replace it, or another --out"
-            raise UsageError(f"{bucket.url} exists", fix=fix)
+        if foreign and overwrite and not resume:
+            found = f"--overwrite of {bucket.url} would delete {', '.join(foreign[:3])}"
+            raise UsageError(found, expected="nothing but a store", fix="move that away first, or another --out")
         return
-    # Without a root `zarr.json` there may lie a store whose making or deleting was cut short, and nothing else.
-    foreign = sorted(path for path in objects if path.partition("/")[0] not in CONTENTS)
+    # Without a root `zarr.json`, a store whose writing or deletion was cut short may be here, and nothing else.
     if foreign:
-        raise StoreError(f"{bucket.url} is no store and holds {foreign[0]}", fix="another --out or --name")
+        found = f"{bucket.url} {'holds' if ROOT in objects else 'is no store and holds'} {foreign[0]}"
+        raise StoreError(found, expected="objects of a store alone", fix="another --out or --name")
 
 
 def _remove(bucket: Bucket, objects: Mapping[str, ObjectInfo]) -> None:
     """Delete a store: the commits first, so that no unit ever lacks a file; then what makes it a store; the rest."""
-    commits = [path for path in objects if path.startswith(COMMITS) and path not in (LEASE, LOCK)]
-    rest = [path for path in objects if not path.startswith(COMMITS) and path != ROOT]
+    owned = [path for path in objects if STORE.has_file(path) and path not in (ROOT, LEASE, LOCK)]
+    commits = [path for path in owned if path.startswith(f"{COMMITS}/")]
+    rest = [path for path in owned if not path.startswith(f"{COMMITS}/")]
     bucket.delete(commits)
     bucket.delete([ROOT])
     bucket.delete(rest)

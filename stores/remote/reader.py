@@ -88,8 +88,8 @@ class RemoteReader(FeatureReader):
         with self._blocks.holding({path: (np.array([start]), np.array([size]))}):
             super()._read_index(unit)
 
-    def _file(self, unit: int) -> str:
-        return self._format.feature_file(self._manifest, self.name, unit)
+    def _require_committed(self, unit: int, descriptor: int) -> None:
+        """Remember and compare nothing: a file of the cache changes with each block, and every read compares rows."""
 
     def _stored_sizes(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.full(len(rows), self._row_bytes + CRC_BYTES)

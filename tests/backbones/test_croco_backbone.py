@@ -22,7 +22,8 @@ from vla.featurize.backbones.base import Backbone
 from vla.featurize.backbones.checkout import open_checkout
 from vla.featurize.backbones.croco import LICENCE, REPOSITORY, TINY
 from vla.featurize.backbones.registry import BACKBONES, load_backbone_class, make_backbone, missing
-from vla.featurize.job import FeaturizeConfig, prepare, rebuild_backbone, run
+from vla.featurize.job import FeaturizeConfig, prepare, run
+from vla.featurize.rebuild import rebuild_backbone
 from vla.featurize.sources.synthetic import SyntheticSource
 from vla.stores.errors import DataError, MachineError
 from vla.stores.fingerprint import canonical
@@ -267,7 +268,11 @@ def test_features_live_equal_those_cached(code: Code, tmp_path: Path) -> None:
     run(job, tmp_path / "s")
     store = open_store(tmp_path / "s")
     assert store.manifest.provenance["weights_licence"] == LICENCE
-    live = rebuild_backbone(store.manifest.provenance["backbone"], store.manifest.fingerprint["backbone"])
+    live = rebuild_backbone(
+        store.manifest.provenance["backbone"],
+        store.manifest.fingerprint["backbone"],
+        {"croco": {**code.options, "weights": str(code.file)}},
+    )
     frames = SyntheticSource(episodes=1, length=(3, 3), cameras=2, image_size=24).frames(0, 0, 3)
     for row, views in enumerate(frames):
         seen = encode(live, torch.stack([live.preprocess(view) for view in views])[None])[0]

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from vla.featurize.backbones import da3
 from vla.featurize.backbones.da3 import DepthAnything3
 from vla.featurize.backbones.da3_network import ARCHITECTURES, INSTALL, MODELS, build_network
-from vla.featurize.job import FeaturizeConfig, prepare, rebuild_backbone, run
+from vla.featurize.job import FeaturizeConfig, prepare, run
+from vla.featurize.rebuild import rebuild_backbone
 from vla.pretrained import hub
 from vla.pretrained.weights import digest_files
 from vla.stores.errors import DataError, FingerprintError, MachineError, UsageError
@@ -251,7 +252,7 @@ def test_features_cached_equal_features_live_and_the_licence_is_printed_and_reco
     store = open_store(tmp_path / "da3")
     assert store.manifest.provenance["weights_licence"] == job.plan.to_json()["weights_licence"] == "none"
     identity = store.manifest.fingerprint["backbone"]
-    live = rebuild_backbone(store.manifest.provenance["backbone"], identity)
+    live = rebuild_backbone(store.manifest.provenance["backbone"], identity, {"da3": {"weights": config.weights}})
     row = 0
     for episode, plan in enumerate(job.source.index().episodes):
         for views in job.source.frames(episode, 0, plan.length):
@@ -262,7 +263,11 @@ def test_features_cached_equal_features_live_and_the_licence_is_printed_and_reco
             row += 1
     assert row == store.manifest.rows
     with pytest.raises(FingerprintError, match="scene"):
-        rebuild_backbone({"name": "da3", "weights": config.weights, "options": {**options, "views": 1}}, identity)
+        rebuild_backbone(
+            {"name": "da3", "weights": config.weights, "options": {**options, "views": 1}},
+            identity,
+            {"da3": {"weights": config.weights}},
+        )
 
 
 def test_random_weights_are_a_tiny_network_of_the_real_classes() -> None:
@@ -416,7 +421,7 @@ def test_the_default_is_da3_large_from_the_hub_and_offline_it_says_how_to_supply
         build(weights=None, model=None)
     text = str(caught.value)
     assert "hf download depth-anything/DA3-LARGE --local-dir weights/da3" in text
-    assert "--weights random --set options.model=tiny" in text
+    assert "--weights random" in text
     assert "\n" not in text
 
 

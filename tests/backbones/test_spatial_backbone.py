@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from vla.featurize.backbones.base import Backbone
 from vla.featurize.backbones.registry import load_backbone_class, make_backbone
 from vla.featurize.backbones.spatial_weights import POSITION, PROJECTOR
-from vla.featurize.job import FeaturizeConfig, prepare, rebuild_backbone, run
+from vla.featurize.job import FeaturizeConfig, prepare, run
+from vla.featurize.rebuild import rebuild_backbone
 from vla.featurize.sources.synthetic import SyntheticSource
 from vla.featurize.views import live_view
 from vla.stores.errors import DataError, MachineError, UsageError
@@ -314,7 +315,11 @@ def test_a_store_holds_what_a_rebuilt_backbone_makes_of_the_same_views(folder: P
     store = open_store(tmp_path / "s")
     dtypes = {name: info.dtype for name, info in store.manifest.features.items()}
     assert dtypes == {"spatial": "float16", "spatial_mask": "uint8", "spatial_xyz": "float32"}
-    backbone = rebuild_backbone(store.manifest.provenance["backbone"], store.manifest.fingerprint["backbone"])
+    backbone = rebuild_backbone(
+        store.manifest.provenance["backbone"],
+        store.manifest.fingerprint["backbone"],
+        {"spatial": {"weights": str(folder)}},
+    )
     source = SyntheticSource(episodes=2, length=(3, 3), cameras=2, image_size=16, depth=True)
     for episode in range(2):
         for frame, views in enumerate(source.views(episode, 0, 3, backbone.spec().inputs)):

@@ -24,7 +24,8 @@ from vla.featurize.backbones.checkout import open_checkout
 from vla.featurize.backbones.registry import BACKBONES, load_backbone_class, make_backbone, missing
 from vla.featurize.backbones.vggt import SCENE_PIXELS
 from vla.featurize.backbones.vggt_network import REPOSITORY, TINY, Architecture, build
-from vla.featurize.job import FeaturizeConfig, prepare, rebuild_backbone, run
+from vla.featurize.job import FeaturizeConfig, prepare, run
+from vla.featurize.rebuild import rebuild_backbone
 from vla.featurize.sources.synthetic import SyntheticSource
 from vla.stores.errors import DataError, FingerprintError, MachineError, UsageError
 from vla.stores.fingerprint import canonical
@@ -419,7 +420,11 @@ def test_features_live_equal_those_cached_with_the_past_of_their_own_episode(
 ) -> None:
     opened = open_store(cached("a", context=2, views=views))
     manifest = opened.manifest
-    live = rebuild_backbone(manifest.provenance["backbone"], manifest.fingerprint["backbone"])
+    live = rebuild_backbone(
+        manifest.provenance["backbone"],
+        manifest.fingerprint["backbone"],
+        {"vggt": {**code.options, "weights": str(code.file)}},
+    )
     source = SyntheticSource(episodes=2, length=(5, 5), cameras=2, image_size=32)
     frames = [torch.stack([live.preprocess(view) for view in views]) for views in source.frames(1, 0, 5)]
     for frame in range(5):  # units of 4 rows cut the episodes; episode 1 begins at row 5
@@ -442,7 +447,9 @@ def test_a_live_policy_refuses_other_code_than_the_store_was_made_with(
     identity = {**manifest.fingerprint["backbone"]}
     identity["checkout"] = {**identity["checkout"], "commit": "f" * 40}
     with pytest.raises(FingerprintError, match=r"the live backbone 'vggt' has another fingerprint: checkout\.commit"):
-        rebuild_backbone(manifest.provenance["backbone"], identity)
+        rebuild_backbone(
+            manifest.provenance["backbone"], identity, {"vggt": {**code.options, "weights": str(code.file)}}
+        )
 
 
 def test_a_checkout_is_needed_and_listed_as_missing() -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from vla.stores.errors import missing_extra
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SMALL = (1, 2, 8)
 
@@ -70,7 +72,7 @@ def test_a_peer_that_is_not_installed_is_skipped_by_name_saying_how_to_install_i
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     peers = load("peers")
-    assert peers.find("tensorstore") == "tensorstore is skipped: pip install 'vla-feature-cache[bench]'"
+    assert peers.find("tensorstore") == f"tensorstore is skipped: {missing_extra('bench')}"
     assert "pip install mosaicml-streaming" in peers.find("mds")
 
 

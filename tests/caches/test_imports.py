@@ -12,7 +12,7 @@ import pytest
 from vla.featurize.caches import job as import_job
 from vla.featurize.caches.job import ImportConfig, prepare, run
 from vla.featurize.caches.registry import CACHES
-from vla.featurize.job import rebuild_backbone
+from vla.featurize.rebuild import rebuild_backbone
 from vla.featurize.sources.registry import open_source
 from vla.stores.errors import FingerprintError, MachineError, UsageError
 from vla.stores.store import open_store

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -9,22 +10,53 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from vla.cli import main
+
 VLA = [sys.executable, "-c", "from vla.cli import main; main()"]
 SOURCE = "synthetic:episodes=4,length=[6,9],cameras=1"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
-def vla(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run a command and check its exit code and that no traceback shows."""
+@dataclass(frozen=True)
+class Done:
+    """What a command wrote."""
+
+    stdout: str
+    stderr: str
+
+
+def vla(*arguments: object, code: int = 0) -> Done:
+    """Run a command in this process and check its exit code; an error that is no `VlaError` is raised."""
+    out, err = io.StringIO(), io.StringIO()
+    words = ["vla", *map(str, arguments)]
+    with (
+        mock.patch.dict(os.environ, ENVIRONMENT),
+        mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True),  # the variable is read once, at import
+        mock.patch.object(sys, "argv", words),
+        redirect_stdout(out),
+        redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    assert ended.value.code == code, err.getvalue() + out.getvalue()
+    return Done(out.getvalue(), err.getvalue())
+
+
+def vla_process(*arguments: object, code: int = 0) -> Done:
+    """Run a command in a process of its own: what a library prints below Python, and a traceback, show too."""
     command = [*VLA, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=55, env=ENVIRONMENT, check=False)
+    environment = {**os.environ, **ENVIRONMENT}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=55, env=environment, check=False)
     assert done.returncode == code, done.stderr + done.stdout
     assert "Traceback" not in done.stderr
-    return done
+    return Done(done.stdout, done.stderr)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +79,7 @@ def test_featurize_train_evaluate_end_to_end_with_json_alone_on_stdout(store: Pa
     assert facts["complete"]
     assert facts["episodes"] == "4 usable of 4"
     assert json.loads(vla("verify", store, "--json").stdout)["findings"] == []
-    error = json.loads(vla("evaluate", run, "--json").stdout)
+    error = json.loads(vla_process("evaluate", run, "--json").stdout)
     assert len(error["per_dimension"]["mae"]) == 4
     assert error["step"] == 3
 
@@ -102,7 +134,7 @@ def test_a_mistake_is_one_line_and_the_right_exit_code(
 
 
 def test_an_existing_store_is_refused_naming_the_flags(store: Path) -> None:
-    done = vla("featurize", "--backbone", "toy", "--source", SOURCE, "--out", store.parent, code=2)
+    done = vla_process("featurize", "--backbone", "toy", "--source", SOURCE, "--out", store.parent, code=2)
     assert "--resume" in done.stderr
     assert "--overwrite" in done.stderr
 
@@ -126,7 +158,7 @@ def test_an_existing_run_is_refused_naming_the_flags(store: Path, run: Path) -> 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     out = tmp_path / "stores"
-    done = vla("featurize", "--backbone", "toy", "--source", SOURCE, "--out", out, "--dry-run", "--json")
+    done = vla_process("featurize", "--backbone", "toy", "--source", SOURCE, "--out", out, "--dry-run", "--json")
     plan = json.loads(done.stdout)
     assert plan["episodes"] == 4
     assert plan["units"] >= 1
@@ -192,11 +224,12 @@ def test_an_episode_shorter_than_the_window_trains(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("default_signals")
 def test_ctrl_c_exits_with_130_and_the_run_resumes(tmp_path: Path) -> None:
     options = ["--set", "store.unit_rows=4", "--set", "batch_size=2"]
     command = ["featurize", "--backbone", "toy", "--source", SOURCE, "--out", tmp_path, *options]
     slowly = [*VLA, *map(str, command), "--set", "options.delay_ms=400"]  # half a minute or more
-    process = subprocess.Popen(slowly, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    process = subprocess.Popen(slowly, stderr=subprocess.PIPE, text=True, env={**os.environ, **ENVIRONMENT})
     deadline = time.monotonic() + 40
     while not list(tmp_path.glob("toy/commits/unit-*.json")) and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -15,7 +15,7 @@ import typer
 
 from vla.cli import app
 from vla.stores.errors import UsageError
-from vla.terminal import output, reports
+from vla.terminal import output, reports, tables
 from vla.terminal.run_app import run_app
 
 COMMANDS = sorted(command.name or command.callback.__name__.replace("_", "-") for command in app.registered_commands)
@@ -58,7 +58,7 @@ def test_without_a_word_the_help_is_shown(capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--version"], "No such option: --version. Try: vla --help"),
+        (["--versoin"], "No such option: --versoin"),
         (["exprt"], "Did you mean 'export'. Try: vla --help"),
         (["export", "run"], "Missing option '--out'. Try: vla export --help"),
         (["train-head", "mlp", "--stores", "x"], "--store). Try: vla train-head --help"),
@@ -85,7 +85,7 @@ def test_a_wrong_command_line_is_one_line_and_exit_code_2(
         (["train-head", "mlp"], r"^data.stores is not given. Try: --store STORE$"),
         (["distill", "rgb2pc", "--store", "x"], r"^data.teacher is not given. Try: --teacher PLACE$"),
         (["featurize"], r"^backbone is not given. Try: --backbone NAME; `vla backbones` lists them$"),
-        (["evaluate", "run", "--set", "model=3"], r"^--set model=3; expected model.KEY=VALUE$"),
+        (["evaluate", "run", "--set", "model=3"], r"^settings: model = 3: "),
         (["record", "metawrld", "--task", "push-v3", "--out", "x"], r"^unknown simulator 'metawrld'; .* robosuite$"),
     ],
 )
@@ -147,7 +147,7 @@ SHOWN: dict[str, Callable[[], None]] = {
     "facts": lambda: output.show_facts({"tasks": EVIL, "all": [EVIL]}),
     "rows": lambda: output.show_rows(EVIL, [{"name": EVIL, "mean": 1.0}]),
     "plan": lambda: output.show_plan(PLAN, False),
-    "table": lambda: reports.show_table([EVIL], [[EVIL]]),
+    "table": lambda: tables.draw_table(output.open_out(), [EVIL], [[EVIL]]),
     "made": lambda: reports.show_made(Path(EVIL), {}, EVIL, False, {EVIL: EVIL}),
     "featurized": lambda: reports.show_featurized(Path(EVIL), RAN, {}, False),
     "nothing missing": lambda: reports.show_featurized(Path(EVIL), RAN | {"units": 0}, {}, False),

@@ -114,7 +114,7 @@ def test_a_hostile_data_set_goes_through_every_command_without_a_control_byte(
     root = write_lerobot(tmp_path / f"set {evil}", tasks=[[evil]] * 3, lengths=(6, 7, 8))
     (root / "README.md").write_text(f"---\nlicense: {json.dumps(evil)}\n---\n", encoding="utf-8")
     store = tmp_path / "stores/pixels"
-    code, out, err = vla("inspect", "--source", root)
+    code, _, err = vla("inspect", "--source", root)
     assert code == 0, err
     assert "red" in vla("action-dims", "--source", root)[1]
     assert vla("featurize", "--source", root, "--backbone", "pixels", "--out", tmp_path / "stores")[0] == 0

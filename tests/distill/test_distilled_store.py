@@ -11,7 +11,8 @@ import torch
 
 from vla.featurize.distill.train import DistillConfig, distill
 from vla.featurize.distill.train import prepare as prepare_distill
-from vla.featurize.job import FeaturizeConfig, prepare, rebuild_backbone, run
+from vla.featurize.job import FeaturizeConfig, prepare, run
+from vla.featurize.rebuild import rebuild_backbone
 from vla.featurize.sources.synthetic import SyntheticSource
 from vla.heads.train import HeadTrainConfig, train_head
 from vla.rollout.envs.base import Observation
@@ -56,7 +57,8 @@ def made(shade: None, tmp_path: Path) -> tuple[Path, Path, Path, Path]:
 
 def test_features_seen_live_equal_features_cached(made: tuple[Path, Path, Path, Path]) -> None:
     store = open_store(made[3])
-    live = rebuild_backbone(store.manifest.provenance["backbone"], store.manifest.fingerprint["backbone"])
+    recipe, identity = store.manifest.provenance["backbone"], store.manifest.fingerprint["backbone"]
+    live = rebuild_backbone(recipe, identity, {"rgb2pc": {"weights": str(made[2])}})
     assert live.spec().inputs == ("image",)
     source = SyntheticSource(episodes=3, length=(7, 7), cameras=2, image_size=16)
     for frame, views in enumerate(source.frames(1, 0, 7)):
@@ -75,7 +77,8 @@ def test_a_policy_sees_live_what_its_head_was_trained_on(made: tuple[Path, Path,
         "train": {"steps": 1, "batch_size": 4, "device": "cpu"},
     }
     train_head(HeadTrainConfig.build(values), tmp_path / "head")
-    policy, store = Policy.from_run(tmp_path / "head", device="cpu"), open_store(made[3])
+    own = {"rgb2pc": {"weights": str(made[2])}}
+    policy, store = Policy.from_run(tmp_path / "head", device="cpu", backbones=own), open_store(made[3])
     source = SyntheticSource(episodes=3, length=(7, 7), cameras=2, image_size=16)
     state = source.steps(2)["state"].astype(np.float32)
     for frame, views in enumerate(source.frames(2, 0, 7)):
@@ -109,6 +112,6 @@ def test_a_student_trained_further_is_another_backbone(made: tuple[Path, Path, P
     config = config_of(toy, other, tmp_path / "teacher")
     longer = config.model_copy(update={"train": config.train.model_copy(update={"steps": 4})})
     distill(prepare_distill(longer), run_dir, overwrite=True)
-    manifest = open_store(fused).manifest
+    manifest, own = open_store(fused).manifest, {"rgb2pc": {"weights": str(run_dir)}}
     with pytest.raises(FingerprintError, match="weights_sha256"):
-        rebuild_backbone(manifest.provenance["backbone"], manifest.fingerprint["backbone"])
+        rebuild_backbone(manifest.provenance["backbone"], manifest.fingerprint["backbone"], own)

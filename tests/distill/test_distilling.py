@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from vla.cli import app
 from vla.featurize.distill.checkpoint import load_student
 from vla.featurize.distill.train import DistilledStudent, distill, evaluate
 from vla.stores.errors import CheckpointError, DataError, UsageError
-from vla.training.checkpoint import newest_complete
+from vla.training.checkpoint import checkpoints, newest_complete
 
 
 def log_of(run_dir: Path) -> list[dict[str, float]]:
@@ -212,3 +213,25 @@ def test_the_command_plans_trains_and_reports(world: Any, tmp_path: Path) -> Non
     refused = CliRunner().invoke(app, arguments)
     assert isinstance(refused.exception, UsageError)
     assert isinstance(CliRunner().invoke(app, ["distill", "rgb3pc", *arguments[2:]]).exception, UsageError)
+
+
+def test_a_student_replays_and_resumes_by_its_folder_alone(world: Any, tmp_path: Path, files_of: Any) -> None:
+    runner, run = CliRunner(), tmp_path / "run"
+    arguments = ["distill", "rgb2pc", "--store", str(world.near), "--store", str(world.far), "--out", str(run)]
+    settings = ["train.steps=4", "train.batch_size=4", "train.checkpoint_every=2", "train.schedule=constant"]
+    arguments += ["--teacher", str(world.teacher), "--set", "data.validation=0.25"]
+    arguments += [word for setting in settings for word in ("--set", setting)]
+    arguments += [
+        word
+        for key, value in {"dim": 16, "heads": 2, "layers": 1}.items()
+        for word in ("--set", f"model.{key}={value}")
+    ]
+    assert runner.invoke(app, arguments).exit_code == 0
+    wanted = files_of(checkpoints(run)[0])
+    replayed = runner.invoke(app, ["distill", "--config", str(run), "--out", str(tmp_path / "again")])
+    assert replayed.exit_code == 0, replayed.exception
+    assert files_of(checkpoints(tmp_path / "again")[0]) == wanted
+    shutil.rmtree(checkpoints(run)[0])
+    resumed = runner.invoke(app, ["distill", "--resume", "--out", str(run)])
+    assert resumed.exit_code == 0, resumed.exception
+    assert files_of(checkpoints(run)[0]) == wanted

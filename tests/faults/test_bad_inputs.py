@@ -334,7 +334,7 @@ CASES: dict[str, Case] = {
     "info that is no UTF-8": once(meta(INFO, b"\xff\xfe"), "is not JSON", "all", INFO),
     "info without end of depth": once(meta(INFO, b"[" * 100_000), "is not JSON", "all", INFO),
     "fps of zero": once(lambda made: made.info(fps=0), "fps", "all", INFO),
-    "fps that is text": once(lambda made: made.info(fps="10"), "fps", "all", INFO),
+    "fps that is text": once(lambda made: made.info(fps="fast"), "fps", "all", INFO),
     "no features": once(lambda made: made.info(features=None), "features", "all", INFO),
     "episodes missing": once(
         lambda made: shutil.rmtree(made.root / "meta/episodes"), "holds no", "all", "meta/episodes"

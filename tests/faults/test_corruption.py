@@ -361,9 +361,9 @@ def test_files_that_belong_to_no_commit_are_named(root: Path, form: str) -> None
 def test_an_error_of_the_disk_while_verifying_is_a_finding(
     root: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(path: Path) -> str:
-        raise OSError(5, os.strerror(5), str(path))
+    def fail(descriptor: int) -> str:
+        raise OSError(5, os.strerror(5))
 
-    monkeypatch.setattr(verify, "digest_file", fail)
+    monkeypatch.setattr(verify, "digest_open", fail)
     findings = verify_store(root).findings
     assert any(UNIT_FILES_OF[form][0] in line and "input/output error" in line for line in findings)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from vla.stores import repair, verify
+from vla.stores.below import HeldFolder
 from vla.stores.commits import MAX_RECORD_BYTES
 from vla.stores.errors import CorruptionError, MachineError, StoreError
 from vla.stores.filesystem import writer_lock
@@ -194,14 +195,14 @@ def test_a_second_repair_during_a_first_is_refused(root: Path) -> None:
 def test_only_what_the_disk_cannot_read_back_is_damage_of_the_store(
     root: Path, files_of: Files, monkeypatch: pytest.MonkeyPatch, code: int, drops: bool
 ) -> None:
-    digest_file = verify.digest_file
+    open_below = verify.open_below
 
-    def fail(path: Path) -> str:
-        if "c.1.0.0.0" in path.name or path.name == "unit-000001.h5":
-            raise OSError(code, os.strerror(code), str(path))
-        return digest_file(path)
+    def fail(root: Path, name: str) -> int:
+        if name.endswith(("c.1.0.0.0", "unit-000001.h5")):
+            raise OSError(code, os.strerror(code), str(root / name))
+        return open_below(root, name)
 
-    monkeypatch.setattr(verify, "digest_file", fail)
+    monkeypatch.setattr(verify, "open_below", fail)
     before = files_of(root)
     if drops:
         assert repair_store(root).dropped == [1]
@@ -216,14 +217,14 @@ def test_death_between_record_and_files_leaves_an_absent_unit(
 ) -> None:
     flip(root / {"zarr": "frames/grid/c.1.0.0.0", "h5": "units/unit-000001.h5"}[form])
 
-    def die(path: Path, missing_ok: bool = False) -> None:
+    def die(held: HeldFolder, name: str) -> bool:
         raise KeyboardInterrupt
 
     drop = repair.remove_commits
 
     def then_die(root: Path, units: set[int]) -> None:
         drop(root, units)
-        monkeypatch.setattr(Path, "unlink", die)
+        monkeypatch.setattr(HeldFolder, "remove", die)
 
     monkeypatch.setattr(repair, "remove_commits", then_die)
     with pytest.raises(KeyboardInterrupt):

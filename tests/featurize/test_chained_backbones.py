@@ -15,8 +15,9 @@ from vla.featurize.backbones.base import BackboneSpec, FeatureSpec
 from vla.featurize.backbones.registry import BACKBONES
 from vla.featurize.caches import job as caches
 from vla.featurize.caches.job import ImportConfig
-from vla.featurize.job import FeaturizeConfig, prepare, rebuild_backbone, run
+from vla.featurize.job import FeaturizeConfig, prepare, run
 from vla.featurize.launch import Where, launch
+from vla.featurize.rebuild import rebuild_backbone
 from vla.featurize.sources.registry import open_source
 from vla.featurize.sources.synthetic import SyntheticSource
 from vla.stores.errors import FingerprintError, SourceError, UsageError

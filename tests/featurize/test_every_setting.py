@@ -114,6 +114,8 @@ SOURCE: dict[str, dict[str, Row]] = {
     "lerobot": {
         "map": Row("features", ("map.prize=reward",), "source.mapping.prize", LEROBOT),
         "cameras": Row("features", ('source_options.cameras=["wrist"]',), "source.cameras", LEROBOT),
+        "annotation": Row("features", ("source_options.annotation=task_index",), "source.mapping.annotation", LEROBOT),
+        "align": Row("features", ("source_options.align=index",), "source.mapping.align", LEROBOT),
         "skip_bad": Row("neutral", ("skip_bad=true",), base=LEROBOT),
     },
 }

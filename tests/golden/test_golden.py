@@ -20,12 +20,12 @@ import pytest
 
 from vla.cli import app
 from vla.featurize.job import FeaturizeConfig, prepare, run
-from vla.heads.storage import as_tensor
 from vla.heads.train import HeadTrainConfig, train_head
 from vla.stores.errors import UsageError
 from vla.stores.manifest import SCHEMA_VERSION
 from vla.stores.store import Store, open_store
 from vla.stores.verify import verify_store
+from vla.training.storage import as_tensor
 
 HERE = Path(__file__).parent
 SCHEMAS = sorted(HERE.glob("schema-*"))

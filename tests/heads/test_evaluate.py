@@ -20,6 +20,7 @@ from vla.heads.batch import Batch
 from vla.heads.checkpoint import TrainedHead, load_head
 from vla.heads.data import open_data
 from vla.heads.evaluate import evaluate_head
+from vla.heads.tensor_batches import TensorBatches
 from vla.heads.train import HeadTrainConfig, train_head
 from vla.stores.errors import DataError, UsageError
 
@@ -122,6 +123,23 @@ def test_what_stands_in_padded_steps_is_never_counted(folders: Folders, monkeypa
 
     monkeypatch.setattr(head.model, "act", act_with_nan)
     np.testing.assert_array_equal(evaluate_head(head).mae, wanted.mae)
+
+
+def test_a_dimension_without_entries_does_not_lower_the_mean_error(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = load_head(folders["run"])
+    whole, in_order = evaluate_head(head), TensorBatches.in_order
+    real = torch.ones(len(whole.mae), dtype=torch.bool)
+    real[1] = False
+
+    def padded(batches: TensorBatches) -> Iterator[Batch]:
+        return (replace(batch, action_dims=real.expand(len(batch), -1)) for batch in in_order(batches))
+
+    monkeypatch.setattr(TensorBatches, "in_order", padded)
+    found = evaluate_head(head)
+    assert found.metrics()["horizon_mae"] == pytest.approx(found.mae[real.numpy()].mean(), rel=1e-6)
+    assert found.names[1] not in found.to_json()["per_dimension"]["mae"]
 
 
 def test_every_task_stands_in_the_plain_report(folders: Folders) -> None:

@@ -241,3 +241,14 @@ def test_a_mode_of_hier_without_a_fixed_number_of_steps_is_not_exported(
     with pytest.raises(UsageError, match="mode 'fast' says its actions id by id"):
         export_head(as_trained(fast, "hier"), tmp_path / "head.pt2")
     assert not list(tmp_path.glob("head.*"))
+
+
+def test_a_description_chooses_no_folder_and_no_hub_id_of_a_tokenizer(awake_head: MakeHead, tmp_path: Path) -> None:
+    words = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3}
+    Tokenizer(models.WordLevel(words, unk_token="<unk>")).save(str(tmp_path / "tokenizer.json"))
+    form = prompt_of(awake_head("pi05-rays")).form.model_copy(update={"tokenizer": str(tmp_path)})
+    (tmp_path / "head.json").write_text(json.dumps({"prompt": form.model_dump(mode="json")}))
+    with pytest.raises(UsageError, match="tokenizer"):
+        ExportedPrompt.read(tmp_path / "head.json")
+    with pytest.raises(DataError, match="other ids"):
+        ExportedPrompt.read(str(tmp_path / "head.json"), str(tmp_path))

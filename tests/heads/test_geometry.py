@@ -60,15 +60,21 @@ def test_alpha_is_learnt_from_the_value_that_was_asked_for() -> None:
     assert adapter.alpha.grad != 0
 
 
-def test_the_ramp_rises_from_zero_over_the_batches_that_train_and_goes_on_after_a_checkpoint() -> None:
+def test_the_ramp_rises_from_zero_over_optimiser_steps_and_goes_on_after_a_checkpoint() -> None:
     adapter, ray = GeometryTokenAdapter(6, (2, 2), 8, init_alpha=1.0, warmup=4), torch.randn(1, 1, 2, 2, 6)
     whole = adapter.project(ray.flatten(1, 3)).abs().sum()
-    seen = [(adapter(ray)[0].abs().sum() / whole).item() for _ in range(3)]
+
+    def after_a_step(each: GeometryTokenAdapter) -> float:
+        share = (each(ray)[0].abs().sum() / whole).item()
+        each.advance()
+        return share
+
+    seen = [after_a_step(adapter) for _ in range(3)]
     adapter.eval()
     assert (adapter(ray)[0].abs().sum() / whole).item() == pytest.approx(0.75)  # acting does not count
     resumed = GeometryTokenAdapter(6, (2, 2), 8, warmup=4)
     resumed.load_state_dict(adapter.state_dict())
-    seen += [(resumed(ray)[0].abs().sum() / whole).item() for _ in range(3)]
+    seen += [after_a_step(resumed) for _ in range(3)]
     assert seen == pytest.approx([0, 0.25, 0.5, 0.75, 1, 1], abs=1e-6)
 
 

@@ -111,7 +111,7 @@ def test_zscore_gives_zero_mean_and_unit_deviation() -> None:
 
 
 def test_constant_dimensions_become_zero_and_are_listed() -> None:
-    values = np.array([[2.0, 0.0, 5.0], [2.0, 1.0, 5.0 + 5e-5]])
+    values = np.array([[2.0, 0.0, 5.0], [2.0, 1.0, 5.0 + 5e-7]])
     normalizer = fitted(values)
     assert normalizer.constant.tolist() == [True, False, True]
     assert normalizer(torch.tensor(values))[:, 0].tolist() == [0.0, 0.0]
@@ -198,3 +198,11 @@ def test_channels_that_never_vary_become_exactly_zero(mean: float, std: float) -
 def test_feature_statistics_that_do_not_fit_are_refused(mean: NDArray[Any], std: NDArray[Any]) -> None:
     with pytest.raises(DataError, match="feature statistics"):
         ChannelScaler(2).fit(mean, std)
+
+
+@pytest.mark.parametrize("which", ["centre", "scale"])
+def test_statistics_beyond_float32_are_refused_by_their_dimension(which: str) -> None:
+    values = {"centre": np.zeros(3), "scale": np.ones(3)}
+    values[which][1] = 1e300
+    with pytest.raises(DataError, match="dimension 1"):
+        Normalizer(3).set(values["centre"], values["scale"], np.zeros(3, bool))

@@ -12,9 +12,9 @@ import torch
 
 from vla.heads.batch import Batch
 from vla.heads.data import DataConfig, HeadData, open_data
-from vla.heads.storage import as_tensor, largest_scales, through_storage
 from vla.stores.dtypes import DtypeName, decode_bfloat16, encode_bfloat16
 from vla.stores.windows import WindowSpec
+from vla.training.storage import as_tensor, live_scales, round_trip_dtype
 
 EVERY: tuple[DtypeName, ...] = ("float16", "float32", "bfloat16", "int8")
 
@@ -86,8 +86,8 @@ def test_live_features_equal_cached_ones(
     """Bit for bit; int8 with several units within half a step of the live grid and half of the cached one."""
     made = make_store(memory_path / "s", features={"grid": ((2, 3, 4), dtype)}, unit_rows=unit_rows)
     store = made.open()
-    scales = largest_scales(store, ("grid",)).get("grid")
-    live = through_storage(torch.from_numpy(made.features["grid"].astype(np.float32)), dtype, scales)
+    scales = live_scales(store, ("grid",)).get("grid")
+    live = round_trip_dtype(torch.from_numpy(made.features["grid"].astype(np.float32)), dtype, scales)
     cached = only_batch(data_of(made.root), n_obs=1).feature("grid")[:, 0]
     if dtype != "int8" or unit_rows == 20:
         assert live.dtype == cached.dtype
@@ -102,6 +102,7 @@ def test_live_features_equal_cached_ones(
 
 
 def test_a_live_channel_that_was_always_zero_stays_zero() -> None:
-    live = through_storage(torch.tensor([[3.0, 3.0]]), "int8", (0.0, 0.5))
+    live = round_trip_dtype(torch.tensor([[3.0, 3.0]]), "int8", (0.0, 0.5))
     assert live.tolist() == [[0.0, 3.0]]
-    assert through_storage(torch.tensor([[1.0, 200.3]]), "int8", (0.0, 0.5)).tolist() == [[0.0, 200.5]]
+    assert round_trip_dtype(torch.tensor([[1.0, 60.3]]), "int8", (0.0, 0.5)).tolist() == [[0.0, 60.5]]
+    assert round_trip_dtype(torch.tensor([[1.0, -200.3]]), "int8", (0.0, 0.5)).tolist() == [[0.0, -63.5]]

@@ -1,8 +1,8 @@
 """`spatial` against the code it follows, in checkouts that environment variables name.
 
-LLAVA_3D_CHECKOUT: github.com/ZCMax/LLaVA-3D (its leaf modules import with torch alone; 91d979d was compared).
-MAPANYTHING_CHECKOUT: github.com/facebookresearch/map-anything at the commit of `mapanything.REPOSITORY`, its packages
-(uniception, hydra-core, jaxtyping, timm, opencv, torchvision) importable.
+VLA_LLAVA_3D_CHECKOUT: github.com/ZCMax/LLaVA-3D (its leaf modules import with torch alone; 91d979d was compared).
+VLA_MAP_ANYTHING_CHECKOUT: github.com/facebookresearch/map-anything at the commit of `mapanything.REPOSITORY`, with its
+packages (uniception, hydra-core, jaxtyping, timm, opencv, torchvision) importable.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from vla.pretrained.weights import digest_tensors
 from vla.stores.errors import DataError
 from vla.stores.fingerprint import canonical
 
-LLAVA, MAPANYTHING = os.environ.get("LLAVA_3D_CHECKOUT"), os.environ.get("MAPANYTHING_CHECKOUT")
-needs_llava = pytest.mark.skipif(not LLAVA, reason="LLAVA_3D_CHECKOUT is not set")
-needs_mapanything = pytest.mark.skipif(not MAPANYTHING, reason="MAPANYTHING_CHECKOUT is not set")
+LLAVA, MAPANYTHING = os.environ.get("VLA_LLAVA_3D_CHECKOUT"), os.environ.get("VLA_MAP_ANYTHING_CHECKOUT")
+needs_llava = pytest.mark.skipif(not LLAVA, reason="VLA_LLAVA_3D_CHECKOUT is not set")
+needs_mapanything = pytest.mark.skipif(not MAPANYTHING, reason="VLA_MAP_ANYTHING_CHECKOUT is not set")
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vla.stores.errors import CorruptionError, FingerprintError, MachineError, StoreError, UsageError
+from vla.stores.errors import CorruptionError, FingerprintError, MachineError, StoreError, UsageError, missing_extra
 from vla.stores.remote.bucket import Bucket
 from vla.stores.remote.lease import LEASE, Lease
 from vla.stores.remote.options import RemoteOptions
@@ -244,7 +245,7 @@ def test_missing_credentials_say_what_to_set(
 
 def test_a_missing_client_library_names_the_extra(options: RemoteOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "obstore", None)
-    with pytest.raises(MachineError, match=r"vla-feature-cache\[remote\]"):
+    with pytest.raises(MachineError, match=re.escape(missing_extra("remote"))):
         open_store(URL, remote=options)
 
 
@@ -271,3 +272,13 @@ def test_verifying_finds_a_flipped_byte_and_a_missing_object(
     assert "unit-000002.json does not match its digest" in finding
     with pytest.raises(CorruptionError, match=URL):
         open_store(remote, remote=options)
+
+
+def test_overwriting_refuses_a_store_beside_which_there_are_objects_of_somebody_else(
+    bucket: Any, remote: str, local: Any, options: RemoteOptions, write_remote: Any
+) -> None:
+    bucket.objects["some/s/notes/plan.txt"] = b"mine"
+    before = dict(bucket.objects)
+    with pytest.raises(UsageError, match=r"notes/plan\.txt"):
+        write_remote(local, options, overwrite=True)
+    assert bucket.objects == before

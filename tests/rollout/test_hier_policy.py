@@ -130,11 +130,12 @@ def test_fast_ids_are_fitted_trained_on_and_loaded_again(
     data = DataConfig(stores=(str(stores["toy"]),), validation=0.3, random_weights=True)
     fit_fast(FitFastConfig(data=data, horizon=4), tmp_path / "fast")
     run_dir = trained("toy", mode="fast", fast=str(tmp_path / "fast"), **LIGHT)
-    assert np.isfinite(evaluate_head(load_head(run_dir)).metrics()["action_mae"])
+    own = {"fast": str(tmp_path / "fast")}
+    assert np.isfinite(evaluate_head(load_head(run_dir, settings=own)).metrics()["action_mae"])
     settings = tmp_path / "fast" / "processor_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "scale": 9.5}))
     with pytest.raises(CheckpointError, match="weights of fast are not those"):
-        load_head(run_dir)
+        load_head(run_dir, settings=own)
 
 
 def test_fast_fitted_behind_other_statistics_is_refused_and_what_saturates_is_told(

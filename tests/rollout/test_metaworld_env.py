@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes.util
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from vla.rollout.envs.base import Observation
 from vla.rollout.envs.metaworld import PRIVILEGED_NAMES, MetaWorldEnv
 from vla.rollout.envs.metaworld_tasks import INSTRUCTIONS, instruction
 from vla.rollout.envs.registry import ENVS, FIRST_EVALUATION_SEED, demonstration_seed, evaluation_seed, make_env
-from vla.stores.errors import MachineError, UsageError
+from vla.stores.errors import MachineError, UsageError, missing_extra
 
 STILL = np.zeros(4, np.float32)
 
@@ -263,7 +264,7 @@ class TestMachine:
 
     def test_a_missing_simulator_names_the_extra_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(MachineError, match=r"pip install 'vla-feature-cache\[sim\]'"):
+        with pytest.raises(MachineError, match=re.escape(missing_extra("sim"))):
             make_env("metaworld:push-v3")
 
     @pytest.mark.sim

@@ -242,11 +242,13 @@ def test_demonstrations_that_moved_are_named_and_others_are_refused(
 ) -> None:
     raw = write_lerobot(tmp_path / "raw", lengths=(5, 4, 6))
     store = make_store(tmp_path / "store", source=str(raw))
-    streams(config_of(store), count=1)
+    with pytest.raises(UsageError, match=r"online\.source"):  # a store never chooses what is read
+        streams(config_of(store))
+    streams(config_of(store, online={"source": str(raw)}), count=1)
     moved = tmp_path / "moved"
     shutil.move(raw, moved)
     with pytest.raises(SourceError, match=r"online\.source"):
-        streams(config_of(store))
+        streams(config_of(store, online={"source": str(raw)}))
     _, stored, online = streams(config_of(store, online={"source": str(moved)}), count=1)
     assert equal(stored[0], online[0])
     with pytest.raises(SourceError, match="other demonstrations"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -88,6 +89,11 @@ def trained(root: Path) -> Path:
     return root / "run"
 
 
+def own(run_dir: Path) -> dict[str, Any]:
+    """Return the weights that the user names to load a run: its checkpoints never choose them."""
+    return {"weights": str(run_dir.parent / "weights")}
+
+
 def observations(episode: int) -> list[Observation]:
     source = prepare(FeaturizeConfig(source=SOURCE, backbone="toy")).source
     steps, cameras = source.steps(episode), source.index().cameras
@@ -98,28 +104,28 @@ def observations(episode: int) -> list[Observation]:
 
 
 def test_the_checkpoint_holds_what_trains_and_names_the_rest_by_digest(trained: Path) -> None:
-    head = load_head(trained)
+    head = load_head(trained, settings=own(trained))
     weights = load_file(head.folder / "model.safetensors")
     assert {name.partition(".")[0] for name in weights} == {"action", "_state", "net", "geometry"}
     assert head.artefact.frozen == {"language": head.model.frozen["language"].digest}
 
 
 def test_a_resumed_run_ends_in_the_same_bits_the_ramp_of_alpha_too(root: Path, trained: Path) -> None:
-    wanted = load_file(load_head(trained).folder / "model.safetensors")
+    wanted = load_file(load_head(trained, settings=own(trained)).folder / "model.safetensors")
     assert int(wanted["geometry.seen"]) == 4
     shutil.copytree(trained, root / "resumed")
     shutil.rmtree(root / "resumed" / "checkpoints" / "step-00000004")
     train_head(config_of(root), root / "resumed", resume=True)
-    found = load_file(load_head(root / "resumed").folder / "model.safetensors")
+    found = load_file(load_head(root / "resumed", settings=own(trained)).folder / "model.safetensors")
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 def test_a_policy_with_the_prefix_decides_what_the_head_decides_on_the_store(trained: Path) -> None:
-    head = load_head(trained)
+    head = load_head(trained, settings=own(trained))
     data = open_data(head.artefact.data)
     batch = next(data.batches(np.array([1]), head.config.window, 64, pin=False).in_order())
-    policy = Policy(head, device="cpu", n_action=1)
+    policy = Policy(head, device="cpu", n_action=1, backbones={"siglip-prefix": own(trained)})
     assert len(policy._backbones) == 2
     policy.reset(seed=3, task=data.io.tasks[int(batch.task[0])])
     live = policy.act(observations(1)[0])
@@ -131,10 +137,12 @@ def test_a_policy_with_the_prefix_decides_what_the_head_decides_on_the_store(tra
 def test_evaluation_and_rollout_both_take_the_prefix_and_both_can_leave_it_out(trained: Path) -> None:
     """The origin's evaluation was not wired to the prefix at all. Without it, DA3 is not even loaded."""
     settings = {"use_geom_prefix": False}
-    blind = load_head(trained, settings=settings)
-    seeing, without = evaluate_head(load_head(trained)), evaluate_head(blind)
+    blind = load_head(trained, settings=settings | own(trained))
+    seeing, without = evaluate_head(load_head(trained, settings=own(trained))), evaluate_head(blind)
     assert np.abs(seeing.predicted - without.predicted).max() > 1e-5
-    policy = Policy.from_run(trained, device="cpu", settings=settings)
+    policy = Policy.from_run(
+        trained, device="cpu", settings=settings | own(trained), backbones={"siglip-prefix": own(trained)}
+    )
     assert [store.recipe["name"] for _, store in policy._backbones] == ["siglip-prefix"]
     assert policy.act(observations(0)[0]).shape == (4,)
 
@@ -142,7 +150,9 @@ def test_evaluation_and_rollout_both_take_the_prefix_and_both_can_leave_it_out(t
 def test_the_command_line_leaves_the_prefix_out_too(trained: Path) -> None:
     def evaluated(*settings: str) -> Any:
         words = [word for setting in settings for word in ("--set", setting)]
-        return CliRunner().invoke(app, ["evaluate", str(trained), "--json", *words])
+        return CliRunner().invoke(
+            app, ["evaluate", str(trained), "--json", "--set", f"model.weights={own(trained)['weights']}", *words]
+        )
 
     errors = [json.loads(evaluated(*words).stdout)["action_mae"] for words in ((), ("model.use_geom_prefix=false",))]
     assert errors[0] != errors[1]
@@ -151,7 +161,7 @@ def test_the_command_line_leaves_the_prefix_out_too(trained: Path) -> None:
 
 
 def test_the_prefix_of_a_trained_head_is_exported(trained: Path) -> None:
-    head = load_head(trained)
+    head = load_head(trained, settings=own(trained))
     data = open_data(head.artefact.data)
     batch = next(data.batches(np.array([0]), head.config.window, 3, pin=False).in_order())
     tokens, pad, att = export_prefix(head, batch)
@@ -211,15 +221,28 @@ def test_a_language_model_that_was_exchanged_after_training_is_refused(root: Pat
     shutil.copytree(root / "weights", root / "exchanged")
     config = config_of(root, "pi0", ("images",), weights=str(root / "exchanged"), state_norm="zscore")
     train_head(config, root / "exchanged-run")
-    load_head(root / "exchanged-run")
+    load_head(root / "exchanged-run", settings={"weights": str(root / "exchanged")})
     shutil.rmtree(root / "exchanged")
     paligemma(root / "exchanged", 2)
     with pytest.raises(CheckpointError, match=r"the weights of language are not those that .* was trained with"):
-        load_head(root / "exchanged-run")
+        load_head(root / "exchanged-run", settings={"weights": str(root / "exchanged")})
+
+
+def test_a_run_that_starts_from_another_reads_the_weights_that_it_names_itself(root: Path, trained: Path) -> None:
+    folder = shutil.copytree(load_head(trained, settings=own(trained)).folder, root / "foreign")
+    artefact = json.loads((folder / "artefact.json").read_text())
+    artefact["config"]["weights"] = artefact["config"]["tokenizer"] = "/somewhere/else"
+    data = json.dumps(artefact).encode()
+    (folder / "artefact.json").write_bytes(data)
+    complete = json.loads((folder / "complete.json").read_text())
+    complete["files"]["artefact.json"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "complete.json").write_text(json.dumps(complete))
+    config = config_of(root).model_copy(update={"init_from": str(folder)})
+    assert train_head(config, root / "continued").step == 4
 
 
 def test_the_run_file_names_every_switch(trained: Path) -> None:
     """What the origin had as constants of a script is in the configuration, and so on the command line."""
-    config = json.loads((load_head(trained).folder / "artefact.json").read_text())["config"]
+    config = json.loads((load_head(trained, settings=own(trained)).folder / "artefact.json").read_text())["config"]
     switches = {"use_geom_prefix", "geom_model_id", "geom_target_hw", "geom_init_alpha", "freeze_geom_model"}
     assert switches <= config.keys()

@@ -70,7 +70,19 @@ def test_each_action_dimension_has_its_panel(tmp_path: Path) -> None:
     heights = []
     for dims in (1, 3):
         values, zeros = np.random.default_rng(0).normal(size=(9, dims)).astype(np.float32), np.zeros(dims)
-        error = ActionError(tuple("xyz"[:dims]), zeros, zeros, zeros, zeros, 9, 9, values, -values)
+        error = ActionError(
+            tuple("xyz"[:dims]),
+            zeros,
+            zeros,
+            zeros,
+            zeros,
+            9,
+            9,
+            values,
+            -values,
+            entries=zeros,
+            executed_entries=zeros,
+        )
         predicted_against_true(error, tmp_path / f"{dims}.png")
         heights.append(len(_pixels(tmp_path / f"{dims}.png")))
     assert heights[1] > 2 * heights[0]

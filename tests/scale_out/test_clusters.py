@@ -39,14 +39,21 @@ def test_two_workers_write_the_bytes_of_one_process(
     assert "worker 1" in said
 
 
+@pytest.mark.usefixtures("default_signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_resuming_elsewhere_than_a_run_began_gives_the_same_bytes(
-    finish: Finish, start: Start, committed: Committed, one: dict[str, bytes], memory_path: Path
+    finish: Finish,
+    start: Start,
+    committed: Committed,
+    one: dict[str, bytes],
+    memory_path: Path,
+    number: signal.Signals,
 ) -> None:
     begun = start("mixed", "--workers", "2")
     _wait_for_units(memory_path / "mixed", 2, begun)
-    begun.send_signal(signal.SIGINT)
+    begun.send_signal(number)
     begun.communicate(timeout=60)
-    assert begun.returncode == 130
+    assert begun.returncode == 128 + number
     assert 2 <= len(_records(memory_path / "mixed")) < 15
     assert finish("mixed", "--unit-index", "1/2")[0] == 0
     assert finish("mixed", "--resume")[0] == 0

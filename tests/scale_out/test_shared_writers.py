@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -130,14 +131,14 @@ def test_one_who_does_not_share_is_kept_out_and_keeps_out(job: Job, memory_path:
                 pass
 
 
-@pytest.mark.parametrize("moment", ["begin_store", "mkdir", "writer_lock", "iterdir"])
+@pytest.mark.parametrize("moment", ["begin_store", "mkdir", "writer_lock", "fwalk"])
 def test_a_store_that_another_makes_at_any_moment_is_joined(
     job: Job, memory_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     plan, root = (job.plan.manifest, job.plan.episodes), memory_path / "s"
-    if moment == "iterdir":
+    if moment == "fwalk":
         (memory_path / "s.partial").mkdir()  # of one that died
-    place: Any = {"begin_store": shared_writer, "writer_lock": writer_module}.get(moment, Path)
+    place: Any = {"begin_store": shared_writer, "writer_lock": writer_module, "fwalk": os}.get(moment, Path)
     real = getattr(place, moment)
 
     def late(*given: Any, **how: Any) -> Any:

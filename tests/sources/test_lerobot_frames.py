@@ -178,14 +178,13 @@ def test_frame_rates_that_are_no_whole_number_stay_aligned(
     assert numbers(source, 1, 0, 50, number_of) == expected(1, 0, 50)
 
 
-def test_a_missing_frame_in_the_middle_is_named(
+def test_a_missing_frame_in_the_middle_is_named_before_any_is_read(
     tmp_path: Path, write_lerobot: Write, write_video: Any, picture: Any
 ) -> None:
     root = write_lerobot(tmp_path, lengths=(8,))
     write_video(next(root.rglob("*.mp4")), [picture(0, f, 0) for f in range(7)], times=[0, 1, 2, 4, 5, 6, 7])
-    with pytest.raises(SourceError, match="frame 3 is missing"):
-        list(LeRobotSource(root).frames(0, 0, 8))
-    assert len(list(LeRobotSource(root).frames(0, 4, 8))) == 4
+    with pytest.raises(SourceError, match="the video ends before frame 7"):
+        LeRobotSource(root).index()
 
 
 def test_a_video_of_another_size_is_refused_before_decoding(

@@ -101,26 +101,15 @@ def test_missing_data_are_named(version: str, tmp_path: Path, write_lerobot: Wri
     assert f"{first} is missing" in refusal(root)
 
 
-@pytest.mark.parametrize(
-    ("found", "fix"), [("v2.0", "sed -i"), ("v1.6", "lerobot's own converters"), (None, "convert")]
-)
+@pytest.mark.parametrize(("found", "fix"), [("v1.6", "lerobot's own converters"), (None, "convert")])
 def test_other_versions_are_refused_with_what_to_do(
     found: str | None, fix: str, tmp_path: Path, write_lerobot: Write, edit_info: Edit
 ) -> None:
     root = write_lerobot(tmp_path, version="v2.1")
     edit_info(root, codebase_version=found)
     message = refusal(root)
-    assert f"codebase_version = {found!r}; expected v3.0 or v2.1" in message
+    assert f"codebase_version = {found!r}; expected v3.0 or v2.1 or v2.0" in message
     assert fix in message
-
-
-def test_the_command_proposed_for_v2_0_makes_it_readable(tmp_path: Path, write_lerobot: Write, edit_info: Edit) -> None:
-    import subprocess
-
-    root = write_lerobot(tmp_path, version="v2.1")
-    edit_info(root, codebase_version="v2.0")
-    subprocess.run(refusal(root).split("Try: ")[1], shell=True, check=True)
-    assert LeRobotSource(root).index().kind == "lerobot-v2.1"
 
 
 def test_a_v2_1_data_set_called_v3_0_is_refused(tmp_path: Path, write_lerobot: Write, edit_info: Edit) -> None:
@@ -253,7 +242,7 @@ def test_a_camera_name_cannot_lead_out(tmp_path: Path, write_lerobot: Write, edi
     ("key", "value"),
     [
         ("fps", 0),
-        ("fps", "30"),
+        ("fps", "fast"),
         ("fps", float("nan")),
         ("fps", True),
         ("fps", None),

@@ -307,3 +307,51 @@ def test_cameras_are_those_of_most_demonstrations(demo_file: Path, odd: str) -> 
     with h5py.File(demo_file, "a") as file:
         _another_camera(file, odd, LENGTHS[odd])
     assert RobomimicSource(demo_file).index().cameras == wanted
+
+
+def test_a_demonstration_of_another_length_than_it_states_is_refused(demo_file: Path) -> None:
+    with h5py.File(demo_file, "a") as file:
+        file["data/demo_2"].attrs["num_samples"] = 6
+    with pytest.raises(SourceError, match="demo_2"):
+        RobomimicSource(demo_file).index()
+    assert list(RobomimicSource(demo_file, skip_bad=True).index().skipped) == ["demo_2"]
+
+
+def test_the_total_of_a_file_is_compared_with_its_demonstrations(demo_file: Path) -> None:
+    with h5py.File(demo_file, "a") as file:
+        file["data"].attrs["total"] = sum(LENGTHS.values())
+    assert RobomimicSource(demo_file).index().warnings == ()
+    with h5py.File(demo_file, "a") as file:
+        file["data"].attrs["total"] = 13
+    with pytest.raises(SourceError, match="total = 13"):
+        RobomimicSource(demo_file).index()
+    index = RobomimicSource(demo_file, skip_bad=True).index()
+    assert (len(index.episodes), len(index.warnings)) == (3, 1)
+
+
+def test_a_filter_that_lists_a_demonstration_twice_is_refused(demo_file: Path) -> None:
+    with h5py.File(demo_file, "a") as file:
+        file["mask/double"] = np.array([b"demo_1", b"demo_1"])
+    with pytest.raises(SourceError, match="demo_1 twice"):
+        RobomimicSource(demo_file, filter="double").index()
+
+
+def test_numbers_left_at_their_fill_value_are_read_and_pictures_that_were_never_written_are_refused(
+    demo_file: Path,
+) -> None:
+    """A small array of zeros needs no bytes in HDF5; a camera without a byte has seen nothing."""
+    with h5py.File(demo_file, "r+") as file:
+        for demo, length in LENGTHS.items():
+            del file[f"data/{demo}/obs/object"]
+            file[f"data/{demo}/obs"].create_dataset("object", (length, 10), "f8", chunks=(1, 10))
+    steps = RobomimicSource(demo_file).steps(0)
+    assert not steps["privileged"].any()
+    with h5py.File(demo_file, "r+") as file:
+        del file["data/demo_2/obs/agentview_image"]
+        file["data/demo_2/obs"].create_dataset("agentview_image", (5, 12, 16, 3), "u1", chunks=(1, 12, 16, 3))
+    with pytest.raises(SourceError, match="data/demo_2/obs/agentview_image"):
+        RobomimicSource(demo_file).index()
+    assert [episode.id for episode in RobomimicSource(demo_file, skip_bad=True).index().episodes] == [
+        "demo_1",
+        "demo_10",
+    ]

@@ -166,7 +166,7 @@ def test_an_incomplete_store_is_not_converted(memory_path: Path, make_store: Cal
 @pytest.mark.parametrize("inside", ["s", "s/frames"])
 def test_a_store_is_not_written_into_itself(memory_path: Path, made: Any, inside: str) -> None:
     for flags in ({}, {"overwrite": True}):
-        with pytest.raises(UsageError, match="lies in the store"):
+        with pytest.raises(UsageError, match=r"/s\b"):
             convert_store(made.root, memory_path / inside, options("h5"), **flags)
     assert verify_store(made.root).findings == []
 

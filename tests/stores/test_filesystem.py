@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vla.stores import filesystem
 from vla.stores.errors import MachineError
 from vla.stores.filesystem import explaining, write_atomic, write_atomic_parts
+from vla.stores.owned import STORE, sweep
 from vla.stores.writer import open_writer
 
 
@@ -140,9 +140,16 @@ def test_each_cause_is_one_line_with_the_file_and_the_remedy(number: int, said: 
 
 
 def test_sweeping_deletes_debris_and_nothing_else(tmp_path: Path) -> None:
-    for name in ("a.partial", "d.partial/x", "d.partial/y.partial", "keep", "sub/b.partial", "sub/keep.partially"):
+    debris = [
+        "zarr.json.partial",
+        "tasks.partial/zarr.json",
+        "steps.partial/x/c.0.partial",
+        "commits/unit-000001.json.partial",
+    ]
+    others = ["frames/keep.partially", "mine.partial", "steps.partial/mine", "sub/b.partial", "zarr.json"]
+    for name in (*debris, *others):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    filesystem.sweep_partial(tmp_path)
+    assert set(debris) < set(sweep(tmp_path, STORE))
     left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
-    assert left == ["keep", "sub/keep.partially"]
+    assert left == others

@@ -124,6 +124,8 @@ BAD: dict[str, tuple[str, np.ndarray[Any, Any], bool, str]] = {
     "no utf-8": ("labels/json", np.full((3, 2), 0xFF, np.uint8), True, "no UTF-8"),
     "out of range": ("episodes/label", np.array([0, 1, 2, 3], np.int64), True, "episode table does not fit"),
     "negative": ("episodes/label", np.array([0, 1, -1, 2], np.int64), True, "episode table does not fit"),
+    "overlapping": ("episodes/row_start", np.array([0, 1, 5, 6], np.int64), True, "episode table does not fit"),
+    "a gap": ("episodes/length", np.array([2, 2, 1, 2], np.int64), True, "episode table does not fit"),
     "too few": ("episodes/label", np.array([0, 1, 2], np.int64), True, "episode table does not fit"),
 }
 

@@ -38,7 +38,7 @@ from vla.stores.join import join_stores
 from vla.stores.manifest import FeatureInfo, Manifest, StepInfo
 from vla.stores.repair import repair_store
 from vla.stores.store import Store, open_store
-from vla.stores.tables import EpisodeTable
+from vla.stores.tables import TABLES, EpisodeTable
 from vla.stores.verify import verify_store
 from vla.stores.windows import WindowIndex, WindowSpec
 from vla.stores.writer import StoreWriter, open_writer
@@ -270,8 +270,9 @@ class StoreMachine(RuleBasedStateMachine):
             self.fill(writer, unit, stop=self.model.of_unit(unit).start + keep)
             raise Death
         (self.root / "commits" / f"unit-{unit:06d}.json.partial").write_bytes(b'{"unit": ')
-        (self.root / "episodes" / "x.partial").mkdir(exist_ok=True)
-        (self.root / "episodes" / "x.partial" / "c.0").touch()
+        table = self.root / f"{TABLES[0]}.partial"
+        table.mkdir(exist_ok=True)
+        (table / "c.0").touch()
 
     @precondition(lambda self: self.model.committed)
     @rule(data=st.data(), how=st.sampled_from(["flip", "cut", "grow", "remove", "empty"]))

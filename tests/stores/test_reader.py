@@ -36,8 +36,9 @@ def test_more_units_than_open_files_are_read(
 ) -> None:
     monkeypatch.setattr(reader_module, "MAX_OPEN_FILES", 2)
     made = make_store(tmp_path / "s", lengths=(12,), unit_rows=2)
+    store = made.open()
     before = open_files()
-    reader = made.open().reader("grid")
+    reader = store.reader("grid")
     out = np.empty((1, 1, 3, 4), np.float16)
     for row in np.random.default_rng(0).integers(0, 12, size=60):
         reader.read(np.array([row]), out)

@@ -63,8 +63,8 @@ def test_resume_sweeps_what_an_interrupted_run_left(tmp_path: Path, make_store: 
     made = make_store(tmp_path / "s", units=[0])
     (tmp_path / "s" / "frames" / "grid" / "c.1.0.0.0.partial").write_bytes(b"half")
     (tmp_path / "s" / "commits" / "unit-000001.json.partial").write_bytes(b"half")
-    (tmp_path / "s" / "x.partial").mkdir()
-    (tmp_path / "s" / "x.partial" / "y.partial").touch()
+    (tmp_path / "s" / "steps.partial").mkdir()
+    (tmp_path / "s" / "steps.partial" / "zarr.json.partial").touch()
     assert any("partial" in line for line in verify_store(tmp_path / "s").findings)
     with writer_of(made, resume=True):
         pass

@@ -1,4 +1,4 @@
-"""A head trained by two launched processes is what one process trains with batches twice as large."""
+"""A head trained by two launched processes, in micro-batches, is what one process trains with one large batch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _losses(run_dir: Path) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_two_launched_processes_give_the_losses_of_one_with_twice_the_batch(tmp_path: Path) -> None:
+def test_two_launched_processes_of_micro_batches_give_the_losses_of_one_large_batch(tmp_path: Path) -> None:
     store = tmp_path / "store"
     run(prepare(FeaturizeConfig(source="synthetic:episodes=6", backbone="toy")), store)
     settings = [f"data.stores={json.dumps([str(store)])}", *MODEL, *TRAIN]
@@ -35,7 +35,9 @@ def test_two_launched_processes_give_the_losses_of_one_with_twice_the_batch(tmp_
     # Below the ports that a kernel gives away by itself: one picked among those may be another test's when it is bound.
     command += ["--main_process_port", str(20_000 + os.getpid() % 10_000)]
     command += [str(Path(sys.executable).with_name("vla")), "train-head", "mlp", "--out", str(tmp_path / "two")]
-    command += [part for setting in [*settings, "train.batch_size=4"] for part in ("--set", setting)]
+    command += [
+        part for setting in [*settings, "train.batch_size=2", "train.accumulate=2"] for part in ("--set", setting)
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from vla.stores.errors import CheckpointError, UsageError
+from vla.stores.interrupt import SIGNALS, Interrupted
 from vla.training import loop
 from vla.training.checkpoint import checkpoints, newest_complete
 from vla.training.devices import accelerated
@@ -54,10 +55,55 @@ def test_resuming_at_any_checkpoint_equals_never_stopping(
         assert (run / "best.json").read_bytes() == (memory_path / "whole" / "best.json").read_bytes()
 
 
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "cosine": {},
+    "constant": {"schedule": "constant", "warmup_steps": 3},
+    "constant, warm-up unsaid": {"schedule": "constant", "warmup_steps": None, "steps": 20},
+    "cosine, warm-up unsaid": {"warmup_steps": None, "steps": 20},
+    "no average, accumulated": {"schedule": "constant", "ema": False, "accumulate": 2},
+    "bf16": {"precision": "bf16"},
+}
+
+
+@pytest.mark.usefixtures("default_signals")
+@pytest.mark.parametrize("how", SCHEDULES)
+@pytest.mark.parametrize("points", [(1,), (4,), (7,), (13,), (2, 5, 11)])
+def test_every_file_of_the_last_checkpoint_is_equal_however_often_the_run_was_interrupted(
+    trainee: ModuleType, memory_path: Path, how: str, points: tuple[int, ...], files_of: Any
+) -> None:
+    config = trainee.config_of(**SCHEDULES[how])
+    trainee.train(memory_path / "whole", config=config)
+    run = memory_path / "run"
+    for point in points:
+
+        def interrupt(step: int, total: int, metrics: dict[str, float], point: int = point) -> None:
+            if step == point:
+                signal.raise_signal(signal.SIGTERM)
+
+        with pytest.raises(Interrupted):
+            trainee.train(run, config=config, resume=True, progress=interrupt)
+    trainee.train(run, config=config, resume=True)
+    assert files_of(newest_complete(run)) == files_of(newest_complete(memory_path / "whole"))
+    assert (run / "best.json").read_bytes() == (memory_path / "whole" / "best.json").read_bytes()
+    assert trainee.trace_of(run) == trainee.trace_of(memory_path / "whole")
+
+
+@pytest.mark.parametrize("first", [5, 7, 8, 12])
+def test_a_constant_run_that_is_given_more_steps_ends_in_the_bytes_of_one_begun_with_all(
+    trainee: ModuleType, memory_path: Path, first: int, files_of: Any
+) -> None:
+    long = trainee.config_of(schedule="constant", warmup_steps=3)
+    trainee.train(memory_path / "whole", config=long)
+    trainee.train(memory_path / "run", config=long.model_copy(update={"steps": first}))
+    trainee.train(memory_path / "run", config=long, resume=True)
+    assert files_of(newest_complete(memory_path / "run")) == files_of(newest_complete(memory_path / "whole"))
+
+
 def test_a_finished_run_resumes_to_itself(trainee: ModuleType, memory_path: Path) -> None:
     first = trainee.train(memory_path / "run")
     again = trainee.train(memory_path / "run", resume=True)
-    assert (again.step, again.metrics) == (14, first.metrics)
+    timeless = {name: value for name, value in first.metrics.items() if name not in trainee.SPEEDS}
+    assert (again.step, again.metrics) == (14, timeless)
 
 
 def test_before_the_first_checkpoint_resuming_starts_at_the_beginning(trainee: ModuleType, memory_path: Path) -> None:
@@ -71,22 +117,27 @@ def test_before_the_first_checkpoint_resuming_starts_at_the_beginning(trainee: M
     assert can_resume(memory_path / "begun")
 
 
-# ---- Ctrl-C ----
+# ---- Ctrl-C, and what schedulers send ----
 
 
-def test_an_interrupt_in_the_middle_of_a_step_leaves_a_checkpoint_of_its_end(
-    trainee: ModuleType, memory_path: Path
+@pytest.mark.usefixtures("default_signals")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_in_the_middle_of_a_step_leaves_a_checkpoint_of_its_end(
+    trainee: ModuleType, memory_path: Path, number: signal.Signals
 ) -> None:
     trainee.train(memory_path / "whole")
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(number)
 
     def interrupt(call: int) -> None:
         if call == 8:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted) as ended:
         trainee.train(memory_path / "run", trainee.Net(before_loss=interrupt))
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert isinstance(ended.value, KeyboardInterrupt)
+    assert ended.value.number == number
+    assert "step 8" in "".join(ended.value.__notes__)
+    assert signal.getsignal(number) is handler
     assert newest_complete(memory_path / "run").name == "step-00000008"
     trainee.train(memory_path / "run", resume=True)
     assert trainee.trace_of(memory_path / "run") == trainee.trace_of(memory_path / "whole")
@@ -94,6 +145,7 @@ def test_an_interrupt_in_the_middle_of_a_step_leaves_a_checkpoint_of_its_end(
     assert trainee.content_of(ends[0]) == trainee.content_of(ends[1])
 
 
+@pytest.mark.usefixtures("default_signals")
 def test_an_interrupt_between_steps_counts_too(trainee: ModuleType, memory_path: Path) -> None:
     def interrupt(step: int, total: int, metrics: dict[str, float]) -> None:
         if step == 7:
@@ -106,15 +158,48 @@ def test_an_interrupt_between_steps_counts_too(trainee: ModuleType, memory_path:
     assert len(state["window"]["loss"]) == 3  # steps 5, 6 and 7 wait for the line of step 8
 
 
-def test_a_second_interrupt_stops_at_once(trainee: ModuleType, memory_path: Path) -> None:
+@pytest.mark.usefixtures("default_signals")
+@pytest.mark.parametrize("second", SIGNALS)
+def test_a_second_signal_stops_at_once(trainee: ModuleType, memory_path: Path, second: signal.Signals) -> None:
     def interrupt(call: int) -> None:
         if call == 8:
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(second)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted) as ended:
         trainee.train(memory_path / "run", trainee.Net(before_loss=interrupt))
+    assert ended.value.number == second
     assert newest_complete(memory_path / "run").name == "step-00000006"
+
+
+@pytest.mark.usefixtures("default_signals")
+def test_what_is_ignored_or_handled_by_the_program_stays_so(trainee: ModuleType, memory_path: Path) -> None:
+    handled = []
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a job in the background
+    signal.signal(signal.SIGUSR1, lambda number, frame: handled.append(number))
+
+    def interrupt(call: int) -> None:
+        if call == 5:
+            for number in (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
+                signal.raise_signal(number)
+        if call == 8:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Interrupted) as ended:
+        trainee.train(memory_path / "run", trainee.Net(before_loss=interrupt))
+    assert (ended.value.number, handled) == (signal.SIGTERM, [signal.SIGUSR1])
+    assert newest_complete(memory_path / "run").name == "step-00000008"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("default_signals")
+def test_all_processes_stop_after_the_same_step_though_one_alone_gets_the_signal(memory_path: Path) -> None:
+    script = str(Path(__file__).with_name("trainee.py"))
+    command = [sys.executable, "-W", "error", script, "ddp-stop", str(memory_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=55)
+    assert json.loads(done.stdout) == [143, 143], done.stderr[-2000:]
+    assert 3 <= int(newest_complete(memory_path / "two").name[5:]) < 200
 
 
 # ---- SIGKILL ----

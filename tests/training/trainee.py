@@ -2,6 +2,7 @@
 
 trainee.py kill FOLDER COUNT SEED   SIGKILL a slow run at random moments, resuming each time; prints JSON
 trainee.py ddp FOLDER               train in two processes
+trainee.py ddp-stop FOLDER          the same, the second of them sent SIGTERM; prints both exit codes
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 from torch import nn
 
 from vla.stores.errors import VlaError
+from vla.stores.interrupt import Interrupted
 from vla.training.checkpoint import checkpoints, newest_complete
 from vla.training.config import TrainConfig
 from vla.training.loop import fit
@@ -162,14 +164,25 @@ def kill(folder: Path, count: int, seed: int) -> dict[str, Any]:
 def ddp(folder: Path) -> int:
     """Train six steps in two processes, and the last three of them again after resuming; return 0 where all is well."""
     resumed = folder.with_name("resumed")
-    code = in_two_processes(folder, resume=False)
+    code = max(in_two_processes(folder, resume=False))
     shutil.copytree(folder, resumed)
     shutil.rmtree(resumed / "checkpoints" / "step-00000006")
-    return code or in_two_processes(resumed, resume=True)
+    return code or max(in_two_processes(resumed, resume=True))
 
 
-def in_two_processes(folder: Path, *, resume: bool) -> int:
-    """Start two processes as `torchrun` does, each for a share of the batches; return 0 where both ended well."""
+def ddp_stop(folder: Path) -> list[int]:
+    """Have the second of two processes get SIGTERM in a forward pass; return both exit codes."""
+
+    def terminate(call: int) -> None:
+        time.sleep(0.01)  # 200 steps take longer than the processes' exchange of what reached them
+        if call == 6 and os.environ["RANK"] == "1":
+            signal.raise_signal(signal.SIGTERM)
+
+    return in_two_processes(folder, resume=False, steps=200, before_loss=terminate)
+
+
+def in_two_processes(folder: Path, *, resume: bool, steps: int = 6, **net: Any) -> list[int]:
+    """Start two processes as `torchrun` does, each for a share of the batches; return their exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -181,14 +194,16 @@ def in_two_processes(folder: Path, *, resume: bool) -> int:
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             code = 1
             try:
-                config = config_of(steps=6, checkpoint_every=3, accumulate=2, log_every=1)
-                train(folder, Net(noisy=False), config, resume=resume)
+                config = config_of(steps=steps, checkpoint_every=3, accumulate=2, log_every=1)
+                train(folder, Net(noisy=False, **net), config, resume=resume)
                 code = 0
+            except Interrupted as ended:
+                code = 128 + ended.number
             except BaseException:  # noqa: BLE001 - a forked child must never return to its parent's code
                 traceback.print_exc()
             os._exit(code)
         children.append(child)
-    return max(abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) for child in children)
+    return [abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) for child in children]
 
 
 if __name__ == "__main__":
@@ -196,5 +211,7 @@ if __name__ == "__main__":
     command, where, *rest = sys.argv[1:]
     if command == "kill":
         sys.stdout.write(json.dumps(kill(Path(where), int(rest[0]), int(rest[1]))) + "\n")
+    elif command == "ddp-stop":
+        sys.stdout.write(json.dumps(ddp_stop(Path(where))) + "\n")
     else:
         sys.exit(ddp(Path(where)))
