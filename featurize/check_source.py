@@ -22,6 +22,7 @@ from vla.featurize.contact_sheet import ContactSheet
 from vla.featurize.sources.base import NoEpisodeError, Source, SourceIndex
 from vla.featurize.sources.registry import common_options, open_source, option_names
 from vla.stores.errors import SourceError
+from vla.stores.instructions import same_instructions
 from vla.stores.norm_stats import NAMES, NormStats
 from vla.stores.notes import column_notes
 from vla.stores.settings import Settings
@@ -153,6 +154,9 @@ def _describe(index: SourceIndex, report: SourceReport) -> None:
     silent = sum(count for task, count in tasks.items() if not task.strip())
     if silent:
         report.add("instruction", f"{silent} of {len(lengths)} episodes have no instruction")
+    for group in same_instructions(tasks):
+        spelt = ", ".join(f"{task!r} ({tasks[task]})" for task in group)
+        report.add("instruction", f"{len(group)} spellings of one instruction count as {len(group)} tasks: {spelt}")
     for episode in index.episodes:
         if episode.length < 2:
             report.add("length", f"{episode.id} has {episode.length} frames; expected 2 or more")

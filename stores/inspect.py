@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vla.stores.instructions import same_instructions
 from vla.stores.notes import store_notes
 from vla.stores.store import Store, open_store
 
@@ -29,6 +30,7 @@ def describe(root: Path | str) -> dict[str, Any]:
         "cameras": list(manifest.cameras),
         "picture_sizes": {camera: f"{w} x {h}" for camera, (h, w) in manifest.picture_sizes.items()} or "not known",
         "tasks": list(store.episodes.tasks),
+        "spellings_of_one_task": same_instructions(store.episodes.tasks) or None,
         "features": {
             name: {
                 "shape": list(info.shape),

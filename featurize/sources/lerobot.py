@@ -21,7 +21,7 @@ from vla.featurize.sources.lerobot_clips import Align, Placed, place_clips
 from vla.featurize.sources.lerobot_info import INFO, Info, inferred, inside, missing_file, read_info
 from vla.featurize.sources.lerobot_layout import EpisodeRow, Layout, read_layout, without_videos
 from vla.featurize.sources.lerobot_modality import MODALITY, joined, read_modality, with_parts
-from vla.featurize.sources.lerobot_records import disagreements, doubtful_tasks, unlisted_files
+from vla.featurize.sources.lerobot_records import disagreements, doubled_tasks, doubtful_tasks, unlisted_files
 from vla.featurize.sources.lerobot_tasks import (
     TASK_INDEX,
     Tasks,
@@ -346,7 +346,7 @@ class LeRobotSource:
             fix = "--skip-bad, which reads the data set all the same"
             raise SourceError(problems[0], expected="records that agree", fix=fix)
         listings = [row for row in opened.layout.rows if row.index in rows]
-        return problems + [
+        return [*problems, *doubled_tasks(info, opened.tasks)] + [
             line for row in listings for line in doubtful_tasks(info, row, rows[row.index].told, opened.tasks)
         ]
 

@@ -204,11 +204,18 @@ def _size(shape: tuple[int, ...], names: Any) -> tuple[int, int] | None:
 
 
 def _names(names: Any, width: int) -> tuple[str, ...]:
-    """Return component names where there is one for each; data sets nest them under "motors" and the like, or not."""
-    if isinstance(names, dict) and len(names) == 1:
-        names = next(iter(names.values()))
-    fits = isinstance(names, list) and len(names) == width and all(isinstance(name, str) for name in names)
-    return tuple(names) if fits else ()
+    """Return component names where there is one for each; data sets nest them in lists, under "motors" and the like."""
+    flat = _flat(names)
+    fits = len(flat) == width and all(isinstance(name, str) for name in flat)
+    return tuple(flat) if fits else ()
+
+
+def _flat(names: Any) -> list[Any]:
+    """Return the leaves of nested lists and tables in order; of a table {name: position}, the names by position."""
+    if isinstance(names, dict) and names and all(type(place) is int for place in names.values()):
+        return sorted(names, key=lambda name: names[name])
+    parts = list(names.values()) if isinstance(names, dict) else names if isinstance(names, list) else []
+    return [leaf for part in parts for leaf in (_flat(part) if isinstance(part, list | dict) else [part])]
 
 
 def _template(raw: dict[str, Any], key: str, fields: tuple[str, ...], file: Path) -> str:

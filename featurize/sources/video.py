@@ -21,7 +21,7 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from vla.featurize.image import Image
-from vla.featurize.sources.pictures import require_size
+from vla.featurize.sources.pictures import MAX_PIXELS, require_size
 from vla.stores.errors import SourceError
 from vla.stores.pointers import refuse_pointer
 
@@ -113,6 +113,8 @@ def read_clip(clip: Clip, start: int, stop: int) -> Iterator[Image]:
             require_size((stream.height, stream.width), clip.size, f"{clip.path}, {clip.label}")
             # An episode is short: starting threads and filling their pipeline costs more than they save.
             stream.codec_context.thread_count = 1
+            # A stream may claim another size than the container: the decoder refuses it before it allocates a picture.
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
             grid = _Grid.of(stream, clip) if clip.times is None else _Listed(clip.times, clip)
             # One for all frames, without threads: each frame would set up its own conversion, 3 times slower.
             colour = VideoReformatter()
