@@ -96,7 +96,8 @@ def check_source(config: CheckConfig, progress: Progress = lambda done, total: N
         report.add("layout", error)
         return report
     _describe(index, report)
-    report.findings += [Finding("records", line) for line in index.warnings]
+    for line in index.warnings:
+        report.add("records", line)
     listed = {finding.found.partition(":")[0] for finding in report.findings}
     for name, reason in index.skipped.items():
         if name not in listed and name not in index.filtered:

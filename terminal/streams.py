@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
+from vla.terminal.safe_text import safe_line
+
 STDIN, STDOUT, STDERR = range(3)
 ENVIRONMENT_LACKS = 4
 """The exit code of a machine that lacks something, here a place for the result."""
@@ -107,5 +109,5 @@ def end_output(code: int, error: OutputError | None = None) -> int:
         error = failure
     if error is None or error.reader_left:
         return code
-    sys.stderr.write(f"vla: {error}\n")
+    sys.stderr.write(f"vla: {safe_line(str(error))}\n")
     return code or ENVIRONMENT_LACKS

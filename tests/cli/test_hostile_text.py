@@ -17,6 +17,7 @@ from vla.cli import main
 from vla.terminal import reports
 from vla.terminal.output import emit, open_log, open_out, show_facts, show_plan, show_rows
 from vla.terminal.safe_text import guard_stderr, safe, safe_line
+from vla.terminal.tables import draw_table
 
 Write = Callable[..., Path]
 EVIL = "\x1b[31mred\x1b]0;title\x07 \x9b31m \x7f \x08 \r over \u202egnp.exe\u202c \u2066 \ud800 [bold]b[/bold] :smile:"
@@ -59,7 +60,7 @@ def _shown() -> list[Callable[[], None]]:
         lambda: emit(facts),
         lambda: open_log().print(EVIL),
         lambda: open_out().print(EVIL),
-        lambda: reports.show_table((EVIL,), [(EVIL,)], fold=0),
+        lambda: draw_table(open_out(), (EVIL, EVIL), [(EVIL, EVIL)], whole=[0]),
         lambda: reports.show_featurized(EVIL, run, {EVIL: EVIL}, False, total=2),
         lambda: reports.show_made(EVIL, facts, EVIL, False, {EVIL: EVIL}),
         lambda: reports.show_findings([EVIL]),
