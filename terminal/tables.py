@@ -10,6 +10,8 @@ import re
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
+from vla.terminal.safe_text import safe
+
 if TYPE_CHECKING:  # rich is imported when something is shown
     from rich.console import Console
     from rich.text import Text
@@ -99,7 +101,7 @@ def wrap(text: Text, width: int) -> list[Text]:
 def _text(cell: str | Text) -> Text:
     from rich.text import Text
 
-    return Text(cell) if isinstance(cell, str) else cell
+    return Text(safe(cell)) if isinstance(cell, str) else cell  # before it is measured: an escape is wider
 
 
 def _draw_lines(console: Console, lines: Sequence[Text]) -> None:

@@ -59,7 +59,6 @@ def _shown() -> list[Callable[[], None]]:
         lambda: emit(facts),
         lambda: open_log().print(EVIL),
         lambda: open_out().print(EVIL),
-        lambda: reports.show_table((EVIL,), [(EVIL,)], fold=0),
         lambda: reports.show_featurized(EVIL, run, {EVIL: EVIL}, 2, False),
         lambda: reports.show_made(EVIL, facts, EVIL, False, {EVIL: EVIL}),
         lambda: reports.show_findings([EVIL]),
