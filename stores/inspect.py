@@ -76,4 +76,11 @@ def _rounding(store: Store, feature: str) -> dict[str, Any]:
     # Rounding to a grid of step s costs s^2 / 12 on average.
     lost = float((scales[sorted(store.commits)].astype(np.float64) ** 2).mean() / 12) if store.commits else 0.0
     power = float((statistics.mean**2 + statistics.std**2).mean())
-    return {"rounding": {"error": (lost / power) ** 0.5 if power else 0.0, "saturated": None, "erased": None, "estimated": True}}
+    return {
+        "rounding": {
+            "error": (lost / power) ** 0.5 if power else 0.0,
+            "saturated": None,
+            "erased": None,
+            "estimated": True,
+        }
+    }
