@@ -311,7 +311,8 @@ def train_head(
     if head is not None:
         head_class(head)
     begun = train.begun_head(out, head) if resume and config is None and not (head and store) else None
-    config, online = begun or (config, online)
+    config = begun or config
+    online = online or train.is_online(config)  # a saved run says how it was trained
     named = None if features is None else features.split(",")
     short = {"train.steps": steps, "data.stores": store, "data.features": named, "data.remote.cache": cache}
     kind: Any = train.HeadTrainConfig

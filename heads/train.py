@@ -21,6 +21,7 @@ from vla.heads.notes import training_notes
 from vla.heads.registry import head_class
 from vla.heads.start import start_from
 from vla.heads.tensor_batches import TensorBatches
+from vla.stores.config_files import read_config
 from vla.stores.errors import UsageError
 from vla.stores.fingerprint import digest
 from vla.stores.owned import refuse_overlap
@@ -55,8 +56,17 @@ class HeadTrainConfig(Settings):
         return saved_settings(values, file)
 
 
-def begun_head(run_dir: Path | None, head: str | None) -> tuple[Path, bool] | None:
-    """Return the file of a run's settings, and whether the backbones were in its loop; None where no run was begun.
+def is_online(config: Path | str | None) -> bool:
+    """Return whether a configuration is what a run with the backbones in its loop has saved of itself."""
+    file = begun_run(None if config is None else Path(config)) or config
+    if file is None or Path(file).name != "run.json":
+        return False
+    artefact = read_config(Path(file)).get("artefact")
+    return isinstance(artefact, dict) and bool(artefact.get("online"))
+
+
+def begun_head(run_dir: Path | None, head: str | None) -> Path | None:
+    """Return the file of a run's settings; None where no run was begun.
 
     Raises `UsageError` where the run is of another head than `head`.
     """
@@ -66,7 +76,7 @@ def begun_head(run_dir: Path | None, head: str | None) -> tuple[Path, bool] | No
     artefact = read_object(file).get("artefact", {})
     if head is not None and artefact.get("head") != head:
         raise UsageError(f"{run_dir} was begun with head {artefact.get('head')!r}", expected=f"{head!r}, or no head")
-    return file, bool(artefact.get("online"))
+    return file
 
 
 class Supplier(Protocol):

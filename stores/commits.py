@@ -121,6 +121,10 @@ def _records(root: Path) -> list[tuple[int, Path]]:
     return [(record_unit(path), path) for path in paths]
 
 
+def _share(found: Any) -> float | None:
+    return None if found is None else float(found)
+
+
 def _signed(body: dict[str, Any]) -> bytes:
     return canonical({**body, "sha256": digest(body)}) + b"\n"
 
@@ -146,7 +150,7 @@ def _read(path: Path, unit: int, manifest: Manifest, expected: str) -> Commit:
         skipped = {str(name): str(reason) for name, reason in body["skipped"].items()}
         parts = {str(name): str(sha256) for name, sha256 in body.get("parts", {}).items()}
         rounding = {
-            str(name): Rounding(float(cost["error"]), float(cost["saturated"]))
+            str(name): Rounding(float(cost["error"]), float(cost["saturated"]), _share(cost.get("erased")))
             for name, cost in body.get("rounding", {}).items()
         }
         fits = parts.keys() == format_of(manifest).digested_parts(manifest) and files.keys() == planned.keys()

@@ -20,7 +20,7 @@ from vla.stores.errors import CorruptionError, StoreError, UsageError
 from vla.stores.filesystem import explaining
 from vla.stores.fingerprint import digest, digest_array
 from vla.stores.formats.registry import format_of
-from vla.stores.manifest import FeatureInfo, Manifest
+from vla.stores.manifest import FeatureInfo, Manifest, copy_name
 from vla.stores.metadata import check_arrays, read_manifest, read_tables
 from vla.stores.reader import FeatureReader, Verify
 from vla.stores.remote.options import RemoteOptions, is_url, require_folder
@@ -154,12 +154,19 @@ class Store:
         return grid
 
     def rounding(self, feature: str) -> Rounding | None:
-        """Return what int8 cost a feature, the mean over the units that have it recorded; None where none has."""
-        units = [commit.rounding[feature] for commit in self.commits.values() if feature in commit.rounding]
+        """Return what int8 cost a feature and its augmented copies; None where no unit has it recorded.
+
+        Error and saturation are means over the units that have it recorded; `erased` is that of the worst unit.
+        """
+        names = [feature, *(copy_name(feature, number) for number in range(1, self.manifest.copies + 1))]
+        commits = self.commits.values()
+        units = [commit.rounding[name] for name in names for commit in commits if name in commit.rounding]
         if not units:
             return None
         return Rounding(
-            sum(unit.error for unit in units) / len(units), sum(unit.saturated for unit in units) / len(units)
+            sum(unit.error for unit in units) / len(units),
+            sum(unit.saturated for unit in units) / len(units),
+            max((unit.erased for unit in units if unit.erased is not None), default=None),
         )
 
     def reader(self, feature: str, verify: Verify = "first") -> FeatureReader:

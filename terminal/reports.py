@@ -53,9 +53,10 @@ def show_featurized(
 def show_rounding(rounding: Mapping[str, Mapping[str, float]]) -> None:
     """Log what int8 cost each feature."""
     for name, cost in rounding.items():
-        open_log().print(
-            f"{name}: relative error {cost['error']:.2%}, {cost['saturated']:.2%} of its numbers saturated"
-        )
+        said = f"{name}: relative error {cost['error']:.2%}, {cost['saturated']:.2%} of its numbers saturated"
+        if cost.get("erased"):
+            said += f"; int8 rounds most rows of {cost['erased']:.2%} of its channels to 0: --dtype float16 keeps them"
+        open_log().print(said)
 
 
 def show_made(

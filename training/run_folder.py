@@ -27,6 +27,8 @@ from vla.training.checkpoint import CHECKPOINT_NAME, checkpoints, read_object, s
 log = logging.getLogger(__name__)
 
 SETTINGS = "settings"
+TYPED_IN = "typed_in"
+"""Of the settings of a run: the folder in which they were typed, to which relative places in them belong."""
 
 
 class Best(Settings):
@@ -62,6 +64,7 @@ def begun_warmup(run_dir: Path) -> int | None:
 def saved_settings(values: dict[str, Any], file: Path) -> dict[str, Any]:
     """Return the caller's settings in the content of a `run.json`; the content of another configuration as it is.
 
+    Relative folders under `data` that are not here are those of the folder where the run began, if they are there.
     Raises `UsageError` for a run that was written before runs kept them.
     """
     if not {"train", "processes", "artefact"} <= values.keys():
@@ -69,7 +72,20 @@ def saved_settings(values: dict[str, Any], file: Path) -> dict[str, Any]:
     settings = values.get(SETTINGS)
     if not isinstance(settings, dict):
         raise UsageError(f"{file} has no {SETTINGS!r}: an earlier version wrote it", fix="the flags that it began with")
+    began, data = settings.pop(TYPED_IN, None), settings.get("data")
+    if isinstance(began, str) and isinstance(data, dict):
+        for name in data.keys() & {"stores", "teacher"}:
+            data[name] = _found(data[name], Path(began))
     return settings
+
+
+def _found(place: Any, began: Path) -> Any:
+    """Return a place, or each of a list, where it is: here, or seen from the folder `began`."""
+    if isinstance(place, list):
+        return [_found(each, began) for each in place]
+    if not isinstance(place, str) or "://" in place or Path(place).exists() or not (began / place).exists():
+        return place
+    return str(began / place)
 
 
 def prepare_run(
@@ -105,7 +121,7 @@ def prepare_run(
             raise UsageError(f"{run_dir / 'checkpoints'} is a symbolic link", fix="a link in the run folder's place")
         run_dir.mkdir(parents=True, exist_ok=True)
         sweep(run_dir, RUN)
-        kept = dict(decides) if settings is None else {**decides, SETTINGS: settings}
+        kept = dict(decides) if settings is None else {**decides, SETTINGS: {**settings, TYPED_IN: str(Path.cwd())}}
         write_atomic(file, json.dumps(kept, indent=1).encode())
     found = survey(run_dir)
     if found.newest is None and found.passed_over:

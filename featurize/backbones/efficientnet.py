@@ -53,7 +53,7 @@ class EfficientNetSettings(Settings):
     block: tuple[Layer, ...] = Field((10,), min_length=1)
     size: int = Field(224, ge=32, le=1024)
     resample: Literal["bicubic", "bilinear"] = "bicubic"
-    pool: int | None = Field(None, ge=1)
+    pool: int | None = None
     weights: Annotated[str | None, WEIGHTS] = None
     seed: int = Field(0, ge=0)
 

@@ -12,7 +12,7 @@ import pytest
 
 from vla.cli import app
 from vla.featurize.backbones.toy import Toy
-from vla.stores.errors import UsageError
+from vla.stores.errors import StoreError, UsageError
 from vla.terminal.run_app import run_app
 from vla.training.checkpoint import newest_complete
 from vla.training.state import TrainState
@@ -141,3 +141,30 @@ def test_a_store_is_a_configuration_and_gives_the_same_bytes(
 ) -> None:
     assert vla("featurize", "--config", store / file, "--out", tmp_path) == 0
     assert files_of(tmp_path / "toy") == files_of(store)
+
+
+@pytest.mark.parametrize("file", ["run.json", ""])
+def test_a_saved_run_with_the_backbones_in_the_loop_is_replayed_with_them(
+    store: Path, tmp_path: Path, file: str, files_of: Files
+) -> None:
+    saved, again = tmp_path / "saved", tmp_path / "again"
+    assert vla("train-head", "mlp", "--store", store, "--online", "--out", saved, *sets(*SETTINGS)) == 0
+    assert vla("train-head", "--config", saved / file, "--out", again) == 0
+    assert files_of(newest_complete(again)) == files_of(newest_complete(saved))
+
+
+def test_a_saved_run_replays_and_resumes_from_another_working_directory(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(store.parent)
+    assert vla("train-head", "mlp", "--store", store.name, "--out", tmp_path / "run", *sets(*SETTINGS)) == 0
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    Path(store.name).mkdir()  # what is here counts more than where the run began
+    with pytest.raises(StoreError, match=store.name):
+        vla("train-head", "--config", "../run", "--out", "../again")
+    Path(store.name).rmdir()
+    assert vla("train-head", "--resume", "--out", "../run") == 0
+    assert vla("train-head", "--config", "../run", "--out", "../again") == 0
+    saved, again = (newest_complete(tmp_path / run) / "model.safetensors" for run in ("run", "again"))
+    assert again.read_bytes() == saved.read_bytes()
