@@ -191,7 +191,9 @@ class Manifest(Settings):
             if _NAME.fullmatch(name) is None:
                 raise StoreError(f"{path}: {name!r} cannot be the name of an array", expected="the name of a folder")
         if self.format == "h5" and self.compression != "none":
-            raise StoreError(f"{path}: the h5 form is not compressed", expected="--format zarr", fix="compression=none")
+            raise StoreError(
+                f"{path}: the h5 form is not compressed", expected="--format zarr", fix="--set store.compression=none"
+            )
         for name, feature in self.features.items():
             shape = feature.shape
             if feature.row_bytes > MAX_ROW_BYTES or len(shape) != len(feature.dims) or min(shape, default=0) < 1:
