@@ -64,7 +64,7 @@ def featurize(
 
     keep_freed_memory()
     short = {"store.format": format_, "store.dtype": dtype, "augment.copies": augment}
-    begun = begun_store(out, name) if resume and backbone is None and config is None else None
+    begun = begun_store(out, name, required=not set_) if resume and backbone is None and config is None else None
     settings = FeaturizeConfig.from_sources(
         begun or config,
         [*opt.as_set(short), *(set_ or ())],
@@ -294,8 +294,9 @@ def train_head(
 
     if head is not None:
         head_class(head)
-    begun = train.begun_head(out, head) if resume and config is None and not (head and store) else None
-    config, online = begun or (config, online)
+    if resume and config is None and not (head and store):
+        config = train.begun_head(out, head, required=not (head or set_))
+    online = online or train.is_online(config)
     named = None if features is None else features.split(",")
     short = {"train.steps": steps, "data.stores": store, "data.features": named, "data.remote.cache": cache}
     kind: Any = train.HeadTrainConfig
@@ -359,12 +360,13 @@ def distill(
     from vla.featurize.distill.train import DistillConfig, prepare
     from vla.featurize.distill.train import distill as run
     from vla.stores.memory import keep_freed_memory
-    from vla.training.run_folder import begun_run
+    from vla.stores.settings import begun_in
 
     short = {"train.steps": steps, "data.stores": store, "data.teacher": teacher}
     short |= {"data.skip_unpaired": skip_unpaired or None}
     keep_freed_memory()
-    config = begun_run(out) if resume and not (config or store) else config
+    if resume and not (config or store):
+        config = begun_in(out, "run.json", required=not set_)
     job = prepare(DistillConfig.from_sources(config, [*opt.as_set(short), *(set_ or ())], student=student))
     run_dir = out or Path("runs") / job.config.student
     if dry_run:

@@ -28,7 +28,7 @@ from vla.stores.fingerprint import require_equal
 from vla.stores.metadata import read_manifest
 from vla.stores.remote.options import RemoteOptions, is_url
 from vla.stores.remote.publish import open_remote_writer
-from vla.stores.settings import Settings
+from vla.stores.settings import Settings, begun_in
 from vla.stores.writer import StoreWriter, open_writer
 from vla.training.torch_device import choose_device
 
@@ -79,10 +79,15 @@ OWN = {"device", "threads", "remote"}
 """Settings that are the machine's, not the store's."""
 
 
-def begun_store(out: str, name: str | None) -> Path | None:
-    """Return the store to resume where OUT, or OUT/NAME, is one already; None where a backbone has yet to be named."""
-    root = Path(out, name or "")
-    return root if "://" not in out and (root / "zarr.json").is_file() else None
+def begun_store(out: str, name: str | None, *, required: bool) -> Path | None:
+    """Return the store to resume where OUT, or OUT/NAME, is one already.
+
+    Returns None where a backbone has yet to be named, unless a store is `required`: `UsageError`.
+    """
+    if is_url(out):
+        return None
+    file = begun_in(Path(out, name or ""), "zarr.json", required=required)
+    return None if file is None else file.parent
 
 
 @dataclass(frozen=True)

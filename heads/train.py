@@ -23,11 +23,11 @@ from vla.heads.start import start_from
 from vla.heads.tensor_batches import TensorBatches
 from vla.stores.errors import UsageError
 from vla.stores.fingerprint import digest
-from vla.stores.settings import Settings
+from vla.stores.settings import Settings, begun_in
 from vla.training.checkpoint import read_object
 from vla.training.config import TrainConfig
 from vla.training.loop import FitReport, Progress, fit, seed_everything
-from vla.training.run_folder import begun_run, begun_warmup, can_resume, saved_settings
+from vla.training.run_folder import begun_warmup, can_resume, saved_settings
 from vla.training.storage import live_scales
 from vla.training.torch_device import choose_device
 
@@ -53,18 +53,25 @@ class HeadTrainConfig(Settings):
         return saved_settings(values, file)
 
 
-def begun_head(run_dir: Path | None, head: str | None) -> tuple[Path, bool] | None:
-    """Return the file of a run's settings, and whether the backbones were in its loop; None where no run was begun.
+def begun_head(run_dir: Path | None, head: str | None, *, required: bool) -> Path | None:
+    """Return the file of a run's settings; None where no run was begun, unless one is `required`.
 
     Raises `UsageError` where the run is of another head than `head`.
     """
-    file = begun_run(run_dir)
-    if file is None:
-        return None
-    artefact = read_object(file).get("artefact", {})
-    if head is not None and artefact.get("head") != head:
-        raise UsageError(f"{run_dir} was begun with head {artefact.get('head')!r}", expected=f"{head!r}, or no head")
-    return file, bool(artefact.get("online"))
+    file = begun_in(run_dir, "run.json", required=required)
+    if file is not None and head is not None:
+        begun = read_object(file).get("artefact", {}).get("head")
+        if begun != head:
+            raise UsageError(f"{run_dir} was begun with head {begun!r}", expected=f"{head!r}, or no head")
+    return file
+
+
+def is_online(file: Path | None) -> bool:
+    """Return whether a configuration, such as a saved run's, has settings of a training with the backbones in its loop.
+
+    Raises `UsageError` where the file does not read.
+    """
+    return file is not None and "online" in HeadTrainConfig.read_file(file)
 
 
 class Supplier(Protocol):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,30 @@ from vla.stores.errors import UsageError
 EXTENDS = "extends"
 
 
-def read_config(file: Path) -> dict[str, Any]:
-    """Read a file with everything that it extends into a plain dict. Raises `UsageError` where that cannot be done."""
-    return _read(file, ())
+Convert = Callable[[dict[str, Any], Path], dict[str, Any]]
+"""Returns the settings in the content of a file."""
 
 
-def _read(file: Path, within: tuple[Path, ...]) -> dict[str, Any]:
+def read_config(file: Path, convert: Convert = lambda values, file: values) -> dict[str, Any]:
+    """Read a file with everything that it extends into a plain dict. Raises `UsageError` where that cannot be done.
+
+    `convert` is applied to each file alone, so that a file may extend what a run has saved.
+    """
+    return _read(file, (), convert)
+
+
+def _read(file: Path, within: tuple[Path, ...], convert: Convert) -> dict[str, Any]:
     chain = (*within, file.resolve())
     if file.resolve() in within:
         found = " extends ".join(path.name for path in chain)
         raise UsageError(f"{file} extends itself: {found}", expected="a chain of files that ends")
-    values = _parse(file)
+    values = convert(_parse(file), file)
     base = values.pop(EXTENDS, None)
     if base is None:
         return values
     if not isinstance(base, str) or not base:
         raise UsageError(f"{file}: {EXTENDS} = {base!r}", expected='the name of one file, such as "base.toml"')
-    return merged(_read(file.parent / base, chain), values)
+    return merged(_read(file.parent / base, chain, convert), values)
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,12 +45,6 @@ def can_resume(run_dir: Path) -> bool:
     return bool(checkpoints(run_dir))
 
 
-def begun_run(run_dir: Path | None) -> Path | None:
-    """Return the file of a run's settings; None where no run was begun in the folder."""
-    file = None if run_dir is None else run_dir / "run.json"
-    return file if file is not None and file.is_file() else None
-
-
 def begun_warmup(run_dir: Path) -> int | None:
     """Return the steps of warm-up that a run was begun with; None where no run was. Raises `CheckpointError`."""
     file = run_dir / "run.json"
