@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +28,7 @@ from vla.stores.settings import Settings, begun_in
 from vla.training.checkpoint import read_object
 from vla.training.config import TrainConfig
 from vla.training.loop import FitReport, Progress, fit, seed_everything
-from vla.training.run_folder import begun_warmup, can_resume, saved_settings
+from vla.training.run_folder import begun_warmup, can_resume, refuse_existing, saved_settings
 from vla.training.storage import live_scales
 from vla.training.torch_device import choose_device
 
@@ -104,6 +105,8 @@ def train_head(
     `supplier` gives the training batches their features; statistics and validation read the stores all the same.
     `begun` is called with the head before the first step.
     """
+    if os.environ.get("RANK", "0") == "0":  # another process may come here after the first has begun the run
+        refuse_existing(run_dir, resume=resume, overwrite=overwrite)  # before a head of billions is built
     asked = config.train
     config = with_head_defaults(config, begun=resume and begun_warmup(run_dir) is not None)
     if config.train.threads:

@@ -66,6 +66,16 @@ def saved_settings(values: dict[str, Any], file: Path) -> dict[str, Any]:
     return settings
 
 
+def refuse_existing(run_dir: Path, *, resume: bool, overwrite: bool) -> list[Path]:
+    """Return what is in the folder of a run. Raises `UsageError` where that is not a run, or neither flag is given."""
+    inside = [path for path in run_dir.iterdir() if path.suffix != PARTIAL] if run_dir.exists() else []
+    if inside and not (run_dir / "run.json").is_file():
+        raise UsageError(f"{run_dir} exists and is not a run of `vla train-head`", fix="another --out")
+    if inside and not resume and not overwrite:
+        raise UsageError(f"{run_dir} exists", fix="--resume to go on, --overwrite to replace it, or another --out")
+    return inside
+
+
 def prepare_run(
     run_dir: Path,
     decides: Mapping[str, Any],
@@ -85,11 +95,7 @@ def prepare_run(
     """
     file = run_dir / "run.json"
     with explaining(run_dir):
-        inside = [path for path in run_dir.iterdir() if path.suffix != PARTIAL] if run_dir.exists() else []
-        if inside and not file.is_file():
-            raise UsageError(f"{run_dir} exists and is not a run of `vla train-head`", fix="another --out")
-        if inside and not resume and not overwrite:
-            raise UsageError(f"{run_dir} exists", fix="--resume to go on, --overwrite to replace it, or another --out")
+        inside = refuse_existing(run_dir, resume=resume, overwrite=overwrite)
         if inside and resume:
             _require_same(file, decides, places)
         elif inside:
