@@ -56,6 +56,7 @@ def featurize(
     as_json: opt.Json = False,
 ) -> None:
     """Run a frozen backbone over demonstrations, once, into a store."""
+    from vla.featurize.backbones.registry import load_backbone_class
     from vla.featurize.job import FeaturizeConfig, begun_store, prepare
     from vla.featurize.launch import Where, launch, outlook
     from vla.featurize.skipped import require_few_skipped, skipped_in
@@ -68,7 +69,7 @@ def featurize(
     keep_freed_memory()
     short = {"store.format": format_, "store.dtype": dtype, "augment.copies": augment}
     name = None if name is None else require_name(name, "--name")
-    begun = begun_store(out, name) if resume and backbone is None and config is None else None
+    begun = begun_store(out, name, required=not set_) if resume and backbone is None and config is None else None
     settings = FeaturizeConfig.from_sources(
         begun or config,
         [*opt.as_set(short), *(set_ or ())],
@@ -79,6 +80,7 @@ def featurize(
         skip_bad=skip_bad or None,
     )
     where = Where(workers, scheduler, unit_index)
+    load_backbone_class(settings.backbone)  # a wrong name is none of a store
     place = name or settings.backbone
     root = begun or (f"{out.rstrip('/')}/{place}" if "://" in out else Path(out, place))
     if isinstance(root, Path) and not (dry_run or unit_index):
@@ -310,10 +312,10 @@ def train_head(
 
     if head is not None:
         head_class(head)
-    begun = train.begun_head(out, head) if resume and config is None and not (head and store) else None
-    config = begun or config
-    online = online or train.is_online(config)  # a saved run says how it was trained
-    named = None if features is None else features.split(",")
+    if resume and config is None and not (head and store):
+        config = train.begun_head(out, head, required=not (head or set_))
+    online = online or train.is_online(config)  # a saved run records how its features were computed
+    named = None if features is None else [name.strip() for name in features.split(",")]
     short = {"train.steps": steps, "data.stores": store, "data.features": named, "data.remote.cache": cache}
     kind: Any = train.HeadTrainConfig
     run: Any = train.train_head
@@ -376,12 +378,13 @@ def distill(
     from vla.featurize.distill.train import DistillConfig, prepare
     from vla.featurize.distill.train import distill as run
     from vla.stores.memory import keep_freed_memory
-    from vla.training.run_folder import begun_run
+    from vla.stores.settings import begun_in
 
     short = {"train.steps": steps, "data.stores": store, "data.teacher": teacher}
     short |= {"data.skip_unpaired": skip_unpaired or None}
     keep_freed_memory()
-    config = begun_run(out) if resume and not (config or store) else config
+    if resume and not (config or store):
+        config = begun_in(out, "run.json", required=not set_)
     job = prepare(DistillConfig.from_sources(config, [*opt.as_set(short), *(set_ or ())], student=student))
     run_dir = out or Path("runs") / job.config.student
     if dry_run:
@@ -484,12 +487,28 @@ def action_dims(
 
 
 @command()
-def backbones(as_json: opt.Json = False) -> None:
-    """List the frozen backbones: what they make, their licences, and what this machine lacks for them."""
-    from vla.featurize.backbones.registry import BACKBONES, missing
+def backbones(
+    backbone: opt.OneBackbone = None,
+    as_json: opt.Json = False,
+) -> None:
+    """List the frozen backbones: what they make, their licences, what this machine lacks; or every option of one."""
+    from vla.featurize.backbones.registry import BACKBONES, backbone_fields, missing
 
-    entries = {name: {**entry._asdict(), "missing": missing(name)} for name, entry in BACKBONES.items()}
-    emit(entries) if as_json else reports.show_backbones(entries)
+    fields = [] if backbone is None else [field.to_json() for field in backbone_fields(backbone)]
+    entries = {
+        name: {**entry._asdict(), "missing": missing(name)}
+        for name, entry in BACKBONES.items()
+        if backbone in (None, name)
+    }
+    if as_json:
+        emit(entries if backbone is None else {"backbone": backbone, **entries[backbone], "options": fields})
+        return
+    reports.show_backbones(entries)
+    if backbone is None:
+        reports.print_line("vla backbones BACKBONE lists a backbone's options.")
+    else:
+        how = "vla featurize takes options.NAME as --set options.NAME=VALUE, weights as --weights."
+        reports.show_fields(fields, how)
 
 
 @command()
@@ -504,7 +523,10 @@ def heads(
         emit({row.pop("head"): row for row in table()}) if as_json else reports.show_heads(table())
         return
     fields = [field.to_json() for field in head_fields(head)]
-    emit({"head": head, "settings": fields}) if as_json else reports.show_fields(head, fields)
+    emit({"head": head, "settings": fields}) if as_json else reports.show_fields(
+        fields,
+        f"{head} takes them as --set NAME=VALUE or from --config;\ntrain.* are those with defaults of its own.",
+    )
 
 
 def main() -> NoReturn:

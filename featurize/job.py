@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from pydantic import Field
 
 from vla.featurize.augment import NO_COPIES, AugmentConfig
 from vla.featurize.backbones.base import Backbone
-from vla.featurize.backbones.registry import make_backbone
+from vla.featurize.backbones.registry import load_backbone_class, make_backbone
 from vla.featurize.batch_size import ON_CPU, find_batch_size
 from vla.featurize.plan import Plan, StoreOptions, make_plan
 from vla.featurize.room import require_room
@@ -27,7 +27,8 @@ from vla.stores.errors import UsageError
 from vla.stores.metadata import read_manifest
 from vla.stores.remote.options import RemoteOptions, is_url
 from vla.stores.remote.publish import open_remote_writer
-from vla.stores.settings import Settings
+from vla.stores.settings import Settings, begun_in
+from vla.stores.user_given import require_given
 from vla.stores.writer import StoreWriter, open_writer
 from vla.training.torch_device import choose_device
 
@@ -72,6 +73,17 @@ class FeaturizeConfig(Settings):
             raise UsageError(found, fix="the flags that it began with")
         return settings
 
+    @classmethod
+    def require_given(cls, saved: Mapping[str, Any], given: Mapping[str, Any], file: Path) -> None:
+        """See `Settings.require_given`."""
+        backbone = saved.get("backbone")
+        if not isinstance(backbone, str) or given.get("backbone", backbone) != backbone:
+            return
+        kind, artefact = load_backbone_class(backbone).settings_type, str(file)
+        require_given(kind, saved.get("options") or {}, given.get("options", {}), artefact=artefact, prefix="options.")
+        weights = {} if saved.get("weights") is None else {"weights": saved["weights"]}
+        require_given(kind, weights, given, artefact=artefact, prefix="")
+
 
 SETTINGS = "settings"
 """Of a store's provenance: the configuration that replays or resumes the run, but for what is this machine's."""
@@ -79,10 +91,15 @@ OWN = {"device", "threads", "remote"}
 """Settings that are the machine's, not the store's."""
 
 
-def begun_store(out: str, name: str | None) -> Path | None:
-    """Return the store to resume where OUT, or OUT/NAME, is one already; None where a backbone has yet to be named."""
-    root = Path(out, name or "")
-    return root if "://" not in out and (root / "zarr.json").is_file() else None
+def begun_store(out: str, name: str | None, *, required: bool) -> Path | None:
+    """Return the store to resume where OUT, or OUT/NAME, is one already.
+
+    Returns None where a backbone has yet to be named, unless a store is `required`: `UsageError`.
+    """
+    if is_url(out):
+        return None
+    file = begun_in(Path(out, name or ""), "zarr.json", required=required)
+    return None if file is None else file.parent
 
 
 @dataclass(frozen=True)

@@ -354,7 +354,7 @@ def check_lengths(config: HeadConfig) -> None:
         raise UsageError(
             f"a horizon of {config.horizon} that begins with the first of {config.n_obs} observed frames",
             expected=f"at least {1 - config.action_offset}, so that an action is left from the present on",
-            fix="--set model.n_obs=1, or a longer --set model.horizon",
+            fix=f"--set model.n_obs=1, or --set model.horizon=N, N at least {1 - config.action_offset}",
         )
     if config.n_action > config.n_action_max:
         found = f"n_action {config.n_action} of horizon {config.horizon}"

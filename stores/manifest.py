@@ -79,6 +79,12 @@ class StepInfo(Settings):
     names: tuple[str, ...] = ()
 
 
+def store_near(place: Path) -> str:
+    """Return a store one level below a place, or up to two above it, as what to type instead of the place."""
+    places = [*sorted(place.glob("*/commits")), *(above / "commits" for above in place.absolute().parents[:2])]
+    return next((f"the store {path.parent}" for path in places if path.is_dir()), "the folder of a store")
+
+
 class Manifest(Settings):
     """What a store holds and where it came from. Lengths are in rows; one row is one time step of all views.
 
@@ -163,7 +169,7 @@ class Manifest(Settings):
         """Check and return the manifest. Raises `StoreError` or `CorruptionError` naming `path`."""
         raw = attributes.get("vla")
         if not isinstance(raw, Mapping):
-            raise StoreError(f"{path} is a zarr group but no store of ours", fix="vla featurize --out DIR")
+            raise StoreError(f"{path} is a zarr group but no store of ours", fix=store_near(path.parent))
         version = raw.get("schema_version")
         if version != SCHEMA_VERSION:
             raise StoreError(
@@ -195,7 +201,9 @@ class Manifest(Settings):
             if _NAME.fullmatch(name) is None:
                 raise StoreError(f"{path}: {name!r} cannot be the name of an array", expected="the name of a folder")
         if self.format == "h5" and self.compression != "none":
-            raise StoreError(f"{path}: the h5 form is not compressed", expected="--format zarr", fix="compression=none")
+            raise StoreError(
+                f"{path}: the h5 form is not compressed", expected="--format zarr", fix="--set store.compression=none"
+            )
         for name, feature in self.features.items():
             shape = feature.shape
             if feature.row_bytes > MAX_ROW_BYTES or len(shape) != len(feature.dims) or min(shape, default=0) < 1:

@@ -17,7 +17,7 @@ from vla.stores.errors import CorruptionError, StoreError
 from vla.stores.filesystem import PARTIAL, explaining
 from vla.stores.formats.registry import format_of
 from vla.stores.layout import table_file, table_metadata
-from vla.stores.manifest import Manifest
+from vla.stores.manifest import Manifest, store_near
 from vla.stores.shard import CRC_BYTES
 from vla.stores.tables import LABELS, TABLES, TEXTS, EpisodeTable
 
@@ -31,14 +31,15 @@ def read_manifest(root: Path) -> Manifest:
     if root.name.endswith(PARTIAL):
         raise StoreError(f"{root} is what an interrupted run left", fix=f"run again without {PARTIAL}")
     if not root.exists():
-        raise StoreError(f"{root} does not exist", expected="a store", fix=f"vla featurize --out {root.parent}")
+        fix = f"vla featurize --backbone NAME --out {root.parent} --name {root.name}"
+        raise StoreError(f"{root} does not exist", expected="a store", fix=fix)
     if not (root / "zarr.json").is_file():
         inside = sorted(path.name for path in root.iterdir())[:4] if root.is_dir() else ["a file"]
         listing = ", ".join(inside) or "nothing"
         raise StoreError(
             f"{root} is no store (holds {listing})",
             expected="a folder with zarr.json",
-            fix="the folder of the store itself",
+            fix=store_near(root),
         )
     document = read_json(root, "zarr.json")
     _require(root / "zarr.json", document, _GROUP)

@@ -168,12 +168,11 @@ def show_heads(rows: Sequence[Mapping[str, Any]]) -> None:
     print_line("vla heads HEAD lists a head's settings.")
 
 
-def show_fields(head: str, fields: Iterable[Mapping[str, str]]) -> None:
-    """Print every setting of a head."""
+def show_fields(fields: Iterable[Mapping[str, str]], how: str) -> None:
+    """Print every setting of a head or of a backbone, and `how` they are given."""
     rows = [(f"{field['name']}\n  = {field['default']}", f"{field['text']}\n{field['type']}") for field in fields]
     draw_table(open_out(), ("setting", "meaning, and type"), rows, whole=[0])
-    print_line(f"{head} takes them as --set NAME=VALUE or from --config;")
-    print_line("train.* are those with defaults of its own.")
+    print_line(how)
 
 
 def show_parameters(counts: Mapping[str, tuple[int, int]]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -22,6 +24,8 @@ def run_app(app: typer.Typer, arguments: Sequence[str], *, process: bool = False
     signal n, 130 after Ctrl-C; 4 where the result cannot be written to stdout. What a command raises on purpose is
     raised. `process`: the command is all that this process does; a second signal ends the process.
     """
+    # No shell but zsh expands the tilde of `--out=~/stores`, and a folder named ~ is dangerous to delete.
+    arguments = [re.sub(r"^(--[a-z-]+=)~(?=/|$)", lambda flag: f"{flag[1]}{Path.home()}", word) for word in arguments]
     wrong: Any = typer.BadParameter.__base__  # click's UsageError, which typer exports under no name
     try:
         with catch_signals(process=process):

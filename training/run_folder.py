@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from vla.stores.errors import CheckpointError, UsageError
 from vla.stores.filesystem import PARTIAL, explaining, write_atomic
 from vla.stores.fingerprint import differences
 from vla.stores.owned import CHECKPOINT, RUN, foreign, remove_owned, sweep
+from vla.stores.remote.options import is_url
 from vla.stores.settings import Settings
 from vla.training.checkpoint import CHECKPOINT_NAME, checkpoints, read_object, step_of, survey
 
@@ -47,12 +49,6 @@ def can_resume(run_dir: Path) -> bool:
     return bool(checkpoints(run_dir))
 
 
-def begun_run(run_dir: Path | None) -> Path | None:
-    """Return the file of a run's settings; None where no run was begun in the folder."""
-    file = None if run_dir is None else run_dir / "run.json"
-    return file if file is not None and file.is_file() else None
-
-
 def begun_warmup(run_dir: Path) -> int | None:
     """Return the steps of warm-up that a run was begun with; None where no run was. Raises `CheckpointError`."""
     file = run_dir / "run.json"
@@ -72,11 +68,24 @@ def saved_settings(values: dict[str, Any], file: Path) -> dict[str, Any]:
     settings = values.get(SETTINGS)
     if not isinstance(settings, dict):
         raise UsageError(f"{file} has no {SETTINGS!r}: an earlier version wrote it", fix="the flags that it began with")
+    settings.pop("backbones", None)  # checkouts and weights: the store's backbones name what the user has to give
     began, data = settings.pop(TYPED_IN, None), settings.get("data")
     if isinstance(began, str) and isinstance(data, dict):
         for name in data.keys() & {"stores", "teacher"}:
             data[name] = _found(data[name], Path(began))
     return settings
+
+
+def require_given_places(saved: Mapping[str, Any], given: Mapping[str, Any], file: Path) -> None:
+    """Raise `UsageError` where saved settings name a bucket, or how to reach one, and the user has not given stores."""
+    data, chosen = saved.get("data"), given.get("data", {})
+    stores = data.get("stores", ()) if isinstance(data, Mapping) else ()
+    urls = [store for store in stores if is_url(store)]
+    if urls and "stores" not in chosen:
+        fix = " ".join(f"--store {shlex.quote(str(store))}" for store in stores)
+        raise UsageError(
+            f"{file} names {urls[0]}, and no saved run chooses an address", expected="your own value", fix=fix
+        )
 
 
 def _found(place: Any, began: Path) -> Any:
@@ -86,6 +95,16 @@ def _found(place: Any, began: Path) -> Any:
     if not isinstance(place, str) or "://" in place or Path(place).exists() or not (began / place).exists():
         return place
     return str(began / place)
+
+
+def refuse_existing(run_dir: Path, *, resume: bool, overwrite: bool) -> list[Path]:
+    """Return what is in the folder of a run. Raises `UsageError` where that is not a run, or neither flag is given."""
+    inside = [path for path in run_dir.iterdir() if path.suffix != PARTIAL] if run_dir.exists() else []
+    if inside and not (run_dir / "run.json").is_file():
+        raise UsageError(f"{run_dir} exists and is not a run of `vla train-head`", fix="another --out")
+    if inside and not resume and not overwrite:
+        raise UsageError(f"{run_dir} exists", fix="--resume to go on, --overwrite to replace it, or another --out")
+    return inside
 
 
 def prepare_run(
@@ -107,11 +126,7 @@ def prepare_run(
     """
     file = run_dir / "run.json"
     with explaining(run_dir):
-        inside = [path for path in run_dir.iterdir() if path.suffix != PARTIAL] if run_dir.exists() else []
-        if inside and not file.is_file():
-            raise UsageError(f"{run_dir} exists and is not a run of `vla train-head`", fix="another --out")
-        if inside and not resume and not overwrite:
-            raise UsageError(f"{run_dir} exists", fix="--resume to go on, --overwrite to replace it, or another --out")
+        inside = refuse_existing(run_dir, resume=resume, overwrite=overwrite)
         if inside and resume:
             _require_same(file, decides, places)
         elif inside:

@@ -160,7 +160,8 @@ def _kind_of(path: Path) -> str:
         hint = nearest(str(path), [name for name, entry in SOURCES.items() if not entry.markers])
         raise SourceError(f"{path} does not exist{hint}", expected=f"a folder with {layouts}", fix="--source DIR")
     if path.is_file():
-        raise SourceError(f"{path} is of no known layout", expected=layouts, fix="--source DIR")
+        root = next((folder for folder in path.absolute().parents[:3] if recognise(folder)), "DIR")
+        raise SourceError(f"{path} is of no known layout", expected=layouts, fix=f"--source {root}")
     inside = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
     listing = ", ".join(inside[:8]) + (f" and {len(inside) - 8} more" if len(inside) > 8 else "")
     raise SourceError(

@@ -70,7 +70,7 @@ class CacheFolder:
             raise MachineError(
                 f"one batch needs {needed / 2**20:.1f} MiB of blocks in {self.path}",
                 expected=f"at most {self._limit / 2**20:.1f} MiB",
-                fix="a larger --set data.remote.limit_gb, or smaller batches",
+                fix="--set data.remote.limit_gb=N, a larger N, or a smaller train.batch_size",
             )
         with self.exclusive():
             found = [entry for entry in self._shards() if entry[2]]

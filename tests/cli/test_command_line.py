@@ -157,7 +157,7 @@ SHOWN: dict[str, Callable[[], None]] = {
     "repair": lambda: reports.show_repair(EVIL, [EVIL], [], "", ""),
     "check": lambda: reports.show_check({"tasks": EVIL}, [], EVIL),
     "line": lambda: reports.print_line(EVIL),
-    "fields": lambda: reports.show_fields(EVIL, [{"name": EVIL, "default": EVIL, "text": EVIL, "type": EVIL}]),
+    "fields": lambda: reports.show_fields([{"name": EVIL, "default": EVIL, "text": EVIL, "type": EVIL}], EVIL),
     "parameters": lambda: reports.show_parameters({EVIL: (1, 1)}),
     "errors": lambda: reports.show_errors(ERRORS, {EVIL: 1.0}),
     "dims": lambda: reports.show_dims({(1, 2): [DIMS]}),
