@@ -102,7 +102,7 @@ def featurize(
     facts = report.to_json()
     if any(info.dtype == "int8" for info in job.plan.manifest.features.values()):
         facts["rounding"] = rounding_of(str(root))
-    reports.show_featurized(root, facts, {**job.plan.skipped, **skipped}, as_json, total=total)
+    reports.show_featurized(root, facts, {**job.plan.skipped, **skipped}, total, as_json)
     require_few_skipped(job.plan, skipped, settings.max_skipped)
 
 

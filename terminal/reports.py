@@ -31,7 +31,7 @@ def committed_so_far(root: str | Path, units: int) -> str:
 
 
 def show_featurized(
-    root: str | Path, report: Mapping[str, Any], left_out: Mapping[str, str], as_json: bool, *, total: int = 0
+    root: str | Path, report: Mapping[str, Any], left_out: Mapping[str, str], total: int, as_json: bool
 ) -> None:
     """Print what `vla featurize` did. `total` counts the episodes of the source."""
     if as_json:

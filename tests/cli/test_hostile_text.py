@@ -60,12 +60,8 @@ def _shown() -> list[Callable[[], None]]:
         lambda: emit(facts),
         lambda: open_log().print(EVIL),
         lambda: open_out().print(EVIL),
-<<<<<<< HEAD
         lambda: draw_table(open_out(), (EVIL, EVIL), [(EVIL, EVIL)], whole=[0]),
-        lambda: reports.show_featurized(EVIL, run, {EVIL: EVIL}, False, total=2),
-=======
         lambda: reports.show_featurized(EVIL, run, {EVIL: EVIL}, 2, False),
->>>>>>> main
         lambda: reports.show_made(EVIL, facts, EVIL, False, {EVIL: EVIL}),
         lambda: reports.show_findings([EVIL]),
         lambda: reports.show_repair(EVIL, [EVIL], [EVIL], EVIL, EVIL),
