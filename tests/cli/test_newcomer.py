@@ -149,10 +149,9 @@ def test_random_weights_of_a_student_are_answered_with_a_network_that_can_be_typ
     assert vla(*command, *shlex.split(caught.value.fix)) == 0
 
 
-def test_a_misspelt_setting_of_a_trained_head_is_not_said_to_be_decided_in_training(
-    make_store: Callable[..., Any], tmp_path: Path
-) -> None:
-    store = make_store(tmp_path / "s", features={"grid": ((1, 2), "float16")}).root
+def test_a_misspelt_setting_of_a_trained_head_is_not_said_to_be_decided_in_training(tmp_path: Path) -> None:
+    store = tmp_path / "toy"
+    assert vla("featurize", "--backbone", "toy", "--source", SOURCE, "--out", tmp_path) == 0
     small = ["--set", "model.width=16", "--set", "model.encoder.dim=8", "--set", "data.validation=0"]
     assert vla("train-head", "fm", "--store", store, "--out", tmp_path / "run", "--steps", 1, *small) == 0
     with pytest.raises(UsageError, match="'sample_steps'"):
