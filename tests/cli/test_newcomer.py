@@ -156,5 +156,5 @@ def test_a_misspelt_setting_of_a_trained_head_is_not_said_to_be_decided_in_train
     assert vla("train-head", "fm", "--store", store, "--out", tmp_path / "run", "--steps", 1, *small) == 0
     with pytest.raises(UsageError, match="'sample_steps'"):
         vla("evaluate", tmp_path / "run", "--set", "model.sampel_steps=2")
-    with pytest.raises(UsageError, match="trained|training"):
+    with pytest.raises(UsageError, match=r"trained|training"):
         vla("evaluate", tmp_path / "run", "--set", "model.horizon=2")
