@@ -18,7 +18,7 @@ test-long: .venv/.ready
 # Compares with upstream code in checkouts below CHECKOUTS; docs/parity.md names them and keeps the outcome.
 parity: .venv/.ready
 	$(if $(CHECKOUTS),,$(error make parity CHECKOUTS=DIR; docs/parity.md says which checkouts DIR holds))
-	$(THREADS) $(BIN)/python tests/parity/run_parity.py $(CHECKOUTS)
+	$(THREADS) $(BIN)/python tests/parity/run_parity.py "$(CHECKOUTS)"
 
 # Every declared minimum, and a small set of tests: featurize, train, evaluate, export, read videos and data sets, roll out.
 FLOORS := .venv-floors

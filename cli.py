@@ -507,7 +507,7 @@ def backbones(
     if backbone is None:
         reports.print_line("vla backbones BACKBONE lists a backbone's options.")
     else:
-        how = "vla featurize takes options.NAME as --set options.NAME=VALUE, weights as --weights."
+        how = "vla featurize takes them as --set options.NAME=VALUE;\nweights as --weights PLACE."
         reports.show_fields(fields, how)
 
 

@@ -160,7 +160,7 @@ def show_heads(rows: Sequence[Mapping[str, Any]]) -> None:
         (
             _entry(row["head"], row["summary"]),
             "\n".join(row["needs"]).replace("`", ""),
-            "\n".join(row["commands"]) or "vla featurize --backbone any",
+            "\n".join(row["commands"]) or "any of `vla backbones`",
         )
         for row in rows
     ]

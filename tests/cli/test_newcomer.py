@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,3 +124,37 @@ def test_weights_of_a_backbone_without_any_are_to_be_left_out(backbone: str, tmp
     with pytest.raises(UsageError) as caught:
         vla("featurize", "--backbone", backbone, "--source", SOURCE, "--out", tmp_path, "--weights", "random")
     assert "--weights" in caught.value.fix
+
+
+def test_no_command_is_shown_that_cannot_be_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert vla("heads") == 0
+    lines = re.findall(r"vla featurize --backbone (\S+)", capsys.readouterr().out)
+    assert lines
+    assert set(lines) <= BACKBONES.keys()
+
+
+@pytest.mark.parametrize("backbone", ["da3", "croco"])
+def test_the_last_lines_of_a_listing_fit_a_narrow_screen(backbone: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert vla("backbones", backbone) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines()[-2:])) <= 60
+
+
+def test_random_weights_of_a_student_are_answered_with_a_network_that_can_be_typed(tmp_path: Path) -> None:
+    command = ["featurize", "--backbone", "rgb2pc", "--weights", "random", "--dry-run", "--out", tmp_path]
+    options = ["--set", "options.grid=14", "--set", "options.channels=112"]
+    assert vla("featurize", "--backbone", "toy", "--source", SOURCE, "--out", tmp_path, *options) == 0
+    command += ["--source", tmp_path / "toy"]
+    with pytest.raises(UsageError) as caught:
+        vla(*command)
+    assert vla(*command, *shlex.split(caught.value.fix)) == 0
+
+
+def test_a_misspelt_setting_of_a_trained_head_is_not_said_to_be_decided_in_training(tmp_path: Path) -> None:
+    store = tmp_path / "toy"
+    assert vla("featurize", "--backbone", "toy", "--source", SOURCE, "--out", tmp_path) == 0
+    small = ["--set", "model.width=16", "--set", "model.encoder.dim=8", "--set", "data.validation=0"]
+    assert vla("train-head", "fm", "--store", store, "--out", tmp_path / "run", "--steps", 1, *small) == 0
+    with pytest.raises(UsageError, match="'sample_steps'"):
+        vla("evaluate", tmp_path / "run", "--set", "model.sampel_steps=2")
+    with pytest.raises(UsageError, match=r"trained|training"):
+        vla("evaluate", tmp_path / "run", "--set", "model.horizon=2")
