@@ -68,7 +68,7 @@ def _shown() -> list[Callable[[], None]]:
         lambda: reports.show_errors(errors, {EVIL: 1.0}),
         lambda: reports.show_check({**facts, "statistics": {"action": [{"name": EVIL, "min": 0.0}]}}, [EVIL], EVIL),
         lambda: reports.show_parameters({EVIL: (1, 1)}),
-        lambda: reports.show_fields(EVIL, [{"name": EVIL, "default": EVIL, "text": EVIL, "type": EVIL}]),
+        lambda: reports.show_fields([{"name": EVIL, "default": EVIL, "text": EVIL, "type": EVIL}], EVIL),
     ]
 
 
