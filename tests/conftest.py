@@ -241,8 +241,8 @@ def default_signals() -> Iterator[None]:
 def memory_path() -> Iterator[Path]:
     """An empty folder in memory where there is such a folder, else on the disk.
 
-    For tests of thousands of small files, and of processes that wait for the disk: fsync costs nothing there, and faults
-    are injected by the test, not by a power cut.
+    For tests of thousands of small files, and of processes that wait for the disk: fsync costs nothing there. The test
+    injects faults, not a power cut.
     """
     shm = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="vla-test-", dir=shm if os.access(shm, os.W_OK) else None))
