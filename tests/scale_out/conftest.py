@@ -15,12 +15,13 @@ import pytest
 
 from vla.cli import app
 from vla.featurize.job import FeaturizeConfig, prepare, run
+from vla.stores.errors import VlaError
 from vla.terminal.run_app import run_app
 
 SOURCE = "synthetic:episodes=12,length=[16,24],image_size=32"
 DELAY_MS = 8.0
 """For each of about 240 frames, asleep: a run takes long enough to be disturbed, and leaves the cores to others."""
-ASKED = ("--backbone", "toy", "--set", "store.unit_rows=16", "--set", f"backbone_options.delay_ms={DELAY_MS}")
+ASKED = ("--backbone", "toy", "--set", "store.unit_rows=16", "--set", f"options.delay_ms={DELAY_MS}")
 
 
 @pytest.fixture
@@ -40,7 +41,10 @@ def finish(memory_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..
     """`finish(name, *flags, source=…)` runs it to its end in this process: (exit code, what it wrote)."""
 
     def run(name: str, *flags: str, source: str = SOURCE) -> tuple[int, str]:
-        code = run_app(app, _featurize(memory_path, name, *flags, source=source))
+        try:
+            code = run_app(app, _featurize(memory_path, name, *flags, source=source))
+        except VlaError as error:
+            return error.exit_code, str(error)
         return code, "".join(capsys.readouterr())
 
     return run
@@ -60,7 +64,7 @@ def committed(memory_path: Path) -> Callable[[str], dict[str, bytes]]:
 def one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Every file of the store as one process makes it: 15 units or so."""
     root = tmp_path_factory.mktemp("one") / "s"
-    settings = {"source": SOURCE, "backbone": "toy", "backbone_options": {"delay_ms": DELAY_MS}}
+    settings = {"source": SOURCE, "backbone": "toy", "options": {"delay_ms": DELAY_MS}}
     run(prepare(FeaturizeConfig.build({**settings, "store": {"unit_rows": 16}})), root)
     return _files(root)
 
