@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
+import importlib
 import json
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -169,14 +168,8 @@ def files_of() -> Callable[[Path], dict[str, bytes]]:
 
 @pytest.fixture(scope="session")
 def lerobot_sets() -> ModuleType:
-    """The module of that name in this folder."""
-    spec = importlib.util.spec_from_file_location("vla_lerobot_sets", Path(__file__).with_name("lerobot_sets.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["vla_lerobot_sets"] = module
-    spec.loader.exec_module(module)
-    return module
+    """The module `support.lerobot_sets`, imported on first use: most tests need no encoder."""
+    return importlib.import_module("support.lerobot_sets")
 
 
 @pytest.fixture(scope="session")

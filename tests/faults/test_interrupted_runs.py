@@ -64,8 +64,14 @@ def test_a_crash_at_any_change_of_the_disk_loses_no_committed_unit(
     assert report["deaths"] == report["moments"] > report["operations"] / stride
 
 
-@pytest.mark.parametrize("stride", [pytest.param(12, id=""), pytest.param(1, marks=LONG, id="long")])
-@pytest.mark.parametrize("phase", ["create", "overwrite", "commit"])
+ERRORS = [  # form, phase, every which operation
+    *(pytest.param("zarr", phase, 18) for phase in PHASES),
+    pytest.param("h5", "commit", 12),
+    *(pytest.param(form, phase, 1, marks=LONG) for form in ("zarr", "h5") for phase in PHASES),
+]
+
+
+@pytest.mark.parametrize(("form", "phase", "stride"), ERRORS, indirect=["form"])
 def test_an_error_of_any_file_operation_is_one_line_and_breaks_nothing(
     memory_path: Path, form: str, phase: str, stride: int
 ) -> None:
