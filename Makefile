@@ -3,17 +3,23 @@ PYTHON ?= python3
 BIN := .venv/bin
 S3 := .venv/s3
 THREADS := PATH="$$PATH:$(CURDIR)/$(S3)/bin" OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
+# A worker that is done takes half of what the other still has: by file, the largest one would decide.
+WORKERS := -n 2 --dist worksteal
 
-.PHONY: demo test test-long parity floors lint clean
+.PHONY: demo test pytest test-long parity floors lint clean
 
 demo: .venv/.ready
 	$(BIN)/python examples/demo.py
 
-test: .venv/.ready lint
-	$(THREADS) $(BIN)/pytest -n 2 --dist loadfile -q
+# Lint beside the tests: mypy fills the time in which tests wait for processes, sockets and disks.
+test: .venv/.ready
+	@$(MAKE) --no-print-directory --jobs 2 lint pytest
+
+pytest: .venv/.ready
+	$(THREADS) $(BIN)/pytest $(WORKERS) -q
 
 test-long: .venv/.ready
-	$(THREADS) $(BIN)/pytest -n 2 --dist loadfile -q -m "long or not long"
+	$(THREADS) $(BIN)/pytest $(WORKERS) -q -m "long or not long"
 
 # Compares with upstream code in checkouts below CHECKOUTS; docs/parity.md names them and keeps the outcome.
 parity: .venv/.ready
