@@ -154,7 +154,7 @@ def _spoken(column: Any, tasks: Tasks) -> dict[Any, str] | None:
     """
     values = _distinct(column)
     if parquet.texts(column) is not None:
-        return {number: text for number, text in enumerate(text for text in values if text is not None)} or None
+        return dict(enumerate(text for text in values if text is not None)) or None
     return {value: tasks.texts[value] for value in values} if all(v in tasks.texts for v in values) else None
 
 

@@ -160,7 +160,8 @@ def to_array(column: Any, where: str) -> NDArray[np.generic]:
 
     Every encoding of one logical type gives the same values: dictionary, run-end and extension types are decoded,
     lists may be of any kind and nested, times and durations become float64 seconds, and a null among floats is NaN, as
-    pandas writes it. Raises `SourceError` naming `where` on other nulls, on lists of several lengths and on values that are no numbers.
+    pandas writes it. Raises `SourceError` naming `where` on other nulls, on lists of several lengths and on values that
+    are no numbers.
     """
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
     parts = [_values(chunk, where) for chunk in chunks if len(chunk)]
