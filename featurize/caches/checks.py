@@ -52,6 +52,14 @@ def as_steps(values: NDArray[Any], shape: tuple[int, ...], where: str) -> NDArra
     return steps
 
 
+def as_vectors(values: NDArray[Any], where: str) -> NDArray[np.float32]:
+    """Return steps [T, D] float32, finite; [T] is read as [T, 1]. Raises `SourceError` for any other shape."""
+    if values.ndim not in (1, 2):
+        raise SourceError(f"{where} has shape {values.shape}", expected="[T, D]", fix=SKIP)
+    rows = values.reshape(len(values), 1) if values.ndim == 1 else values
+    return as_steps(rows, rows.shape[1:], where)
+
+
 def keep_usual_rows(
     found: dict[str, tuple[int, Rows]], where: Callable[[str], str], skipped: dict[str, str], *, skip_bad: bool
 ) -> Rows:

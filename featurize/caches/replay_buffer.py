@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.featurize.caches.base import CacheIndex
-from vla.featurize.caches.checks import as_feature, as_steps, digest_files, feature_spec, require_views
+from vla.featurize.caches.checks import as_feature, as_vectors, digest_files, feature_spec, require_views
 from vla.featurize.caches.zarr_arrays import ZarrArray, arrays_in, open_zarr_array
 from vla.featurize.sources.base import Episode, StepSpec
 from vla.stores.errors import SourceError, UsageError
@@ -79,10 +79,8 @@ class ReplayBufferCache:
         """See `Cache.steps`."""
         first, stop = self._first(episode), int(self._ends[episode])
         return {
-            name: as_steps(
-                self._arrays[name].read(first, stop).reshape(stop - first, -1), spec.shape, str(self._arrays[name].path)
-            )
-            for name, spec in self.index().steps.items()
+            name: as_vectors(self._arrays[name].read(first, stop), str(self._arrays[name].path))
+            for name in self.index().steps
         }
 
     def _first(self, episode: int) -> int:

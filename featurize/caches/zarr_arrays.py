@@ -240,7 +240,7 @@ def _codecs(codecs: list[Any], meta: Path) -> tuple[list[str], Shard | None]:
 
 
 def _places(counts: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Yield the places of a grid. `itertools.product` would hold each axis in memory, however long a file claims it is."""
+    """Yield the places of a grid. `itertools.product` would hold each axis in memory, however long it is said to be."""
     if not counts:
         yield ()
         return

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vla.featurize.caches.checks import SKIP, as_steps, digest_files
+from vla.featurize.caches.checks import SKIP, as_vectors, digest_files
 from vla.featurize.caches.replay_buffer import read_ends
 from vla.featurize.caches.zarr_arrays import ZarrArray, arrays_in, open_zarr_array
 from vla.featurize.image import Image
@@ -38,8 +38,7 @@ class _Column:
 
     def read(self, first: int, stop: int) -> NDArray[np.float32]:
         where = f"{self.array.path}, rows {first} to {stop - 1}"
-        rows = self.array.read(first, stop).reshape(stop - first, -1)
-        return as_steps(rows, rows.shape[1:], where)[:, self.start : self.stop]
+        return as_vectors(self.array.read(first, stop), where)[:, self.start : self.stop]
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from vla.featurize.image import Image
 from vla.featurize.sources.episode_checks import OTHER_CAMERA, SKIP
-from vla.featurize.sources.hdf5_links import find, need, opened
+from vla.featurize.hdf5 import find, need, opened
 from vla.featurize.sources.pictures import decode_picture, require_size
 from vla.stores.errors import SourceError
 
