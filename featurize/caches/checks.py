@@ -19,8 +19,8 @@ SKIP = "--skip-bad leaves the episode out"
 Rows = dict[str, tuple[tuple[int, ...], str]]
 """{array: (shape of a row, dtype)} of an episode."""
 
-_STORED = {"float16": "float16", "float32": "float32", "float64": "float32", "uint8": "float16"}
-"""What a store keeps of each type. uint8 fits float16 exactly; float64 is rounded to float32."""
+_STORED = {"float16": "float16", "bfloat16": "float32", "float32": "float32", "float64": "float32", "uint8": "float16"}
+"""What a store keeps of each type. uint8 fits float16 exactly, bfloat16 float32; float64 is rounded to float32."""
 
 
 def feature_spec(shape: Sequence[int], dtype: str, has_views: bool, name: str, where: str) -> FeatureSpec:

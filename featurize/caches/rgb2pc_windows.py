@@ -10,7 +10,6 @@ mixes the frames of a window gives one frame several features: such caches are r
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from vla.featurize.caches.base import CacheIndex
 from vla.featurize.caches.checks import SKIP, Rows, as_feature, digest_files, feature_spec, keep_usual_rows, natural
 from vla.featurize.caches.zarr_arrays import ZarrArray, open_zarr_array
 from vla.featurize.sources.base import Episode
-from vla.stores.errors import SourceError
+from vla.featurize.sources.files import read_json
+from vla.stores.errors import DataError, SourceError
 
 FEATURE = "grid"
 
@@ -112,11 +112,12 @@ def _open(folder: Path) -> tuple[ZarrArray, int]:
     array.require_whole()
     windows, width = array.shape[:2]
     try:
-        meta = json.loads((folder / "meta.json").read_bytes())
+        meta = read_json(folder / "meta.json", "num_frames and stride")
         stride, frames = int(meta["stride"]), int(meta["num_frames"])
-        paths = json.loads((folder / "frame_paths.json").read_bytes())
-        flat = [[str(path) for path in row] for row in paths]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        flat = [[str(path) for path in row] for row in read_json(folder / "frame_paths.json", "paths of pictures")]
+    except DataError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
         raise SourceError(f"{folder}: meta.json or frame_paths.json does not read ({type(error).__name__})") from None
     covered = (windows - 1) * stride + width
     if not 1 <= stride <= width or frames != covered:

@@ -128,7 +128,7 @@ class ZarrArray:
 
         try:
             array = zarr.open_array(self.path, mode="r", zarr_format=self.version)
-            return np.asarray(array[start:stop])
+            return np.asarray(array[start:stop]).astype(self.dtype, copy=False)  # in this machine's byte order
         except (ValueError, RuntimeError, TypeError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             what = f"{self.path}, rows {start} to {stop - 1}"
             raise SourceError(

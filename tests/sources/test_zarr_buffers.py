@@ -108,7 +108,7 @@ def test_zarr_v3_metadata_of_anything_but_numbers_are_refused(change: dict[str, 
     root = write_buffer(tmp_path / "a.zarr")
     file = root / "data/action/zarr.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(SourceError, match="action/zarr.json"):
+    with pytest.raises(SourceError, match=r"action/zarr\.json"):
         ReplayBufferSource(root, fps=10).index()
 
 
