@@ -21,6 +21,8 @@ from vla.stores.pointers import refuse_pointer
 from vla.stores.untrusted import is_backed
 
 SKIP = "--skip-bad leaves the episode out"
+NUMBERS = "fiub"
+"""numpy's kinds of numbers and booleans."""
 
 
 @contextmanager
@@ -32,32 +34,53 @@ def opened(path: Path) -> Iterator[h5py.File]:
     try:
         with open_hdf5(path) as file:
             yield file
+    except VlaError:
+        raise
     # h5py raises OSError on truncation and failed checksums, RuntimeError and KeyError on damaged links,
     # ValueError and TypeError on types that numpy has not, MemoryError on sizes that the file only claims.
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
-        if isinstance(error, VlaError):
-            raise
         refuse_pointer(path)
         reason = " ".join(str(error).split())[:160]
         raise SourceError(f"{path} does not read: {reason}", expected="a whole HDF5 file", fix=SKIP) from None
 
 
-def hard_member(file: h5py.File, path: str) -> Any:
-    """Return what `path` names, reached through hard links only. Raises `SourceError` where that is not possible."""
+def find(file: h5py.File, path: str) -> Any:
+    """Return a group or data set reached through hard links only, or None where there is no such name.
+
+    Raises `SourceError` for a link, and for data that lie in other files.
+    """
     node: Any = file
     for part in path.split("/"):
         link = node.get(part, getlink=True) if isinstance(node, h5py.Group) and part in node else None
-        if link is None or type(link) is not h5py.HardLink:
-            found = "missing" if link is None else f"a {type(link).__name__} at {part!r}"
-            raise SourceError(f"{file.filename}:{path} is {found}", expected="data in the file itself", fix=SKIP)
+        if link is None:
+            return None
+        if type(link) is not h5py.HardLink:
+            found = f"{file.filename}:{path} is a {type(link).__name__} at {part!r}"
+            raise SourceError(found, expected="data in the file itself", fix=SKIP)
         node = node[part]
+    if isinstance(node, h5py.Dataset) and (node.is_virtual or node.external):
+        raise SourceError(f"{file.filename}:{path} lies in other files", expected="data in the file itself", fix=SKIP)
     return node
 
 
-def dataset(file: h5py.File, path: str, kinds: str = "fiub") -> h5py.Dataset:
-    """Return a data set that lies in this file, of numpy's `kinds` (numbers and booleans). Raises `SourceError`."""
-    node = hard_member(file, path)
-    if not isinstance(node, h5py.Dataset) or node.is_virtual or node.external or node.dtype.kind not in kinds:
+def need(file: h5py.File, path: str) -> h5py.Dataset:
+    """Return a data set of any type. Raises `SourceError` naming what is there instead."""
+    node = find(file, path)
+    if not isinstance(node, h5py.Dataset):
+        group = path.rpartition("/")[0]
+        above = find(file, group) if group else file
+        there = (
+            f"holds {', '.join(sorted(above))[:120] or 'nothing'}" if isinstance(above, h5py.Group) else "is missing"
+        )
+        found = f"{file.filename} has no {path}: {group or '/'} {there}"
+        raise SourceError(found, expected=f"a data set {path}", fix=SKIP)
+    return node
+
+
+def dataset(file: h5py.File, path: str, kinds: str = NUMBERS) -> h5py.Dataset:
+    """Return a data set of numpy's `kinds`. Raises `SourceError`."""
+    node = need(file, path)
+    if node.dtype.kind not in kinds:
         raise SourceError(f"{file.filename}:{path} is no plain array", expected="numbers in the file itself", fix=SKIP)
     return node
 
@@ -95,13 +118,30 @@ def _require_backed(data: h5py.Dataset, claimed: int) -> None:
         raise SourceError(found, expected="numbers that were written", fix=SKIP)
 
 
+def arrays(file: h5py.File, path: str) -> dict[str, h5py.Dataset]:
+    """Return {name: array of numbers, one axis or more} of a group; nothing else that lies there, and no link."""
+    node = find(file, path)
+    own = [name for name in node if type(node.get(name, getlink=True)) is h5py.HardLink] if _is_group(node) else []
+    found = {name: node[name] for name in own if isinstance(node.get(name), h5py.Dataset)}
+    return {
+        name: data
+        for name, data in found.items()
+        if data.ndim and data.dtype.kind in NUMBERS and not (data.is_virtual or data.external)
+    }
+
+
 def group(file: h5py.File, path: str, expected: str) -> h5py.Group:
     """Return a group of this file. Raises `SourceError` saying what was expected."""
-    top = path.partition("/")[0]
-    node = hard_member(file, path) if top in file and type(file.get(top, getlink=True)) is h5py.HardLink else None
-    if not isinstance(node, h5py.Group):
+    node = find(file, path)
+    if not _is_group(node):
         raise SourceError(f"{file.filename} has no group {path!r}", expected=expected)
     return node
+
+
+def names(file: h5py.File, path: str) -> list[str]:
+    """Return the names in a group, sorted; none where there is no such group."""
+    node = find(file, path)
+    return sorted(node) if _is_group(node) else []
 
 
 def text_attribute(node: Any, name: str) -> str | None:
@@ -112,3 +152,16 @@ def text_attribute(node: Any, name: str) -> str | None:
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
     return str(value) if isinstance(value, str) else None
+
+
+def count_attribute(node: Any, name: str) -> int | None:
+    """Return a count that an attribute states, as a number or as text, alone or in an array of one, or None."""
+    text = text_attribute(node, name)
+    if text is not None:
+        return int(text) if text.strip().isdecimal() else None
+    value = np.asarray(node.attrs.get(name, ()))
+    return int(value.reshape(-1)[0]) if value.size == 1 and value.dtype.kind in "iuf" else None
+
+
+def _is_group(node: Any) -> bool:
+    return isinstance(node, h5py.Group)

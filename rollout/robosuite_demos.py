@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.featurize.caches.checks import natural
-from vla.featurize.hdf5 import dataset, group, hard_member, opened, read_whole, text_attribute
+from vla.featurize.hdf5 import dataset, find, group, opened, read_whole, text_attribute
 from vla.featurize.robosuite_attributes import environment_name, instruction
 from vla.stores.errors import MachineError, SourceError, UsageError
 from vla.stores.settings import nearest
@@ -59,7 +59,7 @@ class DemonstrationFile:
         with opened(self.path) as file:
             states = read_whole(dataset(file, f"data/{name}/states")).astype(np.float64)
             actions = read_whole(dataset(file, f"data/{name}/actions")).astype(np.float32)
-            text = text_attribute(hard_member(file, f"data/{name}"), "model_file")
+            text = text_attribute(find(file, f"data/{name}"), "model_file")
         where = f"{self.path}:data/{name}"
         if states.ndim != 2 or actions.ndim != 2 or len(states) != len(actions):
             found = f"states {states.shape}, actions {actions.shape}"

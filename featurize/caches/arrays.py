@@ -17,7 +17,7 @@ from vla.featurize.caches.checks import (
     SKIP,
     Rows,
     as_feature,
-    as_steps,
+    as_vectors,
     digest_files,
     feature_spec,
     keep_usual_rows,
@@ -29,7 +29,7 @@ from vla.stores.errors import SourceError
 from vla.stores.pointers import refuse_pointer
 
 STEPS = ("action", "state")
-_SAFE_DTYPES = {"F16": "float16", "F32": "float32", "F64": "float64", "U8": "uint8"}
+_SAFE_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "U8": "uint8"}
 
 
 class ArraysCache:
@@ -72,7 +72,7 @@ class ArraysCache:
 
     def features(self, episode: int, start: int, stop: int) -> dict[str, NDArray[Any]]:
         """See `Cache.features`."""
-        path, specs = self._files[episode], self.index().features
+        specs, path = self.index().features, self._files[episode]
         read = _read(path, self._feature, list(specs), start, stop)
         return {
             name: as_feature(values, specs[name], self._has_views, f"{path}, {name}", start)
@@ -81,9 +81,9 @@ class ArraysCache:
 
     def steps(self, episode: int) -> dict[str, NDArray[Any]]:
         """See `Cache.steps`."""
-        path, specs, length = self._files[episode], self.index().steps, self.index().episodes[episode].length
+        specs, length, path = self.index().steps, self.index().episodes[episode].length, self._files[episode]
         read = _read(path, self._feature, list(specs), 0, length) if specs else {}
-        return {name: as_steps(values, specs[name].shape, f"{path}, {name}") for name, values in read.items()}
+        return {name: as_vectors(values, f"{path}, {name}") for name, values in read.items()}
 
     def _read_index(self) -> CacheIndex:
         suffixes = {".npy", ".safetensors"}
@@ -120,6 +120,10 @@ class ArraysCache:
     def _rows(self, path: Path) -> tuple[int, Rows]:
         """Return (length, {name: (shape of a row, dtype)}) of a file."""
         shapes = _shapes(path, self._feature)
+        if path.suffix == ".safetensors":  # a step of one number may be [T]
+            for name in shapes.keys() & set(STEPS):
+                shape, dtype = shapes[name]
+                shapes[name] = (*shape, 1) if len(shape) == 1 else shape, dtype
         lengths = {shape[0] for shape, _ in shapes.values() if shape}
         if len(lengths) != 1 or any(len(shape) < 2 for shape, _ in shapes.values()):
             what = {name: shape for name, (shape, _) in shapes.items()}
@@ -157,7 +161,12 @@ def _read(path: Path, feature: str, names: Sequence[str], start: int, stop: int)
     if path.suffix == ".npy":
         return {feature: np.asarray(map_npy(path)[start:stop])}
     with _Safe(path) as file:
-        return {name: file.get_slice(name)[start:stop] for name in names}
+        return {name: _as_numpy(file.get_slice(name)[start:stop]) for name in names}
+
+
+def _as_numpy(tensor: Any) -> NDArray[Any]:
+    """Return a tensor as numpy's; bfloat16, which numpy has not, as float32, which holds each of its values."""
+    return cast(NDArray[Any], (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy())
 
 
 class _Safe:
@@ -170,7 +179,7 @@ class _Safe:
         from safetensors import SafetensorError, safe_open
 
         try:
-            self._file = safe_open(self._path, framework="numpy")
+            self._file = safe_open(self._path, framework="pt")
             return cast(Any, self._file).__enter__()
         except (SafetensorError, OSError) as error:
             refuse_pointer(self._path)

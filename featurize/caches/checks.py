@@ -19,8 +19,8 @@ SKIP = "--skip-bad leaves the episode out"
 Rows = dict[str, tuple[tuple[int, ...], str]]
 """{array: (shape of a row, dtype)} of an episode."""
 
-_STORED = {"float16": "float16", "float32": "float32", "float64": "float32", "uint8": "float16"}
-"""What a store keeps of each type. uint8 fits float16 exactly; float64 is rounded to float32."""
+_STORED = {"float16": "float16", "bfloat16": "float32", "float32": "float32", "float64": "float32", "uint8": "float16"}
+"""What a store keeps of each type. uint8 fits float16 exactly, bfloat16 float32; float64 is rounded to float32."""
 
 
 def feature_spec(shape: Sequence[int], dtype: str, has_views: bool, name: str, where: str) -> FeatureSpec:
@@ -50,6 +50,14 @@ def as_steps(values: NDArray[Any], shape: tuple[int, ...], where: str) -> NDArra
         steps = values.astype(np.float32)
     require_finite(steps, where, 0)
     return steps
+
+
+def as_vectors(values: NDArray[Any], where: str) -> NDArray[np.float32]:
+    """Return steps [T, D] float32, finite; [T] is read as [T, 1]. Raises `SourceError` for any other shape."""
+    if values.ndim not in (1, 2):
+        raise SourceError(f"{where} has shape {values.shape}", expected="[T, D]", fix=SKIP)
+    rows = values.reshape(len(values), 1) if values.ndim == 1 else values
+    return as_steps(rows, rows.shape[1:], where)
 
 
 def keep_usual_rows(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,7 +24,7 @@ from vla.featurize.backbones.base import FeatureSpec
 from vla.featurize.caches.base import CacheIndex
 from vla.featurize.caches.checks import SKIP, as_feature, digest_files, natural
 from vla.featurize.sources.base import Episode, StepSpec
-from vla.stores.documents import parse_json
+from vla.featurize.sources.trackvla_samples import iterate_samples
 from vla.stores.errors import SourceError
 from vla.stores.pointers import refuse_pointer
 
@@ -104,11 +105,23 @@ class OpenTrackVLACache:
             episodes.append(Episode(name, len(stems), task))
             self._stems.append((names[name], stems))
             self._jsonl.append(jsonl)
+        for name in self._without_tokens(names) if with_actions else ():
+            missing = f"{self._root / 'jsonl'} names {name}, which {self._cache} has no tokens of"
+            if not self._skip_bad:
+                raise SourceError(missing, expected="tokens of each episode", fix=SKIP)
+            skipped[name] = missing
+        if not episodes:
+            raise SourceError(f"{self._root} has no sound episode: {next(iter(skipped.values()))}")
         features = {
             name: FeatureSpec((tokens, CHANNELS), (f"{name}_token", "channel")) for name, tokens in TOKENS.items()
         }
         steps = {"action": StepSpec((3,), "float32", "action", ("vx", "vy", "wz"))} if with_actions else {}
         return CacheIndex(FPS, (self._camera,), tuple(episodes), features, steps, skipped)
+
+    def _without_tokens(self, names: Collection[str]) -> list[str]:
+        jsonl = self._root / "jsonl"
+        listed = [path.relative_to(jsonl).with_suffix("").as_posix() for path in jsonl.rglob("*.jsonl")]
+        return sorted((name for name in listed if name not in names), key=natural)
 
     def _name(self, folder: Path) -> str:
         return folder.relative_to(self._cache).as_posix().removeprefix("frames/")
@@ -150,16 +163,16 @@ def _load(path: Path, shape: tuple[int, ...]) -> NDArray[Any]:
     if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tuple(tensor.shape) != shape:
         found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise SourceError(f"{path} holds {found}", expected=f"one tensor {shape}", fix=SKIP)
-    if tensor.dtype not in (torch.float16, torch.float32):
-        raise SourceError(f"{path} holds {tensor.dtype}", expected="float16 or float32", fix=SKIP)
-    values: NDArray[Any] = tensor.detach().numpy()
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise SourceError(f"{path} holds {tensor.dtype}", expected="float16, bfloat16 or float32", fix=SKIP)
+    # numpy has no bfloat16; float32 holds each of its values
+    values: NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
     return values
 
 
-def _sample(path: Path, number: int, line: str) -> tuple[str, NDArray[np.float32], str]:
+def _sample(path: Path, number: int, sample: dict[str, Any]) -> tuple[str, NDArray[np.float32], str]:
     """Return (stem of the current frame, actions [K, 3], instruction) of a line."""
     try:
-        sample = parse_json(line)
         stem, task = PurePosixPath(str(sample["current"])).stem, str(sample["instruction"])
         actions = np.asarray(sample["actions"], np.float32)
     except (ValueError, TypeError, KeyError) as error:
@@ -171,23 +184,15 @@ def _sample(path: Path, number: int, line: str) -> tuple[str, NDArray[np.float32
 
 def _first(path: Path) -> str:
     """Return the instruction of the first sample."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            return _sample(path, 1, file.readline())[2]
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"cannot read {path}: {error}", expected="the samples of the episode", fix=SKIP) from None
+    return _sample(path, *next(iterate_samples(path)))[2]
 
 
 def _actions(path: Path, stems: list[str], task: str) -> NDArray[np.float32]:
     """Return [T, 3] from samples that each state the actions of the K frames from theirs on."""
     places = {stem: frame for frame, stem in enumerate(stems)}
     actions, known = np.zeros((len(stems), 3), np.float32), np.zeros(len(stems), bool)
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError(f"cannot read {path}: {error}", fix=SKIP) from None
-    for number, line in enumerate(lines, 1):
-        stem, stated, instruction = _sample(path, number, line)
+    for number, sample in iterate_samples(path):
+        stem, stated, instruction = _sample(path, number, sample)
         if stem not in places or instruction != task:
             raise SourceError(
                 f"{path}, line {number}: {stem!r}, {instruction!r}", expected=f"a frame, {task!r}", fix=SKIP

@@ -1,4 +1,4 @@
-"""Diffusion Policy's ReplayBuffer: a zarr v2 group with `data/*` [N, ...] and `meta/episode_ends` int64 [E].
+"""Diffusion Policy's ReplayBuffer: a zarr group with `data/*` [N, ...] and `meta/episode_ends` int64 [E].
 
 A folder; a .zarr.zip has to be unpacked first.
 """
@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.featurize.caches.base import CacheIndex
-from vla.featurize.caches.checks import as_feature, as_steps, digest_files, feature_spec, require_views
-from vla.featurize.caches.zarr2 import Zarr2, open_zarr2
+from vla.featurize.caches.checks import as_feature, as_vectors, digest_files, feature_spec, require_views
+from vla.featurize.caches.zarr_arrays import ZarrArray, arrays_in, open_zarr_array
 from vla.featurize.sources.base import Episode, StepSpec
 from vla.stores.errors import SourceError, UsageError
 
@@ -38,7 +38,7 @@ class ReplayBufferCache:
     ) -> None:
         self._root, self._has_views, self._cameras, self._task = path.resolve(), has_views, tuple(cameras), task
         self._features, self._columns = dict(features or {}), {"action": action, "state": state}
-        self._arrays: dict[str, Zarr2] = {}
+        self._arrays: dict[str, ZarrArray] = {}
         self._ends: NDArray[np.int64] = np.zeros(0, np.int64)
         self._index: CacheIndex | None = None
 
@@ -61,7 +61,7 @@ class ReplayBufferCache:
     def digest(self) -> str:
         """See `Cache.digest`: the arrays that are imported, and the ends of the episodes."""
         self.index()
-        arrays = [*self._arrays.values(), open_zarr2(self._root / "meta" / "episode_ends")]
+        arrays = [*self._arrays.values(), open_zarr_array(self._root / "meta" / "episode_ends")]
         files = {path.relative_to(self._root).as_posix() for array in arrays for path in array.files()}
         return digest_files(self._root, files)
 
@@ -79,8 +79,8 @@ class ReplayBufferCache:
         """See `Cache.steps`."""
         first, stop = self._first(episode), int(self._ends[episode])
         return {
-            name: as_steps(self._arrays[name].read(first, stop), spec.shape, str(self._arrays[name].path))
-            for name, spec in self.index().steps.items()
+            name: as_vectors(self._arrays[name].read(first, stop), str(self._arrays[name].path))
+            for name in self.index().steps
         }
 
     def _first(self, episode: int) -> int:
@@ -88,7 +88,7 @@ class ReplayBufferCache:
 
     def _read_index(self) -> CacheIndex:
         data = self._root / "data"
-        there = sorted(path.parent.name for path in data.glob("*/.zarray"))
+        there = [path.name for path in arrays_in(data)]
         if not self._features:
             raise UsageError(
                 f"no features named; {data} holds {', '.join(there) or 'nothing'}",
@@ -100,7 +100,7 @@ class ReplayBufferCache:
             if array not in there:
                 fix = f"--set options.{name}=null where the cache has none" if name in columns else ""
                 raise SourceError(f"{data} has no array {array!r}", expected=f"one of {', '.join(there)}", fix=fix)
-            self._arrays[name] = open_zarr2(data / array)
+            self._arrays[name] = open_zarr_array(data / array)
         self._ends = read_ends(self._root / "meta" / "episode_ends")
         rows = int(self._ends[-1])
         for name, opened in self._arrays.items():
@@ -117,10 +117,11 @@ class ReplayBufferCache:
             require_views([1], self._cameras, str(self._root))
         steps = {}
         for name in columns:
-            if len(self._arrays[name].shape) != 2:
+            if len(self._arrays[name].shape) not in (1, 2):
                 raise SourceError(f"{self._arrays[name].path} has shape {self._arrays[name].shape}", expected="[N, D]")
-            role = "action" if name == "action" else "state"
-            steps[name] = StepSpec(self._arrays[name].shape[1:], "float32", "action" if role == "action" else "state")
+            steps[name] = StepSpec(
+                self._arrays[name].shape[1:] or (1,), "float32", "action" if name == "action" else "state"
+            )
         lengths = np.diff(self._ends, prepend=0)
         episodes = tuple(Episode(f"episode_{i:06d}", int(n), self._task) for i, n in enumerate(lengths))
         return CacheIndex(None, self._cameras, episodes, specs, steps)
@@ -128,7 +129,8 @@ class ReplayBufferCache:
 
 def read_ends(path: Path) -> NDArray[np.int64]:
     """Return where each episode ends, int64 [E], increasing. Raises `SourceError` where the array is not that."""
-    array = open_zarr2(path)
+    array = open_zarr_array(path)
+    array.require_whole()
     if len(array.shape) != 1 or array.shape[0] < 1 or np.dtype(array.dtype).kind not in "iu":
         raise SourceError(f"{path} is {array.dtype} {array.shape}", expected="integers [E]")
     array.require_whole(at_once=True)

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from vla.featurize.caches.base import CacheIndex
 from vla.featurize.caches.checks import SKIP, Rows, as_feature, digest_files, feature_spec, keep_usual_rows, natural
-from vla.featurize.caches.zarr2 import Zarr2, open_zarr2
+from vla.featurize.caches.zarr_arrays import ZarrArray, open_zarr_array
 from vla.featurize.sources.base import Episode
-from vla.stores.documents import parse_json
-from vla.stores.errors import SourceError
+from vla.featurize.sources.files import read_json
+from vla.stores.errors import DataError, SourceError
 
 FEATURE = "grid"
 
@@ -31,7 +31,7 @@ class WindowsCache:
 
     def __init__(self, path: Path, *, camera: str = "head_camera", skip_bad: bool = False) -> None:
         self._root, self._camera, self._skip_bad = path.resolve(), camera, skip_bad
-        self._arrays: list[tuple[Zarr2, int]] = []
+        self._arrays: list[tuple[ZarrArray, int]] = []
         self._index: CacheIndex | None = None
 
     def settings(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class WindowsCache:
         return {}
 
     def _read_index(self) -> CacheIndex:
-        arrays: dict[str, tuple[Zarr2, int]] = {}
+        arrays: dict[str, tuple[ZarrArray, int]] = {}
         found: dict[str, tuple[int, Rows]] = {}
         skipped: dict[str, str] = {}
         folders = [path for pattern in ("episode_*.zarr", "*/episode_*.zarr") for path in self._root.glob(pattern)]
@@ -104,19 +104,20 @@ class WindowsCache:
         return CacheIndex(None, (self._camera,), episodes, features, {}, skipped)
 
 
-def _open(folder: Path) -> tuple[Zarr2, int]:
+def _open(folder: Path) -> tuple[ZarrArray, int]:
     """Return the array of an episode and its stride, after checking that windows overlap as the paths say."""
-    array = open_zarr2(folder / "per_frame_features")
+    array = open_zarr_array(folder / "per_frame_features")
     if len(array.shape) != 5 or min(array.shape) < 1:
         raise SourceError(f"{array.path} has shape {array.shape}", expected="[W, T, Hf, Wf, C]", fix=SKIP)
     array.require_whole()
     windows, width = array.shape[:2]
     try:
-        meta = parse_json((folder / "meta.json").read_bytes())
+        meta = read_json(folder / "meta.json", "num_frames and stride")
         stride, frames = int(meta["stride"]), int(meta["num_frames"])
-        paths = parse_json((folder / "frame_paths.json").read_bytes())
-        flat = [[str(path) for path in row] for row in paths]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        flat = [[str(path) for path in row] for row in read_json(folder / "frame_paths.json", "paths of pictures")]
+    except DataError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
         raise SourceError(f"{folder}: meta.json or frame_paths.json does not read ({type(error).__name__})") from None
     covered = (windows - 1) * stride + width
     if not 1 <= stride <= width or frames != covered:

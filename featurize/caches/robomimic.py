@@ -18,14 +18,14 @@ from vla.featurize.caches.checks import (
     SKIP,
     Rows,
     as_feature,
-    as_steps,
+    as_vectors,
     digest_files,
     feature_spec,
     keep_usual_rows,
     natural,
     require_views,
 )
-from vla.featurize.hdf5 import dataset, group, opened, read_rows, read_whole, require_rows
+from vla.featurize.hdf5 import count_attribute, dataset, find, group, opened, read_rows, read_whole, require_rows
 from vla.featurize.robosuite_attributes import control_frequency
 from vla.featurize.sources.base import Episode, StepSpec
 from vla.stores.errors import SourceError, UsageError
@@ -91,14 +91,14 @@ class RobomimicCache:
         index = self.index()
         demo = f"data/{index.episodes[episode].id}"
         with opened(self._path) as file:
-            made = {"action": read_whole(dataset(file, f"{demo}/actions"))}
-            if self._state:
-                parts = [read_whole(dataset(file, f"{demo}/obs/{key}")) for key in self._state]
-                made["state"] = np.concatenate(parts, axis=1)
-        return {
-            name: as_steps(values, index.steps[name].shape, f"{self._path}:{demo} {name}")
-            for name, values in made.items()
-        }
+            paths = {"action": [f"{demo}/actions"], "state": [f"{demo}/obs/{key}" for key in self._state]}
+            return {
+                name: np.concatenate(
+                    [as_vectors(read_whole(dataset(file, path)), f"{self._path}:{path}") for path in paths[name]],
+                    axis=1,
+                )
+                for name in index.steps
+            }
 
     def _read_index(self, file: h5py.File) -> CacheIndex:
         demos = sorted(group(file, "data", LAYOUT), key=natural)
@@ -136,11 +136,16 @@ class RobomimicCache:
         found = {}
         for key in keys:
             data = dataset(file, f"data/{demo}/{key}")
-            found[key] = (tuple(data.shape), data.dtype.name)
             flat = key == "actions" or key.removeprefix("obs/") in self._state
-            if data.ndim < 2 or (flat and data.ndim != 2):
+            shape = (*data.shape, 1) if flat and data.ndim == 1 else tuple(data.shape)
+            if len(shape) < 2 or (flat and len(shape) != 2):
                 raise SourceError(f"{self._path}:{data.name} has shape {data.shape}", expected="[T, D]", fix=SKIP)
             require_rows(data, len(data) if flat else 1)
+            found[key] = shape, data.dtype.name
+        stated, rows = count_attribute(find(file, f"data/{demo}"), "num_samples"), found["actions"][0][0]
+        if stated not in (None, rows):
+            what = f"{self._path}:data/{demo} has {rows} rows"
+            raise SourceError(what, expected=f"{stated} as its num_samples says", fix=SKIP)
         return found
 
     def _specs(self, shapes: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from vla.featurize.caches.arrays import map_npy
 from vla.featurize.caches.checks import digest_files, natural, require_finite
-from vla.featurize.caches.zarr2 import open_zarr2
+from vla.featurize.caches.zarr_arrays import open_zarr_array
 from vla.featurize.sources.registry import recognise
 from vla.stores.dtypes import decode
 from vla.stores.errors import SourceError, UsageError
@@ -127,7 +127,7 @@ class ZarrTeacher:
 
     def __init__(self, root: Path, arrays: Sequence[Path]) -> None:
         self._root = root
-        self._arrays = {_name(root, path.parent.with_suffix("")): open_zarr2(path) for path in arrays}
+        self._arrays = {_name(root, path.parent.with_suffix("")): open_zarr_array(path) for path in arrays}
 
     def episodes(self) -> Sequence[str]:
         """See `Teacher.episodes`."""

@@ -13,6 +13,7 @@ from vla.featurize.sources.video import TOLERANCE
 from vla.stores.errors import SourceError
 
 SKIP = "--skip-bad leaves the episode out"
+BY_INDEX = f"--set source_options.align=index where row i saw frame i, or {SKIP}"
 OTHER_CAMERA = f"""{SKIP}; --set 'source_options.cameras=["NAME"]' chooses other cameras"""
 
 MAX_FILE_ROWS = 20_000_000
@@ -46,8 +47,12 @@ def fitted(values: NDArray[np.generic], spec: StepSpec, where: str) -> NDArray[n
     """Return [T, *shape] in the declared type; a column [T] of one number and [T, 1] are the same."""
     if values[0].size != int(np.prod(spec.shape)):
         raise SourceError(f"{where} has {values[0].size} numbers a frame", expected=f"{int(np.prod(spec.shape))}")
-    with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which is refused where it matters
-        return values.reshape(len(values), *spec.shape).astype(spec.dtype)
+    # Too large for float32 becomes infinite, which is refused where it matters; what is no integer is refused here.
+    with np.errstate(over="ignore", invalid="ignore"):
+        fit = values.reshape(len(values), *spec.shape).astype(spec.dtype)
+    if fit.dtype.kind in "iub" and (fit != values.reshape(fit.shape)).any():
+        raise SourceError(f"{where} holds {values.dtype} that are no {spec.dtype}", expected=f"{spec.dtype}", fix=SKIP)
+    return fit
 
 
 def require_finite(values: NDArray[np.generic], where: str) -> None:
@@ -59,14 +64,19 @@ def require_finite(values: NDArray[np.generic], where: str) -> None:
 
 
 def require_order(frames: NDArray[np.generic], times: NDArray[np.generic], where: str, *, timed: bool = True) -> None:
-    """Raise `SourceError` where rows are shuffled, missing or doubled; without `timed` only by their numbers."""
-    off = np.flatnonzero(frames != np.arange(len(frames)))
+    """Raise `SourceError` where rows are shuffled, missing or doubled; without `timed` only by their numbers.
+
+    Numbers may begin anywhere: the length of the episode and its videos say whether its first rows are there.
+    """
+    counted = np.arange(len(frames)) + frames[0]
+    off = np.flatnonzero(frames != counted)
     if len(off):
-        raise SourceError(f"{where}: row {off[0]} has frame_index {frames[off[0]]}", expected=f"{off[0]}", fix=SKIP)
+        found = f"{where}: row {off[0]} has frame_index {frames[off[0]]}"
+        raise SourceError(found, expected=f"{counted[off[0]]}", fix=SKIP)
     back = np.flatnonzero(~(np.diff(times.astype(np.float64)) > 0)) if timed else np.zeros(0, np.int64)
     if len(back) or not np.isfinite(times.astype(np.float64)).all():
         at = int(back[0]) + 1 if len(back) else 0
-        raise SourceError(f"{where}: timestamp {times[at]} at row {at}", expected="increasing seconds", fix=SKIP)
+        raise SourceError(f"{where}: timestamp {times[at]} at row {at}", expected="increasing seconds", fix=BY_INDEX)
 
 
 def require_grid(times: NDArray[np.float64], fps: float, where: str) -> None:
@@ -77,5 +87,5 @@ def require_grid(times: NDArray[np.float64], fps: float, where: str) -> None:
         raise SourceError(
             f"{where}: timestamp {times[row]:.4f} at row {row} is off",
             expected=f"{row}/{fps:g} s after row 0",
-            fix=f"--set source_options.align=index where row i saw frame i, or {SKIP}",
+            fix=BY_INDEX,
         )

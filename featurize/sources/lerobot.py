@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from vla.featurize.image import Image
 from vla.featurize.sources import parquet
 from vla.featurize.sources.base import Episode, NoEpisodeError, SourceIndex, StepSpec, no_pictures
-from vla.featurize.sources.episode_checks import SKIP, fitted, locate, require_finite, require_grid, require_order
+from vla.featurize.sources.episode_checks import SKIP, locate, require_grid
 from vla.featurize.sources.lerobot_clips import Align, Placed, place_clips
-from vla.featurize.sources.lerobot_info import INFO, Info, inferred, inside, missing_file, read_info
+from vla.featurize.sources.lerobot_columns import ColumnReader
+from vla.featurize.sources.lerobot_info import INFO, NUMBERS, Info, inferred, inside, missing_file, read_info
 from vla.featurize.sources.lerobot_layout import EpisodeRow, Layout, read_layout, without_videos
 from vla.featurize.sources.lerobot_modality import MODALITY, joined, read_modality, with_parts
 from vla.featurize.sources.lerobot_records import disagreements, doubled_tasks, doubtful_tasks, unlisted_files
@@ -31,7 +32,7 @@ from vla.featurize.sources.lerobot_tasks import (
     read_tasks,
     told,
 )
-from vla.featurize.sources.mapping import Column, ColumnMap, Part, resolve
+from vla.featurize.sources.mapping import Column, ColumnMap, Part, our_name, resolve
 from vla.featurize.sources.pictures import decode_picture
 from vla.featurize.sources.video import Clip, read_clip
 from vla.stores.errors import SourceError
@@ -142,7 +143,8 @@ class LeRobotSource:
         """See `Source.steps`."""
         indexed = self._index()
         checked = indexed.episodes[episode]
-        return self._steps(indexed.columns, indexed.parts, checked.data, checked.row, checked.first)
+        columns, fps = indexed.columns, indexed.index.fps
+        return self._steps(columns, indexed.parts, fps, checked.data, checked.row, checked.first)
 
     def frames(self, episode: int, start: int, stop: int) -> Iterator[tuple[Image, ...]]:
         """See `Source.frames`. Each call opens the files for itself and holds one frame a camera."""
@@ -178,6 +180,21 @@ class LeRobotSource:
                 yield decode_picture(_picture_bytes(cell, where), where, size)
                 frame += 1
 
+    def _steps(
+        self,
+        columns: ColumnMap,
+        parts: Mapping[str, tuple[Part, ...]],
+        fps: float,
+        data: Path,
+        row: EpisodeRow,
+        first: int,
+        unread: dict[str, str] | None = None,
+    ) -> dict[str, NDArray[np.generic]]:
+        """Read and check the numbers of one episode, {our name: [T, *shape]}; see `ColumnReader.read`."""
+        asked = {our_name(name) for name in self._map}
+        reader = ColumnReader(self._reader, columns, parts, frozenset(asked), fps, self._align != "index")
+        return reader.read(data, row, first, unread)
+
     def _index(self) -> _Indexed:
         with self._lock:
             if self._indexed is None:
@@ -189,12 +206,14 @@ class LeRobotSource:
         opened = self._open(info)
         skipped = self._unlisted(info, opened.layout)
         rows: dict[int, _Rows] = {}
+        unread: dict[str, str] = {}
         places: dict[str, dict[int, tuple[int, int]]] = {}
         for row in opened.layout.rows:
             try:
-                rows[row.index] = self._check(info, opened, row, places)
+                rows[row.index] = self._check(info, opened, row, places, unread)
             except SourceError as error:
                 self._skip(skipped, row, error)
+        opened = _without(opened, unread)
         placed, unclaimed = self._clips(info, opened, rows)
         kept = []
         for row in opened.layout.rows:
@@ -232,7 +251,8 @@ class LeRobotSource:
         absent = self._absent(info, there, videos)
         there = {name: column for name, column in there.items() if name not in absent}
         names = modality.cameras if modality is not None else {}
-        columns = resolve(there, self._map, self._cameras, where=where, camera_names=names)
+        timed = self._align != "index"
+        columns = resolve(there, self._map, self._cameras, where=where, camera_names=names, needs_time=timed)
         chosen = [column for column in columns.cameras.values() if column in videos]
         channels = channels_of(kinds, modality.annotations if modality is not None else {})
         return _Opened(
@@ -269,9 +289,17 @@ class LeRobotSource:
         return {f"episode_{number:06d}": found for number in absent[:100_000]}
 
     def _check(
-        self, info: Info, opened: _Opened, row: EpisodeRow, places: dict[str, dict[int, tuple[int, int]]]
+        self,
+        info: Info,
+        opened: _Opened,
+        row: EpisodeRow,
+        places: dict[str, dict[int, tuple[int, int]]],
+        unread: dict[str, str],
     ) -> _Rows:
-        """Raise `SourceError` where an episode's data are missing or its numbers are not what the metadata say."""
+        """Raise `SourceError` where an episode's data are missing or its numbers are not what the metadata say.
+
+        `unread` gains {column that nobody asked for: why it cannot be read}.
+        """
         if row.length < 1:
             raise SourceError(f"{self.root}: {row.id} has {row.length} frames", expected="at least 1", fix=SKIP)
         data = inside(info.root, row.data)
@@ -282,7 +310,7 @@ class LeRobotSource:
         first, count = places[row.data].get(row.index, (0, 0))
         if count != row.length:
             raise SourceError(f"{data}: {row.id} has {count} rows", expected=f"{row.length} as meta/ says", fix=SKIP)
-        steps = self._steps(opened.columns, opened.parts, data, row, first)
+        steps = self._steps(opened.columns, opened.parts, info.fps, data, row, first, unread)
         times = np.asarray(steps["timestamp"], np.float64)
         if self._align != "index" and any(name in row.videos for name in opened.columns.cameras.values()):
             require_grid(times, info.fps, f"{data}, {row.id}")
@@ -350,35 +378,6 @@ class LeRobotSource:
             line for row in listings for line in doubtful_tasks(info, row, rows[row.index].told, opened.tasks)
         ]
 
-    def _steps(
-        self,
-        columns: ColumnMap,
-        parts: Mapping[str, tuple[Part, ...]],
-        data: Path,
-        row: EpisodeRow,
-        first: int,
-    ) -> dict[str, NDArray[np.generic]]:
-        """Read and check the numbers of one episode, {our name: [T, *shape]}."""
-        wanted = {part.column for name in columns.steps.values() for part in parts.get(name, ())}
-        theirs = tuple(dict.fromkeys([*(n for n in columns.steps.values() if n not in parts), *sorted(wanted)]))
-        table = pa.concat_tables(list(self._reader.read(data, theirs, first, first + row.length)))
-        steps: dict[str, NDArray[np.generic]] = {}
-        for ours, name in columns.steps.items():
-            where = f"{data}, {row.id}, column {name}"
-            if name in parts:
-                pieces = [parquet.to_array(table.column(p.column), where).reshape(row.length, -1) for p in parts[name]]
-                cut = [piece[:, p.start : p.stop] for piece, p in zip(pieces, parts[name], strict=True)]
-                values: NDArray[np.generic] = np.concatenate(cut, axis=1)
-            else:
-                values = parquet.to_array(table.column(name), where)
-            steps[ours] = fitted(values, columns.specs[ours], where)
-        steps.setdefault("frame_index", np.arange(row.length, dtype=np.int64))
-        for ours in ("action", "state"):
-            if ours in steps:
-                require_finite(steps[ours], f"{data}, {row.id}, column {columns.steps[ours]}")
-        require_order(steps["frame_index"], steps["timestamp"], f"{data}, {row.id}", timed=self._align != "index")
-        return steps
-
 
 def _indexed(
     root: Path,
@@ -391,9 +390,11 @@ def _indexed(
 ) -> _Indexed:
     """Describe the episodes that are kept; `choices` are the options that change what is read of the same files."""
     columns = opened.columns
-    if opened.instruction == TASK_INDEX and any(checked.told.changes for checked in kept):
-        # The instruction of each frame; a number of `meta/tasks`, whose text is one of the episode's.
-        steps, specs = {**columns.steps, TASK_INDEX: TASK_INDEX}, {**columns.specs, TASK_INDEX: TASK_SPEC}
+    told_by = opened.instruction
+    changes = any(checked.told.changes for checked in kept)
+    if changes and told_by is not None and told_by not in columns.steps.values():
+        # The instruction of each frame: the number of one of the episode's texts `task_N`.
+        steps, specs = {**columns.steps, TASK_INDEX: told_by}, {**columns.specs, TASK_INDEX: TASK_SPEC}
         columns = ColumnMap(columns.cameras, steps, specs)
     sizes = {column: info.columns[column].size for column in columns.cameras.values()}
     index = SourceIndex(
@@ -420,6 +421,15 @@ def _indexed(
     return _Indexed(index, columns, opened.parts, sizes, tuple(kept), frozenset(used))
 
 
+def _without(opened: _Opened, unread: Mapping[str, str]) -> _Opened:
+    """Leave out step columns, {our name: why}, with a warning for each."""
+    columns = opened.columns
+    steps = {name: column for name, column in columns.steps.items() if name not in unread}
+    specs = {name: spec for name, spec in columns.specs.items() if name not in unread}
+    warnings = tuple(f"column {name} is left out: {reason}" for name, reason in unread.items())
+    return replace(opened, columns=ColumnMap(columns.cameras, steps, specs), warnings=opened.warnings + warnings)
+
+
 def _columns_of(info: Info, data: str) -> tuple[dict[str, Any], dict[str, Column]]:
     """Return {name: pyarrow type} of a data file, and the columns that exist.
 
@@ -431,6 +441,9 @@ def _columns_of(info: Info, data: str) -> tuple[dict[str, Any], dict[str, Column
         raise missing_file(info.root, data, "the steps of the first episode", SKIP)
     kinds = {field.name: field.type for field in parquet.schema(file)}
     columns = {name: c for name, c in info.columns.items() if name in kinds or c.kind == "video"}
+    for name in kinds.keys() & columns.keys():
+        if columns[name].kind == "number" and parquet.described(kinds[name], None)[0] not in {*NUMBERS, "null"}:
+            columns[name] = Column("unused", str(kinds[name]), ())
     unlisted = [name for name in kinds if name not in columns or columns[name].kind == "unused"]
     if unlisted:
         head = next(parquet.RowReader().read(file, unlisted, 0, 1), None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
@@ -162,7 +163,7 @@ def number(value: Any) -> float | None:
         return None
 
 
-def _whole(value: Any) -> int | None:
+def whole(value: Any) -> int | None:
     """Return a count, written as 3, 3.0 or "3"; None for anything else."""
     found = number(value)
     return int(found) if found is not None and found.is_integer() else None
@@ -178,13 +179,13 @@ def _version(raw: dict[str, Any], file: Path) -> str:
 
 def _column(name: str, spec: dict[str, Any], file: Path) -> Column:
     dtype, shape = str(spec.get("dtype")), spec.get("shape")
-    counts = [_whole(n) for n in (shape if isinstance(shape, list | tuple) else [])]
+    counts = [whole(n) for n in (shape if isinstance(shape, list | tuple) else [])]
     shape = tuple(n for n in counts if n is not None and n >= 0)
     if len(shape) != len(counts):
         raise SourceError(f"{file}: {name!r} has shape {spec.get('shape')}", expected="a list of counts")
     if dtype in ("video", "image"):
         details = spec.get("info") or spec.get("video_info") or {}
-        depth = isinstance(details, dict) and details.get("video.is_depth_map")
+        depth = isinstance(details, dict) and (details.get("video.is_depth_map") or details.get("is_depth_map"))
         if depth:
             return Column("unused", "depth map", shape)
         return Column("video" if dtype == "video" else "picture", dtype, shape, size=_size(shape, spec.get("names")))
@@ -204,18 +205,21 @@ def _size(shape: tuple[int, ...], names: Any) -> tuple[int, int] | None:
 
 
 def _names(names: Any, width: int) -> tuple[str, ...]:
-    """Return component names where there is one for each; data sets nest them in lists, under "motors" and the like."""
-    flat = _flat(names)
-    fits = len(flat) == width and all(isinstance(name, str) for name in flat)
-    return tuple(flat) if fits else ()
+    """Return component names where there is one for each; data sets nest them in lists and groups, or not."""
+    listed = tuple(_flat(names))
+    fits = len(listed) == width and all(isinstance(name, str) for name in listed)
+    return listed if fits else ()
 
 
-def _flat(names: Any) -> list[Any]:
-    """Return the leaves of nested lists and tables in order; of a table {name: position}, the names by position."""
+def _flat(names: Any) -> Iterator[Any]:
+    """Yield names in order from lists and groups of them, and from {name: place}."""
     if isinstance(names, dict) and names and all(type(place) is int for place in names.values()):
-        return sorted(names, key=lambda name: names[name])
-    parts = list(names.values()) if isinstance(names, dict) else names if isinstance(names, list) else []
-    return [leaf for part in parts for leaf in (_flat(part) if isinstance(part, list | dict) else [part])]
+        yield from sorted(names, key=names.__getitem__)
+    elif isinstance(names, dict | list):
+        for part in names.values() if isinstance(names, dict) else names:
+            yield from _flat(part)
+    else:
+        yield names
 
 
 def _template(raw: dict[str, Any], key: str, fields: tuple[str, ...], file: Path) -> str:
@@ -236,7 +240,7 @@ def _template(raw: dict[str, Any], key: str, fields: tuple[str, ...], file: Path
 
 
 def _count(raw: dict[str, Any], key: str, default: int, file: Path, least: int = 1) -> int:
-    value = _whole(raw.get(key, default))
+    value = whole(raw.get(key, default))
     if value is None or value < least:
         raise SourceError(f"{file} says {key} = {raw.get(key)!r}", expected=f"a count of at least {least}")
     return value

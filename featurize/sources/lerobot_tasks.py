@@ -10,9 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vla.featurize.sources import parquet
 from vla.featurize.sources.episode_checks import SKIP
-from vla.featurize.sources.lerobot_info import Info, inside
+from vla.featurize.sources.lerobot_info import Info, inside, whole
 from vla.featurize.sources.lerobot_layout import read_jsonl
 from vla.stores.errors import SourceError, UsageError
 from vla.stores.settings import nearest
@@ -49,9 +52,11 @@ def read_tasks(info: Info) -> Tasks:
         pairs = [(raw.get(TASK_INDEX), raw.get("task")) for raw in read_jsonl(info, name)]
     texts: dict[int, str] = {}
     for index, text in pairs:
-        number = _as_index(index)
-        if number is None or not isinstance(text, str):
+        number = whole(index)
+        if number is None or not isinstance(text, str | None):
             raise SourceError(f"{info.root / name} has a line without task_index or task", expected="both, once")
+        if text is None:
+            continue  # refused where a frame names the task, as one that is not declared
         if number in texts:
             raise SourceError(f"{info.root / name} declares task {number} twice", expected="one text for each index")
         texts[number] = text
@@ -67,11 +72,6 @@ def _pairs_v3(info: Info, name: str) -> list[tuple[Any, Any]]:
     columns = parquet.read_table(file, [text], [TASK_INDEX]).to_pydict()
     # LeRobot's reader takes the row number for the index; pandas may have dropped a column that repeats it.
     return list(zip(columns.get(TASK_INDEX, range(len(columns[text]))), columns[text], strict=True))
-
-
-def _as_index(value: Any) -> int | None:
-    whole = isinstance(value, int | float) and not isinstance(value, bool) and float(value).is_integer()
-    return int(value) if whole else None
 
 
 def channels_of(kinds: Mapping[str, Any], annotations: Mapping[str, str]) -> dict[str, str]:
@@ -126,8 +126,10 @@ def told(
         return Told(_sole(listed, tasks, where), texts, changes=False)
     spoken = _spoken(table.column(column), tasks)
     if spoken is None:
-        index = next(i for i in _distinct(table.column(column)) if i not in tasks.texts)
+        index = next((i for i in _distinct(table.column(column)) if i not in tasks.texts), None)
         raise SourceError(f"{where}, column {column} has task {index}", expected=f"one of {tasks.file}", fix=SKIP)
+    if parquet.texts(table.column(column)) is not None and None in _distinct(table.column(column)):
+        raise SourceError(f"{where}, column {column} has rows without text", expected="the instruction", fix=SKIP)
     distinct = list(dict.fromkeys(spoken.values()))
     if len(distinct) > 1:
         texts |= {f"task_{key}": text for key, text in spoken.items()}
@@ -135,19 +137,34 @@ def told(
 
 
 def _distinct(column: Any) -> list[Any]:
-    """Return the distinct values of a column in the order of their first rows."""
-    if parquet.is_text(column.type):
-        return list(dict.fromkeys(column.to_pylist()))
+    """Return the distinct values of a column in the order of their first rows, None for rows without one."""
+    texts = parquet.texts(column)
+    if texts is not None:
+        return list(dict.fromkeys(texts))
+    if column.null_count:
+        return [None]  # numbers with gaps index no text
     values = parquet.to_array(column, "a column of tasks").reshape(len(column), -1)[:, 0]
-    return [_as_index(value) if _as_index(value) is not None else value for value in dict.fromkeys(values.tolist())]
+    return [whole(value) if whole(value) is not None else value for value in dict.fromkeys(values.tolist())]
 
 
 def _spoken(column: Any, tasks: Tasks) -> dict[Any, str] | None:
-    """Return {index or text: text} in the order of the rows, or None where an index is not declared."""
+    """Return {index, or number of a text in the episode: text} in the order of the rows.
+
+    None where an index is not declared, or no row has a text.
+    """
     values = _distinct(column)
-    if parquet.is_text(column.type):
-        return {number: str(text) for number, text in enumerate(values)}
+    if parquet.texts(column) is not None:
+        return dict(enumerate(text for text in values if text is not None)) or None
     return {value: tasks.texts[value] for value in values} if all(v in tasks.texts for v in values) else None
+
+
+def numbered(column: Any, where: str) -> NDArray[np.generic]:
+    """Return which instruction each row of an episode has, int64 [T]: the index, or the text's number by first row."""
+    texts = parquet.texts(column)
+    if texts is None:
+        return parquet.to_array(column, where)
+    places = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    return np.asarray([places[text] for text in texts], np.int64)
 
 
 def _sole(listed: Sequence[str | int], tasks: Tasks, where: str) -> str:

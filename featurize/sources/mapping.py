@@ -76,7 +76,7 @@ class Column:
 class ColumnMap:
     """The resolved mapping: `cameras` and `steps` are {our name: their column}, `specs` describes each step column.
 
-    `specs` always has `frame_index`, also where no column holds it.
+    `specs` always has `timestamp` and `frame_index`, also where no column holds them.
     """
 
     cameras: dict[str, str]
@@ -96,24 +96,27 @@ def resolve(
     *,
     where: str,
     camera_names: Mapping[str, str] | None = None,
+    needs_time: bool = True,
 ) -> ColumnMap:
     """Choose columns. `wanted` is the user's {ours: theirs}, `cameras` the views to take in order (None: all, []:
     numbers alone).
 
-    `camera_names` {their column: ours} are the data set's own names of cameras; `wanted` counts before them.
+    `camera_names` {their column: ours} are the data set's own names of cameras; `wanted` counts before them. Without
+    `needs_time`, rows may lack a timestamp.
 
     Raises `SourceError` naming `where`, the columns that are there, and the `--map` that would fix it; `UsageError`
     where `wanted` names one of ours twice.
     """
     chosen = _chosen(columns, wanted, where)
-    steps = _steps(columns, chosen, where)
+    steps = _steps(columns, chosen, where, OPTIONAL if needs_time else (*OPTIONAL, "timestamp"))
     views = _views(columns, chosen, cameras, where, camera_names or {})
     _require_usable({**steps, **views}, len(steps) + len(views), where)
     privileged = _sole_privileged(columns, steps)
     if privileged is not None:
         steps = {"privileged" if theirs == privileged else ours: theirs for ours, theirs in steps.items()}
     specs = {ours: _spec(ours, columns[theirs], where) for ours, theirs in steps.items()}
-    specs.setdefault("frame_index", StepSpec((), "int64", "other"))
+    for ours in ("timestamp", "frame_index"):
+        specs.setdefault(ours, _spec(ours, Column("number", "", ()), where))
     return ColumnMap(views, steps, specs)
 
 
@@ -137,7 +140,9 @@ def _chosen(columns: Mapping[str, Column], wanted: Mapping[str, str], where: str
     return chosen
 
 
-def _steps(columns: Mapping[str, Column], chosen: Mapping[str, str], where: str) -> dict[str, str]:
+def _steps(
+    columns: Mapping[str, Column], chosen: Mapping[str, str], where: str, optional: Sequence[str]
+) -> dict[str, str]:
     numbers = {name for name, column in columns.items() if column.kind == "number"}
     steps: dict[str, str] = {}
     missing: dict[str, str] = {}
@@ -152,7 +157,7 @@ def _steps(columns: Mapping[str, Column], chosen: Mapping[str, str], where: str)
         else:
             aliases = [alias for alias in ALIASES[ours] if alias in numbers and alias not in chosen.values()]
             # A state that is there under another name must not be dropped in silence; none at all is a fact.
-            if (aliases and ours != "frame_index") or ours not in OPTIONAL:
+            if (aliases and ours != "frame_index") or ours not in optional:
                 missing[ours] = aliases[0] if aliases else _closest(ours, numbers)
     if missing:
         _refuse_missing(missing, columns, where)
@@ -166,6 +171,8 @@ def _steps(columns: Mapping[str, Column], chosen: Mapping[str, str], where: str)
 
 def _refuse_missing(missing: Mapping[str, str], columns: Mapping[str, Column], where: str) -> NoReturn:
     fix = " ".join(f"--map {ours}={theirs or 'THEIR_COLUMN'}" for ours, theirs in missing.items())
+    if missing.get("timestamp") == "":
+        fix += ", or --set source_options.align=index where row i saw frame i"
     absent = ", ".join(repr(DEFAULTS[ours]) for ours in missing)
     raise SourceError(f"{where} has no {absent}; it has {_listing(columns)}", expected="LeRobot's names", fix=fix)
 

@@ -80,6 +80,11 @@ class RowReader:
                             at += len(table)
                     group += 1
 
+    def names(self, file: Path) -> tuple[str, ...]:
+        """Return the names of a file's columns. Raises `SourceError` where it cannot be read."""
+        with _naming(file):
+            return self._footer(file).names
+
     def _footer(self, file: Path) -> _Footer:
         with self._lock:
             footer = self._footers.get(file)
@@ -154,8 +159,9 @@ def to_array(column: Any, where: str) -> NDArray[np.generic]:
     """Turn a pyarrow column of numbers [N], or of equally long lists of numbers [N, D, ...], into an array.
 
     Every encoding of one logical type gives the same values: dictionary, run-end and extension types are decoded,
-    lists may be of any kind and nested, times and durations become float64 seconds.
-    Raises `SourceError` naming `where` on nulls, on lists of several lengths and on values that are no numbers.
+    lists may be of any kind and nested, times and durations become float64 seconds, and a null among floats is NaN, as
+    pandas writes it. Raises `SourceError` naming `where` on other nulls, on lists of several lengths and on values that
+    are no numbers.
     """
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
     parts = [_values(chunk, where) for chunk in chunks if len(chunk)]
@@ -170,7 +176,7 @@ def _values(array: Any, where: str) -> NDArray[np.generic]:
     """Return one pyarrow array as numbers [N, ...]."""
     array = _decoded(array)
     kind = array.type
-    if pa.types.is_null(kind) or array.null_count:
+    if pa.types.is_null(kind) or (array.null_count and not pa.types.is_floating(kind)):
         what = "rows" if _is_list(kind) else "values"
         raise SourceError(f"{where} has {array.null_count} empty {what}", expected="numbers", fix="--skip-bad")
     if _is_list(kind):
@@ -217,6 +223,20 @@ def is_text(kind: Any) -> bool:
     """Return whether a column of pyarrow type `kind` holds text, in any of Arrow's encodings."""
     kind = _decoded_type(kind)
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def texts(column: Any) -> list[str | None] | None:
+    """Return the text of each row, None for a row without one; None for a column that holds no text.
+
+    A list of texts is read as these, joined by `; `, since writers keep a single text as a list of one.
+    """
+    kind = _decoded_type(column.type)
+    if is_text(kind):
+        return list(column.to_pylist())
+    if _is_list(kind) and is_text(kind.value_type):
+        rows = [[text for text in row or () if text is not None] for row in column.to_pylist()]
+        return ["; ".join(row) if row else None for row in rows]
+    return None
 
 
 def _is_list(kind: Any) -> bool:

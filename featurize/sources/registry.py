@@ -57,8 +57,8 @@ SOURCES: dict[str, Entry] = {
     ),
     "replay-buffer": Entry(
         "vla.featurize.sources.replay_buffer:ReplayBufferSource",
-        ("meta/episode_ends/.zarray",),
-        "Diffusion Policy's ReplayBuffer, zarr v2",
+        ("meta/episode_ends/.zarray", "meta/episode_ends/zarr.json"),
+        "Diffusion Policy's ReplayBuffer, zarr v2 or v3",
     ),
     "robomimic": Entry(
         "vla.featurize.sources.robomimic:RobomimicSource", ("*.hdf5", "*.h5"), "robomimic or LIBERO HDF5", file=True

@@ -1,4 +1,4 @@
-"""Diffusion Policy's ReplayBuffer with pictures: a zarr v2 folder, `data/*` [N, ...] and `meta/episode_ends` int64 [E].
+"""Diffusion Policy's ReplayBuffer with pictures: a zarr folder, `data/*` [N, ...] and `meta/episode_ends` int64 [E].
 
 PushT's file, for one: `img` float32 [N, 96, 96, 3] in 0..255, `action` [N, 2], `state` [N, 5], `keypoint`. Layout:
 `diffusion_policy/common/replay_buffer.py` of https://github.com/real-stanford/diffusion_policy.
@@ -16,9 +16,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vla.featurize.caches.checks import SKIP, as_steps, digest_files
+from vla.featurize.caches.checks import SKIP, as_vectors, digest_files
 from vla.featurize.caches.replay_buffer import read_ends
-from vla.featurize.caches.zarr2 import Zarr2, open_zarr2
+from vla.featurize.caches.zarr_arrays import ZarrArray, arrays_in, open_zarr_array
 from vla.featurize.image import Image
 from vla.featurize.sources.base import Episode, NoEpisodeError, Role, SourceIndex, StepSpec, no_pictures
 from vla.stores.errors import SourceError, UsageError
@@ -30,21 +30,21 @@ ROLES: dict[str, Role] = {"action": "action", "state": "state", "privileged": "p
 
 @dataclass(frozen=True)
 class _Column:
-    """Columns `start..stop-1` of an array [N, D]."""
+    """Columns `start..stop-1` of an array [N, D], or all of an array [N], which is read as [N, 1]."""
 
-    array: Zarr2
+    array: ZarrArray
     start: int
     stop: int
 
     def read(self, first: int, stop: int) -> NDArray[np.float32]:
         where = f"{self.array.path}, rows {first} to {stop - 1}"
-        return as_steps(self.array.read(first, stop), self.array.shape[1:], where)[:, self.start : self.stop]
+        return as_vectors(self.array.read(first, stop), where)[:, self.start : self.stop]
 
 
 @dataclass(frozen=True)
 class _Indexed:
     index: SourceIndex
-    cameras: tuple[Zarr2, ...]
+    cameras: tuple[ZarrArray, ...]
     columns: dict[str, tuple[_Column, ...]]
     rows: tuple[tuple[int, int], ...]
     """(first, stop) of each episode in the arrays."""
@@ -95,7 +95,7 @@ class ReplayBufferSource:
         with self._lock:
             if self._digest is None:
                 columns = [column.array for parts in indexed.columns.values() for column in parts]
-                arrays = [*indexed.cameras, *columns, open_zarr2(self._root / "meta" / "episode_ends")]
+                arrays = [*indexed.cameras, *columns, open_zarr_array(self._root / "meta" / "episode_ends")]
                 files = {path.relative_to(self._root).as_posix() for array in arrays for path in array.files()}
                 self._digest = digest_files(self._root, files)
             return self._digest
@@ -117,8 +117,8 @@ class ReplayBufferSource:
         views = [self._pictures(array, first + start, first + stop) for array in indexed.cameras]
         return zip(*views, strict=True)
 
-    def _pictures(self, array: Zarr2, first: int, stop: int) -> Iterator[Image]:
-        rows = array.chunks[0]
+    def _pictures(self, array: ZarrArray, first: int, stop: int) -> Iterator[Image]:
+        rows = array.block_rows
         while first < stop:
             last = min((first // rows + 1) * rows, stop)  # the end of this chunk
             block = array.read(first, last)
@@ -134,7 +134,7 @@ class ReplayBufferSource:
 
     def _read_index(self) -> _Indexed:
         ends = read_ends(self._root / "meta" / "episode_ends")
-        there = {path.parent.name: open_zarr2(path.parent) for path in sorted((self._root / "data").glob("*/.zarray"))}
+        there = {path.name: open_zarr_array(path) for path in arrays_in(self._root / "data")}
         cameras = self._choose_cameras(there)
         columns = self._choose_columns(there)
         numbers = [column.array for parts in columns.values() for column in parts]
@@ -175,7 +175,7 @@ class ReplayBufferSource:
         )
         return _Indexed(index, tuple(cameras.values()), columns, tuple(rows))
 
-    def _choose_cameras(self, there: dict[str, Zarr2]) -> dict[str, Zarr2]:
+    def _choose_cameras(self, there: dict[str, ZarrArray]) -> dict[str, ZarrArray]:
         pictures = {name: array for name, array in there.items() if len(array.shape) == 4 and array.shape[3] == 3}
         if self._cameras is not None and not self._cameras:
             return {}
@@ -199,7 +199,7 @@ class ReplayBufferSource:
                 raise SourceError(f"{array.path} has dtype {array.dtype}", expected="pictures as uint8 or floats")
         return chosen
 
-    def _choose_columns(self, there: dict[str, Zarr2]) -> dict[str, tuple[_Column, ...]]:
+    def _choose_columns(self, there: dict[str, ZarrArray]) -> dict[str, tuple[_Column, ...]]:
         columns = {}
         for ours, named in self._named.items():
             if named is None:
@@ -208,18 +208,19 @@ class ReplayBufferSource:
                 columns[ours] = tuple(self._column(there, text) for text in named)
         return columns
 
-    def _column(self, there: dict[str, Zarr2], text: str) -> _Column:
+    def _column(self, there: dict[str, ZarrArray], text: str) -> _Column:
         """Parse `NAME` or `NAME[a:b]`. Raises `UsageError` naming the arrays that are there."""
         match = re.fullmatch(r"(.+?)(?:\[(\d+):(\d+)\])?", text)
-        vectors = {name: array for name, array in there.items() if len(array.shape) == 2}
+        vectors = {name: array for name, array in there.items() if len(array.shape) in (1, 2)}
         if match is None or match[1] not in vectors:
             hint = nearest(match[1] if match else text, vectors)
             known = ", ".join(f"{name} {array.shape}" for name, array in vectors.items()) or "an array [N, D]"
             raise UsageError(f"{self._root / 'data'} has no numbers {text!r}{hint}", expected=f"one of {known}")
         array = vectors[match[1]]
-        start, stop = (int(match[2]), int(match[3])) if match[2] else (0, array.shape[1])
-        if not 0 <= start < stop <= array.shape[1]:
-            raise UsageError(f"columns {text!r}", expected=f"some of 0:{array.shape[1]}")
+        width = array.shape[1] if len(array.shape) == 2 else 1
+        start, stop = (int(match[2]), int(match[3])) if match[2] else (0, width)
+        if not 0 <= start < stop <= width:
+            raise UsageError(f"columns {text!r}", expected=f"some of 0:{width}")
         return _Column(array, start, stop)
 
     def _frequency(self) -> float:

@@ -11,17 +11,27 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from vla.featurize.caches.checks import as_steps, digest_files, natural
-from vla.featurize.hdf5 import SKIP, dataset, group, hard_member, opened, read_rows, read_whole, require_rows
+from vla.featurize.caches.checks import as_vectors, digest_files, natural
+from vla.featurize.hdf5 import (
+    SKIP,
+    arrays,
+    count_attribute,
+    dataset,
+    find,
+    group,
+    opened,
+    read_rows,
+    read_whole,
+    require_rows,
+)
 from vla.featurize.image import Image
 from vla.featurize.robosuite_attributes import control_frequency, instruction
 from vla.featurize.sources.base import Episode, NoEpisodeError, Role, SourceIndex, StepSpec, no_pictures
@@ -153,7 +163,7 @@ class RobomimicSource:
             return SourceError(what, expected=f"{usual} as most have, such as {model}", fix=SKIP)
 
         whole = self._filter is None and not skipped
-        warnings = self._disagreements(file, sum(shapes["action"][0] for shapes in found.values()), whole)
+        warnings = self._disagreements(file, {demo: shapes["action"][0] for demo, shapes in found.items()}, whole)
         model = keep_usual(found, _row_shapes, differs, skipped, skip_bad=self._skip_bad)
         widths = {name: found[model][name][1] for name in columns}
         names = {ours: "+".join(paths) for ours, paths in columns.items()}
@@ -201,7 +211,8 @@ class RobomimicSource:
         if seen:
             usual = Counter(seen.values()).most_common(1)[0][0]
             demo = next(demo for demo, there in seen.items() if there == usual)
-            return {key: dataset(file, f"data/{demo}/obs/{key}") for key, *_ in usual}
+            observed = arrays(file, f"data/{demo}/obs")
+            return {key: observed[key] for key, *_ in usual}
         raise SourceError(
             f"{self._path} has no observations",
             expected=f"{LAYOUT}, with pictures",
@@ -228,7 +239,7 @@ class RobomimicSource:
 
     def _choose_columns(self, observed: dict[str, h5py.Dataset]) -> dict[str, tuple[str, ...]]:
         """Return {our name: paths below the demonstration}."""
-        numbers = [key for key, data in observed.items() if data.ndim == 2]
+        numbers = [key for key, data in observed.items() if data.ndim in (1, 2)]
         if self._state is None:
             robots = sorted({key.partition("_")[0] for key in numbers if key.startswith("robot")}, key=natural)
             state = [key for robot in robots for end in HONEST if (key := f"{robot}_{end}") in numbers]
@@ -262,22 +273,32 @@ class RobomimicSource:
             shapes[f"obs/{key}"] = data.shape
         if len({shape[0] for shape in shapes.values()}) > 1 or shapes["action"][0] < 1:
             raise SourceError(f"{self._path}:data/{demo} has shapes {shapes}", expected="one length", fix=SKIP)
-        stated, rows = _stated(hard_member(file, f"data/{demo}"), "num_samples"), shapes["action"][0]
+        stated, rows = count_attribute(find(file, f"data/{demo}"), "num_samples"), shapes["action"][0]
         if stated not in (None, rows):
             found = f"{self._path}:data/{demo} has {rows} rows"
             raise SourceError(found, expected=f"{stated} as its num_samples says", fix=SKIP)
         return shapes
 
-    def _disagreements(self, file: h5py.File, rows: int, whole: bool) -> tuple[str, ...]:
-        """Return what the file says of all demonstrations and does not hold. Raises it unless `skip_bad`."""
-        stated = _stated(hard_member(file, "data"), "total")
+    def _disagreements(self, file: h5py.File, lengths: Mapping[str, int], whole: bool) -> tuple[str, ...]:
+        """Return what the file says of its demonstrations, {name: rows}, and does not hold.
+
+        A wrong `total` is raised unless `skip_bad`; arrays that nobody reads only get a warning.
+        """
+        beside = [
+            f"{self._path}:{above}/{name} has {len(data)} rows, its actions {rows}"
+            for demo, rows in lengths.items()
+            for above in (f"data/{demo}", f"data/{demo}/obs")
+            for name, data in arrays(file, above).items()
+            if len(data) != rows
+        ]
+        stated, rows = count_attribute(find(file, "data"), "total"), sum(lengths.values())
         if not whole or stated in (None, rows):
-            return ()
+            return tuple(beside)
         found = f"{self._path}:data says total = {stated}, its demonstrations have {rows} rows"
         if not self._skip_bad:
             fix = "--skip-bad, which reads the file all the same"
             raise SourceError(found, expected="records that agree", fix=fix)
-        return (found,)
+        return (found, *beside)
 
     def _steps(self, file: h5py.File, demo: str, columns: dict[str, tuple[str, ...]]) -> dict[str, NDArray[np.generic]]:
         """Read the numbers of a demonstration, {our name: float32 [T, D]}, finite."""
@@ -286,9 +307,7 @@ class RobomimicSource:
             parts = []
             for path in paths:
                 data = dataset(file, f"data/{demo}/{path}")
-                if data.ndim != 2:
-                    raise SourceError(f"{self._path}:{data.name} has shape {data.shape}", expected="[T, D]", fix=SKIP)
-                parts.append(as_steps(read_whole(data), data.shape[1:], f"{self._path}:{data.name}"))
+                parts.append(as_vectors(read_whole(data), f"{self._path}:{data.name}"))
             if len({len(part) for part in parts}) > 1:
                 lengths = dict(zip(paths, map(len, parts), strict=True))
                 raise SourceError(f"{self._path}:data/{demo} has lengths {lengths}", expected="one length", fix=SKIP)
@@ -309,21 +328,11 @@ def _observed(file: h5py.File, demo: str) -> tuple[tuple[str, int, str], ...]:
 
     Nothing where there are none; `RobomimicSource._check` then says what is wrong with the demonstration.
     """
-    there: Any = file
-    for name in ("data", demo, "obs"):
-        if not isinstance(there, h5py.Group) or type(there.get(name, getlink=True)) is not h5py.HardLink:
-            return ()
-        there = there[name]
-    if not isinstance(there, h5py.Group):
+    try:
+        found = arrays(file, f"data/{demo}/obs")
+    except SourceError:
         return ()
-    arrays = {key: there[key] for key in there if type(there.get(key, getlink=True)) is h5py.HardLink}
-    return tuple((key, data.ndim, data.dtype.str) for key, data in arrays.items() if isinstance(data, h5py.Dataset))
-
-
-def _stated(node: Any, name: str) -> int | None:
-    """Return a count that an attribute states, None where there is none."""
-    value = np.asarray(node.attrs.get(name, ()))
-    return int(value.reshape(-1)[0]) if value.size == 1 and value.dtype.kind in "iuf" else None
+    return tuple((key, data.ndim, data.dtype.str) for key, data in found.items())
 
 
 def _row_shapes(shapes: dict[str, tuple[int, ...]]) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -15,10 +15,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from vla.featurize.hdf5 import opened, require_rows
+from vla.featurize.hdf5 import find, need, opened, require_rows
 from vla.featurize.image import Image
 from vla.featurize.sources.episode_checks import OTHER_CAMERA, SKIP
-from vla.featurize.sources.hdf5_links import find, need
 from vla.featurize.sources.pictures import decode_picture, require_size
 from vla.stores.errors import SourceError
 

@@ -24,9 +24,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from vla.featurize.hdf5 import opened, read_whole
+from vla.featurize.hdf5 import find, names, need, opened, read_whole
 from vla.featurize.sources.episode_checks import SKIP
-from vla.featurize.sources.hdf5_links import find, names, need
 from vla.featurize.sources.pictures import MAX_PIXELS
 from vla.featurize.sources.robotwin_cameras import Camera, camera_of, form_of
 from vla.featurize.sources.robotwin_joints import MAX_FRAMES, MAX_JOINTS, Arm

@@ -12,7 +12,7 @@ A frame at the end of an episode whose horizon is incomplete has no sample of it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -50,7 +50,7 @@ def read_samples(file: Path, episode: str, stems: Sequence[str], horizon: int, d
     step, contradicts one before, and where a frame between the first and the last has no velocity.
     """
     places = {stem: frame for frame, stem in enumerate(stems)}
-    raws = _lines(file)
+    raws = [raw for _, raw in iterate_samples(file)]
     velocities: dict[int, NDArray[np.float32]] = {}
     given = "waypoints" in raws[0]
     waypoints = np.zeros((len(stems), horizon, 3), np.float32)
@@ -74,16 +74,20 @@ def read_samples(file: Path, episode: str, stems: Sequence[str], horizon: int, d
     return Samples(instruction, known, waypoints if given else None, valid)
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
+def iterate_samples(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (number of the line, its JSON object), at least one. Raises `SourceError` naming file and line."""
     size_of(file, MAX_BYTES, "samples")
+    number, empty = 0, True
     try:
         with file.open("rb") as lines:
-            found = [parse_object(line, f"{file}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield number, parse_object(line, f"{file}, line {number}")
+                    empty = False
     except OSError as error:
         raise SourceError(f"cannot read {file}: {error.strerror or error}", expected="samples", fix=SKIP) from None
-    if not found:
+    if empty:
         raise SourceError(f"{file} has no samples", expected="one JSON object a line", fix=SKIP)
-    return found
 
 
 def _require_same(raw: dict[str, Any], instruction: str, given: bool, dt: float, where: str) -> None:

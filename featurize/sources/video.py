@@ -253,4 +253,5 @@ def _misplaced(clip: Clip, stream: av.VideoStream, number: int, wanted: int) -> 
 
 
 def _constant_rate(clip: Clip) -> str:
-    return f"ffmpeg -i {clip.path.name} -vf fps={clip.fps:g} -c:v libx264 -g 2 -crf 18 constant.mp4"
+    convert = f"ffmpeg -i {clip.path.name} -vf fps={clip.fps:g} -c:v libx264 -g 2 -crf 18 constant.mp4"
+    return f"--set source_options.align=index where row i saw frame i, or {convert}"

@@ -14,7 +14,7 @@ import pytest
 import zarr
 
 from vla.featurize.caches.arrays import ArraysCache
-from vla.featurize.caches.zarr2 import open_zarr2
+from vla.featurize.caches.zarr_arrays import open_zarr_array
 from vla.featurize.sources.files import read_json, read_numbers, read_text
 from vla.featurize.sources.pickles import load_pickle
 from vla.featurize.sources.replay_buffer import ReplayBufferSource
@@ -175,7 +175,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "pickle": ("a.pkl", load_pickle),
     "robomimic": ("a.hdf5", lambda path: RobomimicSource(path).index()),
     "robotwin": ("a.hdf5", lambda path: read_demo(path, ["left"])),
-    "zarr": (".zarray", lambda path: open_zarr2(path.parent)),
+    "zarr": (".zarray", lambda path: open_zarr_array(path.parent)),
     "array": ("a.npy", lambda path: ArraysCache(path.parent, skip_bad=True).index()),
     "tensors": ("a.safetensors", lambda path: ArraysCache(path.parent, skip_bad=True).index()),
     "weights": ("a.safetensors", read_tensors),
