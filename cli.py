@@ -495,11 +495,8 @@ def backbones(
     from vla.featurize.backbones.registry import BACKBONES, backbone_fields, missing
 
     fields = [] if backbone is None else [field.to_json() for field in backbone_fields(backbone)]
-    entries = {
-        name: {**entry._asdict(), "missing": missing(name)}
-        for name, entry in BACKBONES.items()
-        if backbone in (None, name)
-    }
+    names = list(BACKBONES) if backbone is None else [backbone]
+    entries = {name: {**BACKBONES[name]._asdict(), "missing": missing(name)} for name in names}
     if as_json:
         emit(entries if backbone is None else {"backbone": backbone, **entries[backbone], "options": fields})
         return

@@ -122,7 +122,7 @@ def training_chunks(
     if not len(whole):
         longest = int(first.episodes.length[data.training].max())
         fix = "" if longest >= horizon else f"--set horizon=N, N up to {longest}"
-        raise DataError(f"no episode of the training split has {horizon} labelled steps", fix=fix)
+        raise DataError(f"no episode of the training split has {horizon} steps", fix=fix)
     if len(whole) > most:
         whole = whole[np.sort(np.random.default_rng(seed).choice(len(whole), most, replace=False))]
     chunks: NDArray[np.float32] = values[whole] if data.io.chunk is None else values[whole[:, 0]]
