@@ -105,19 +105,45 @@ def channel_scales(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     rows that are not 0 in a channel, k one in forty, at least one of twenty. A single frame of 3e4 would otherwise
     round every other frame to 0.
     """
-    largest = np.zeros((len(rows), rows.shape[-1]), np.float32)
+    ordered, used = _magnitudes(rows)
+    return _steps(ordered, np.maximum(used // OUTLIER_SHARE, used >= OUTLIER_SHARE // 2))
+
+
+def cheapest_scales(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the steps [C] that cost rows [n, ..., C] least, each channel by itself, of three grids.
+
+    The grids: of `channel_scales`, without as many rows as `MAX_ROUNDING_ERROR` allows to lose, and of the largest
+    magnitude. Costs three roundings of the unit: for units that `channel_scales` alone would lose, such as those with
+    several outlying frames, and those whose rare large numbers are the signal and no outliers.
+    """
+    ordered, used = _magnitudes(rows)
+    most = (used * MAX_ROUNDING_ERROR).astype(np.int64)
+    grids = [channel_scales(rows), _steps(ordered, most), _steps(ordered, np.zeros_like(used))]
+    costs = np.zeros((len(grids), rows.shape[-1]))
+    for row in rows:
+        largest = max(float(np.abs(row).max(initial=0.0)), TINY_ROW)  # squares of 1e30 leave float32
+        power = max(float(np.square(row / largest).sum(dtype=np.float64)), TINY_ROW)
+        for grid, cost in zip(grids, costs, strict=True):
+            lost = (row - decode("int8", quantise(row, grid), grid)) / largest
+            cost += np.square(lost).reshape(-1, rows.shape[-1]).sum(axis=0) / power
+    return np.take_along_axis(np.stack(grids), costs.argmin(axis=0)[None], axis=0)[0]
+
+
+def _magnitudes(rows: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return each channel's largest magnitude in each row, in falling order [n, C], and how many are not 0 [C]."""
+    largest = np.zeros((max(len(rows), 1), rows.shape[-1]), np.float32)
     for place, row in enumerate(rows):  # row by row: no temporary as large as the unit
         largest[place] = np.abs(row).reshape(-1, rows.shape[-1]).max(axis=0)
-    if not len(rows):
-        return np.zeros(rows.shape[-1], np.float32)
-    ordered = -np.sort(-largest, axis=0)
-    used = np.count_nonzero(largest, axis=0)
-    outliers = np.maximum(used // OUTLIER_SHARE, used >= OUTLIER_SHARE // 2)
+    return -np.sort(-largest, axis=0), np.count_nonzero(largest, axis=0)
+
+
+def _steps(ordered: NDArray[np.float32], outliers: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return the steps [C] that ignore the first `outliers` [C] of the magnitudes [n, C] beyond `WIDENING`."""
     ordinary = np.take_along_axis(ordered, outliers[None], axis=0)[0]
     # Bounded before it is multiplied: four times the largest number leaves float32.
     widest = np.float32(WIDENING) * np.minimum(ordinary, np.float32(LIMIT["int8"] / WIDENING))
-    scales: NDArray[np.float32] = np.minimum(ordered[0], widest) / np.float32(INT8_MAX)
-    return scales
+    steps: NDArray[np.float32] = np.minimum(ordered[0], widest) / np.float32(INT8_MAX)
+    return steps
 
 
 @dataclass(frozen=True)

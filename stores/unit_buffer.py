@@ -17,6 +17,7 @@ from vla.stores.dtypes import (
     MAX_ROUNDING_ERROR,
     Rounding,
     channel_scales,
+    cheapest_scales,
     decode,
     encode_bfloat16,
     quantise,
@@ -90,7 +91,15 @@ class FeatureBuffer:
 
     def _quantise(self, waiting: NDArray[np.float32], kept: NDArray[np.int64]) -> Rounding:
         """Encode the rows `kept` as int8; return what that costs."""
-        self.scales = channel_scales(waiting if len(kept) == len(waiting) else waiting[kept])
+        rows = waiting if len(kept) == len(waiting) else waiting[kept]
+        cost = self._round(waiting, kept, channel_scales(rows))
+        if cost.error > MAX_ROUNDING_ERROR:
+            cost = self._round(waiting, kept, cheapest_scales(rows))
+        return cost
+
+    def _round(self, waiting: NDArray[np.float32], kept: NDArray[np.int64], scales: NDArray[np.float32]) -> Rounding:
+        """Encode the rows `kept` on the grid of `scales` [C]; return what that costs."""
+        self.scales = scales
         edge = self.scales * np.float32(INT8_MAX + 0.5)
         error, saturated = 0.0, 0
         used, zeroed = np.zeros((2, len(self.scales)), np.int64)  # rows of each channel

@@ -171,6 +171,29 @@ def test_channels_that_rarely_fire_are_not_taken_for_outliers() -> None:
     np.testing.assert_allclose(back[::10, 0, 0], values[::10, 0, 0], atol=0.02)
 
 
+@pytest.mark.parametrize("share", [0.005, 0.01, 0.03])
+def test_channels_that_rarely_fire_above_noise_keep_what_fires(share: float) -> None:
+    """What is rare is the signal here: a grid of the noise alone would lose nine tenths of every row."""
+    generator = np.random.default_rng(0)
+    fires = generator.random((256, 1, 512)) < share
+    values = (fires + 0.01 * generator.normal(size=fires.shape)).astype(np.float32)
+    buffer, back = stored(values)
+    assert row_errors(back, values).mean() < 0.05
+    assert buffer.rounding is not None
+    assert buffer.rounding.saturated == 0
+
+
+@pytest.mark.parametrize(("rows", "outliers"), [(40, 2), (40, 3), (256, 20), (14, 1), (19, 1)])
+def test_as_many_outlying_frames_as_the_bound_allows_erase_no_other(rows: int, outliers: int) -> None:
+    values = gaussian(rows, 32)
+    values[:outliers] *= 3e4
+    buffer, back = stored(values)
+    errors = row_errors(back, values)[outliers:]
+    assert errors.max() < 0.15
+    assert buffer.rounding is not None
+    assert buffer.rounding.saturated > 0
+
+
 def test_the_error_of_a_store_is_recorded_and_told(memory_path: Path, make_store: Callable[..., Any]) -> None:
     made = make_store(memory_path / "s", features={"grid": ((2, 3, 4), "int8"), "half": ((1, 4), "float16")})
     facts = describe(made.root)["features"]
