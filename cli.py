@@ -264,9 +264,11 @@ def record(
 ) -> None:
     """Record a simulator's scripted expert, or draw recorded states, as a LeRobot v3.0 data set."""
     from vla.stores.errors import UsageError
+    from vla.stores.settings import nearest
 
     if simulator not in opt.SIMULATORS:
-        raise UsageError(f"unknown simulator {simulator!r}", expected=" or ".join(opt.SIMULATORS))
+        found = f"unknown simulator {simulator!r}{nearest(simulator, opt.SIMULATORS)}"
+        raise UsageError(found, expected=" or ".join(opt.SIMULATORS))
     shown: dict[str, Any] = {"cameras": camera, "image_size": image_size, "overwrite": overwrite}
     with show_progress("record", "frames" if simulator == "robosuite" else "episodes") as progress:
         if simulator == "robosuite":
@@ -313,7 +315,7 @@ def train_head(
     if head is not None:
         head_class(head)
     if resume and config is None and not (head and store):
-        config = train.begun_head(out, head, required=not (head or set_))
+        config = train.begun_head(out, head, required=not (head or set_), grouped=group_by is not None)
     online = online or train.is_online(config)  # a saved run records how its features were computed
     named = None if features is None else [name.strip() for name in features.split(",")]
     short = {"train.steps": steps, "data.stores": store, "data.features": named, "data.remote.cache": cache}

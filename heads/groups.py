@@ -17,8 +17,9 @@ import numpy as np
 from vla.heads.columns import episode_dims
 from vla.heads.data import open_data
 from vla.heads.model import HeadModel
-from vla.heads.train import HeadTrainConfig, train_head
+from vla.heads.train import GROUP, HeadTrainConfig, train_head
 from vla.stores.errors import UsageError
+from vla.stores.settings import nearest
 from vla.training.loop import FitReport, Progress
 
 
@@ -50,7 +51,7 @@ def action_groups(config: HeadTrainConfig) -> tuple[ActionGroup, ...]:
         number = seen[len(dims)]
         inside = usable & (rows == np.isin(np.arange(rows.shape[1]), dims)).all(axis=1)
         tasks = tuple(table.tasks[task] for task in np.unique(table.task[inside]))
-        name = f"dim-{len(dims)}" + (f"-{number}" if number > 1 else "")
+        name = f"{GROUP}{len(dims)}" + (f"-{number}" if number > 1 else "")
         groups.append(ActionGroup(name, dims, int(inside.sum()), tasks))
     return tuple(groups)
 
@@ -86,6 +87,6 @@ def train_groups_by(
     """Train one model a group, as `--group-by` names the groups. Raises `UsageError` for what groups cannot be."""
     out = Path(out)
     if by != "action-dim" or online:
-        found = "--group-by with --online" if online else f"--group-by {by!r}"
+        found = "--group-by with --online" if online else f"--group-by {by!r}{nearest(by, ['action-dim'])}"
         raise UsageError(found, expected="action-dim, from stores")
     return train_groups(config, out, **how)

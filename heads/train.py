@@ -34,6 +34,9 @@ from vla.training.run_folder import begun_warmup, can_resume, refuse_existing, r
 from vla.training.storage import live_scales
 from vla.training.torch_device import choose_device
 
+GROUP = "dim-"
+"""How the folders of `--group-by action-dim` begin (groups.py)."""
+
 PLACES = ("data.stores", "stores.path", "state_range")
 """Entries of an artefact that say where a store is, not what it holds: a moved one goes on, for its digest is there.
 Runs that were begun before `state_range` was kept go on as well."""
@@ -66,12 +69,16 @@ class HeadTrainConfig(Settings):
             require_given(head_class(head).Config, saved["model"], model, artefact=str(file), prefix="model.")
 
 
-def begun_head(run_dir: Path | None, head: str | None, *, required: bool) -> Path | None:
+def begun_head(run_dir: Path | None, head: str | None, *, required: bool, grouped: bool = False) -> Path | None:
     """Return the file of a run's settings; None where no run was begun, unless one is `required`.
 
-    Raises `UsageError` where the run is of another head than `head`.
+    `grouped`: the run is one model a group, each in a folder of its own (groups.py); the settings are equal but for the
+    group's dimensions. Raises `UsageError` where the run is of another head than `head`.
     """
-    file = begun_in(run_dir, "run.json", required=required)
+    if grouped and run_dir is not None:
+        file = next(iter(sorted(run_dir.glob(f"{GROUP}*/run.json"))), None)
+    else:
+        file = begun_in(run_dir, "run.json", required=required)
     if file is not None and head is not None:
         begun = read_object(file).get("artefact", {}).get("head")
         if begun != head:

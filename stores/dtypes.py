@@ -126,7 +126,8 @@ def cheapest_scales(rows: NDArray[np.float32]) -> NDArray[np.float32]:
         for grid, cost in zip(grids, costs, strict=True):
             lost = (row - decode("int8", quantise(row, grid), grid)) / largest
             cost += np.square(lost).reshape(-1, rows.shape[-1]).sum(axis=0) / power
-    return np.take_along_axis(np.stack(grids), costs.argmin(axis=0)[None], axis=0)[0]
+    cheapest: NDArray[np.float32] = np.take_along_axis(np.stack(grids), costs.argmin(axis=0)[None], axis=0)[0]
+    return cheapest
 
 
 def _magnitudes(rows: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -192,6 +192,7 @@ SAME = (
     ("bfloat16", "bf16"),
     ("float32", "fp32", "f32", "float", "single", "full", "no"),
     ("int8", "i8"),
+    ("cuda", "gpu"),
     ("h5", "hdf5"),
     ("zstd", "zstandard"),
     ("none", "off", "false"),

@@ -7,6 +7,7 @@ import re
 import torch
 
 from vla.stores.errors import MachineError, UsageError
+from vla.stores.settings import nearest
 
 DEVICE = r"auto|cpu|(cuda|xpu)(:[0-9]{1,2})?|mps"
 """What a device may be called: torch's own names of what it computes on."""
@@ -19,7 +20,8 @@ def choose_device(name: str, setting: str = "device") -> torch.device:
     what a user types it as.
     """
     if not re.fullmatch(DEVICE, name):
-        raise UsageError(f"{setting} {name!r}", expected="auto, cpu, cuda, cuda:N, mps, xpu or xpu:N")
+        hint = nearest(name, ("auto", "cpu", "cuda", "mps", "xpu"))
+        raise UsageError(f"{setting} {name!r}{hint}", expected="auto, cpu, cuda, cuda:N, mps, xpu or xpu:N")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)

@@ -19,6 +19,7 @@ from vla.heads.train import HeadTrainConfig
 from vla.stores.errors import UsageError
 from vla.stores.settings import Settings, nearest
 from vla.terminal.run_app import run_app
+from vla.training.torch_device import choose_device
 
 
 class Lists(Settings):
@@ -89,6 +90,24 @@ def test_another_name_of_a_dtype_is_answered_with_ours(said: str, meant: str) ->
 def test_every_choice_suggests_the_nearest(setting: str, meant: str) -> None:
     with pytest.raises(UsageError, match=f"did you mean '{meant}'"):
         HeadTrainConfig.from_sources(None, ["data.stores=s", setting], head="mlp")
+
+
+@pytest.mark.parametrize(("name", "meant"), [("gpu", "cuda"), ("CUDA", "cuda"), ("cpu:0", "cpu"), ("cudo:1", "cuda")])
+def test_a_device_suggests_the_nearest(name: str, meant: str) -> None:
+    with pytest.raises(UsageError, match=f"did you mean '{meant}'"):
+        choose_device(name)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["record", "meta-world", "--task", "push-v3", "--out", "x"],
+        ["train-head", "mlp", "--store", "s", "--out", "x", "--group-by", "action_dim"],
+    ],
+)
+def test_a_choice_outside_the_settings_suggests_the_nearest(words: list[str]) -> None:
+    with pytest.raises(UsageError, match="did you mean"):
+        run_app(app, words)
 
 
 def test_a_word_like_none_of_the_choices_suggests_none() -> None:

@@ -121,6 +121,31 @@ def test_a_run_that_an_earlier_version_wrote_is_refused_with_what_to_type(whole:
         vla("train-head", "--resume", "--out", tmp_path / "nothing")
 
 
+def test_a_saved_run_with_its_backbones_in_the_loop_replays_without_a_flag(
+    store: Path, tmp_path: Path, files_of: Files
+) -> None:
+    begin = ["train-head", "mlp", "--store", store, "--online", *sets(*SETTINGS)]
+    assert vla(*begin, "--out", tmp_path / "first") == 0
+    assert vla("train-head", "--config", tmp_path / "first", "--out", tmp_path / "again") == 0
+    assert files_of(newest_complete(tmp_path / "again")) == files_of(newest_complete(tmp_path / "first"))
+
+
+def test_models_of_action_groups_resume_by_their_folder_and_the_flag(store: Path, tmp_path: Path) -> None:
+    run, grouped = tmp_path / "run", ["--group-by", "action-dim"]
+    begin = ["train-head", "mlp", "--store", store, "--out", run, *grouped]
+    assert vla(*begin, *sets(*SETTINGS, "train.schedule=constant")) == 0
+    assert vla("train-head", "--resume", "--out", run, *grouped, "--steps", 9) == 0
+    (model,) = run.glob("dim-*")
+    assert newest_complete(model).name == "step-00000009"
+    with pytest.raises(UsageError, match="dim-"):
+        vla("train-head", "--resume", "--out", run)
+
+
+def test_resuming_before_anything_was_begun_begins_where_the_settings_are_given(store: Path, tmp_path: Path) -> None:
+    begin = ["train-head", "mlp", "--resume", "--out", tmp_path / "run", *sets(*SETTINGS, f"data.stores={store}")]
+    assert vla(*begin) == 0
+
+
 @pytest.mark.parametrize("place", ["folder of the store", "folder and name"])
 def test_a_store_resumes_by_its_folder_alone(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, files_of: Files
