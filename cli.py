@@ -20,6 +20,7 @@ from vla.terminal.help import Command, HeadCommand
 from vla.terminal.output import emit, figures, open_log, show_facts, show_plan
 from vla.terminal.progress import show_progress, show_training, show_workers
 from vla.terminal.run_app import run_app
+from vla.terminal.safe_text import guard_stderr, safe_line
 from vla.terminal.streams import end_output, protect_streams
 
 app = typer.Typer(
@@ -55,8 +56,10 @@ def featurize(
     as_json: opt.Json = False,
 ) -> None:
     """Run a frozen backbone over demonstrations, once, into a store."""
+    from vla.featurize.backbones.registry import load_backbone_class
     from vla.featurize.job import FeaturizeConfig, begun_store, prepare
     from vla.featurize.launch import Where, launch, outlook
+    from vla.featurize.skipped import require_few_skipped, skipped_in
     from vla.stores.inspect import rounding_of
     from vla.stores.memory import keep_freed_memory
     from vla.stores.owned import require_name
@@ -66,7 +69,7 @@ def featurize(
     keep_freed_memory()
     short = {"store.format": format_, "store.dtype": dtype, "augment.copies": augment}
     name = None if name is None else require_name(name, "--name")
-    begun = begun_store(out, name) if resume and backbone is None and config is None else None
+    begun = begun_store(out, name, required=not set_) if resume and backbone is None and config is None else None
     settings = FeaturizeConfig.from_sources(
         begun or config,
         [*opt.as_set(short), *(set_ or ())],
@@ -77,6 +80,7 @@ def featurize(
         skip_bad=skip_bad or None,
     )
     where = Where(workers, scheduler, unit_index)
+    load_backbone_class(settings.backbone)  # a wrong name is none of a store
     place = name or settings.backbone
     root = begun or (f"{out.rstrip('/')}/{place}" if "://" in out else Path(out, place))
     if isinstance(root, Path) and not (dry_run or unit_index):
@@ -93,10 +97,13 @@ def featurize(
     left = partial(reports.committed_so_far, root, job.plan.manifest.units)
     with explain_interrupt(left), show_workers("featurize", "frames") as progress:
         report = launch(job, root, where, resume=resume, overwrite=overwrite, accept=yes, progress=progress)
+    skipped = skipped_in(root, report.skipped) if settings.skip_bad else report.skipped
+    total = len(job.plan.episodes) + len(job.plan.skipped)
     facts = report.to_json()
     if any(info.dtype == "int8" for info in job.plan.manifest.features.values()):
         facts["rounding"] = rounding_of(str(root))
-    reports.show_featurized(root, facts, {**job.plan.skipped, **report.skipped}, as_json)
+    reports.show_featurized(root, facts, {**job.plan.skipped, **skipped}, total, as_json)
+    require_few_skipped(job.plan, skipped, settings.max_skipped)
 
 
 @command("import")
@@ -116,6 +123,7 @@ def import_(
 ) -> None:
     """Turn a feature cache that others made into a store."""
     from vla.featurize.caches.job import ImportConfig, prepare, run
+    from vla.featurize.skipped import require_few_skipped, skipped_in
     from vla.stores.inspect import rounding_of
 
     settings = ImportConfig.from_sources(
@@ -130,13 +138,15 @@ def import_(
     left_behind = partial(reports.committed_so_far, out, job.plan.manifest.units)
     with explain_interrupt(left_behind), show_progress("import", "frames") as progress:
         report = run(job, out, resume=resume, overwrite=overwrite, accept=yes, progress=progress)
-    left_out = {**job.plan.skipped, **report.skipped}
+    skipped = skipped_in(out, report.skipped) if settings.skip_bad else report.skipped
+    left_out = {**job.plan.skipped, **skipped}
     said = f"{report.frames} frames in {report.units} units; {len(left_out)} episodes left out"
     rounding = rounding_of(out)
     facts = {**report.__dict__, "rounding": rounding, "skipped": left_out, "out": str(out)}
     reports.show_made(out, facts, said, as_json, left_out)
     if not as_json:
         reports.show_rounding(rounding)
+    require_few_skipped(job.plan, skipped, settings.max_skipped)
 
 
 @command()
@@ -144,6 +154,8 @@ def inspect(
     store: opt.MaybeStore = None,
     source: Annotated[str | None, opt.goes_in("Raw demonstrations to check instead: exit code 1 if bad.")] = None,
     norm_stats: Annotated[Path | None, opt.comes_out("Also write openpi's norm_stats.json here.")] = None,
+    pictures: Annotated[Path | None, opt.comes_out("New folder for contact sheets (PNG) of --source.")] = None,
+    all_frames: Annotated[bool, opt.runs("Decode every frame of --source, not a sample.", "--all-frames")] = False,
     mapping: opt.Map = None,
     set_: opt.Set = None,
     as_json: opt.Json = False,
@@ -155,23 +167,27 @@ def inspect(
     from vla.stores.store import open_store
 
     if source is not None and store is None:
-        _check_source(source, norm_stats, mapping or [], set_ or [], as_json)
+        how = {"sheets": pictures, "all_frames": all_frames or None}
+        _check_source(source, norm_stats, mapping or [], set_ or [], as_json, **how)
         return
-    if store is None or source is not None or mapping or set_:
-        raise UsageError("vla inspect", expected="a store, or --source DIR with --map and --set")
+    if store is None or source is not None or mapping or set_ or pictures is not None or all_frames:
+        raise UsageError("vla inspect", expected="a store, or --source DIR with --map, --set and --pictures")
     facts = describe(store)
     if norm_stats is not None:
         write_norm_stats(norm_stats, norm_stats_of(open_store(store)))
     emit(facts) if as_json else show_facts(facts)
 
 
-def _check_source(source: str, norm_stats: Path | None, mapping: list[str], set_: list[str], as_json: bool) -> None:
+def _check_source(
+    source: str, norm_stats: Path | None, mapping: list[str], set_: list[str], as_json: bool, **how: Any
+) -> None:
     from vla.featurize.check_source import CheckConfig, check_source
     from vla.stores.norm_stats import write_norm_stats
     from vla.stores.settings import read_pairs
 
     with show_progress("inspect", "episodes") as progress:
-        report = check_source(CheckConfig.from_sources(None, set_, source=source, map=read_pairs(mapping)), progress)
+        config = CheckConfig.from_sources(None, set_, source=source, map=read_pairs(mapping), **how)
+        report = check_source(config, progress)
     found = [f"{finding.check}: {finding.found}" for finding in report.findings]
     emit(report.to_json()) if as_json else reports.show_check(report.facts, found, source)
     if report.findings:
@@ -296,9 +312,10 @@ def train_head(
 
     if head is not None:
         head_class(head)
-    begun = train.begun_head(out, head) if resume and config is None and not (head and store) else None
-    config, online = begun or (config, online)
-    named = None if features is None else features.split(",")
+    if resume and config is None and not (head and store):
+        config = train.begun_head(out, head, required=not (head or set_))
+    online = online or train.is_online(config)  # a saved run records how its features were computed
+    named = None if features is None else [name.strip() for name in features.split(",")]
     short = {"train.steps": steps, "data.stores": store, "data.features": named, "data.remote.cache": cache}
     kind: Any = train.HeadTrainConfig
     run: Any = train.train_head
@@ -361,12 +378,13 @@ def distill(
     from vla.featurize.distill.train import DistillConfig, prepare
     from vla.featurize.distill.train import distill as run
     from vla.stores.memory import keep_freed_memory
-    from vla.training.run_folder import begun_run
+    from vla.stores.settings import begun_in
 
     short = {"train.steps": steps, "data.stores": store, "data.teacher": teacher}
     short |= {"data.skip_unpaired": skip_unpaired or None}
     keep_freed_memory()
-    config = begun_run(out) if resume and not (config or store) else config
+    if resume and not (config or store):
+        config = begun_in(out, "run.json", required=not set_)
     job = prepare(DistillConfig.from_sources(config, [*opt.as_set(short), *(set_ or ())], student=student))
     run_dir = out or Path("runs") / job.config.student
     if dry_run:
@@ -469,12 +487,25 @@ def action_dims(
 
 
 @command()
-def backbones(as_json: opt.Json = False) -> None:
-    """List the frozen backbones: what they make, their licences, and what this machine lacks for them."""
-    from vla.featurize.backbones.registry import BACKBONES, missing
+def backbones(
+    backbone: opt.OneBackbone = None,
+    as_json: opt.Json = False,
+) -> None:
+    """List the frozen backbones: what they make, their licences, what this machine lacks; or every option of one."""
+    from vla.featurize.backbones.registry import BACKBONES, backbone_fields, missing
 
-    entries = {name: {**entry._asdict(), "missing": missing(name)} for name, entry in BACKBONES.items()}
-    emit(entries) if as_json else reports.show_backbones(entries)
+    fields = [] if backbone is None else [field.to_json() for field in backbone_fields(backbone)]
+    names = list(BACKBONES) if backbone is None else [backbone]
+    entries = {name: {**BACKBONES[name]._asdict(), "missing": missing(name)} for name in names}
+    if as_json:
+        emit(entries if backbone is None else {"backbone": backbone, **entries[backbone], "options": fields})
+        return
+    reports.show_backbones(entries)
+    if backbone is None:
+        reports.print_line("vla backbones BACKBONE lists a backbone's options.")
+    else:
+        how = "vla featurize takes them as --set options.NAME=VALUE;\nweights as --weights PLACE."
+        reports.show_fields(fields, how)
 
 
 @command()
@@ -489,7 +520,10 @@ def heads(
         emit({row.pop("head"): row for row in table()}) if as_json else reports.show_heads(table())
         return
     fields = [field.to_json() for field in head_fields(head)]
-    emit({"head": head, "settings": fields}) if as_json else reports.show_fields(head, fields)
+    emit({"head": head, "settings": fields}) if as_json else reports.show_fields(
+        fields,
+        f"{head} takes them as --set NAME=VALUE or from --config;\ntrain.* are those with defaults of its own.",
+    )
 
 
 def main() -> NoReturn:
@@ -499,10 +533,11 @@ def main() -> NoReturn:
     protect_streams()
     from vla.stores.errors import VlaError
 
+    guard_stderr()
     try:
         sys.exit(run_app(app, sys.argv[1:], process=True))
     except VlaError as error:
-        sys.stderr.write(f"vla: {error}\n")
+        sys.stderr.write(f"vla: {safe_line(str(error))}\n")
         sys.exit(end_output(error.exit_code))
 
 

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from vla.featurize.sources.base import Source
 from vla.featurize.sources.dimensions import MeasuredSource, TaskDims
-from vla.featurize.sources.registry import SOURCES, open_source, recognise, shipped
+from vla.featurize.sources.registry import SOURCES, common_options, open_source, recognise, shipped
 from vla.stores.settings import Settings
 
 
@@ -67,7 +67,8 @@ def _specs(spec: str) -> list[tuple[str, str]]:
 
 
 def _measured(name: str, spec: str, config: DimsConfig) -> list[TaskDims]:
-    source: Source = open_source(spec, map=config.map, skip_bad=config.skip_bad, **config.source_options)
+    common = common_options(map=config.map, skip_bad=config.skip_bad)
+    source: Source = open_source(spec, **{**common, **config.source_options})
     if isinstance(source, MeasuredSource):
         measured = source.dimensions()
     else:

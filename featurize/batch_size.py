@@ -52,6 +52,6 @@ def largest_batch(run: Callable[[int], None], device: torch.device) -> int:
             break
         ran = count
     if not ran:
-        fix = "a smaller --set options.size, another device, or --set device=cpu"
+        fix = "--set options.size=N, a smaller N, another device, or --set device=cpu"
         raise MachineError(f"one time step does not fit into the memory of {device}", fix=fix)
     return max(ran // SPARED, 1)

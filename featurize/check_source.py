@@ -5,22 +5,31 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from vla.featurize.image import Image
-from vla.featurize.sources.base import Source, SourceIndex
-from vla.featurize.sources.registry import open_source, option_names
+from vla.featurize.check_numbers import Rows, ranges, stuck_columns
+from vla.featurize.check_pictures import EpisodeLook, dead_depth, look_at, moving_pairs, picture_findings
+from vla.featurize.contact_sheet import ContactSheet
+from vla.featurize.sources.base import NoEpisodeError, Source, SourceIndex
+from vla.featurize.sources.registry import common_options, open_source, option_names
 from vla.stores.errors import SourceError
+from vla.stores.instructions import same_instructions
 from vla.stores.norm_stats import NAMES, NormStats
 from vla.stores.notes import column_notes
 from vla.stores.settings import Settings
+
+_FLAG = "--skip-bad( leaves the episode out)?"
+_SKIP = re.compile(rf"\. Try: {_FLAG}$|(, or |; )?{_FLAG}(, or |; )?")
+"""The advice of sources that holds for the commands that go on without an episode."""
 
 Progress = Callable[[int, int], None]
 
@@ -28,13 +37,16 @@ Progress = Callable[[int, int], None]
 class CheckConfig(Settings):
     """What is checked: `source`, `map` and `source_options` as for `vla featurize`.
 
-    `pictures`: episodes, evenly spread, whose first, middle and last frame are decoded (0: none).
+    `pictures`: episodes, evenly spread, of which frames are decoded (None: all, 0: none). `all_frames`: every frame of
+    them instead of a sample (see check_pictures.py). `sheets`: folder that gets contact sheets as PNG.
     """
 
     source: str
     map: dict[str, str] = {}
     source_options: dict[str, Any] = {}
-    pictures: int = Field(10, ge=0)
+    pictures: int | None = Field(None, ge=0)
+    all_frames: bool = False
+    sheets: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -54,8 +66,8 @@ class SourceReport:
     stats: dict[str, NormStats] = field(default_factory=dict)
 
     def add(self, check: str, found: object) -> None:
-        """Append a finding."""
-        self.findings.append(Finding(check, str(found)))
+        """Append a finding, without advice to pass --skip-bad: `vla inspect` has no such flag."""
+        self.findings.append(Finding(check, _SKIP.sub("", str(found))))
 
     def to_json(self) -> dict[str, Any]:
         """Return facts and findings as plain data."""
@@ -64,25 +76,50 @@ class SourceReport:
 
 def check_source(config: CheckConfig, progress: Progress = lambda done, total: None) -> SourceReport:
     """Read everything but most pictures. Wrong data are findings; a wrong flag or path raises `VlaError` as usual."""
-    options = {"map": config.map, **config.source_options}
     # With `skip_bad` every bad episode is named, without it only the first.
-    options |= {"skip_bad": True} if "skip_bad" in option_names(config.source) else {}
+    skips = "skip_bad" in option_names(config.source)
+    options = {**config.source_options, **common_options(map=config.map, skip_bad=skips)}
     source = open_source(config.source, **options)
     report = SourceReport({"source": config.source})
     try:
         index = source.index()
+    except NoEpisodeError as error:
+        for name, reason in error.skipped.items():
+            report.add("episode", f"{name}: {reason}")
+        if not error.skipped:
+            report.add("layout", error)
+        numbers = _numbers_alone(config, options)
+        if numbers is None:
+            return report
+        source, index = numbers
     except SourceError as error:
         report.add("layout", error)
         return report
     _describe(index, report)
-    report.findings += [Finding("records", line) for line in index.warnings]
+    for line in index.warnings:
+        report.add("records", line)
+    listed = {finding.found.partition(":")[0] for finding in report.findings}
     for name, reason in index.skipped.items():
-        report.add("episode", f"{name}: {reason}")
+        if name not in listed and name not in index.filtered:
+            report.add("episode", f"{name}: {reason}")
     values = _check_steps(source, index, report, progress)
     _note_statistics(index, values, report)
-    if index.pictures and config.pictures:
-        _check_pictures(source, index, config.pictures, report)
+    for line in stuck_columns(index, values):
+        report.add("steps", line)
+    if index.pictures and config.pictures != 0:
+        _check_pictures(source, index, config, values, report, progress)
     return report
+
+
+def _numbers_alone(config: CheckConfig, options: dict[str, Any]) -> tuple[Source, SourceIndex] | None:
+    """Return the source without cameras, where its numbers hold though its pictures do not; else None."""
+    if "cameras" not in option_names(config.source) or options.get("cameras") == []:
+        return None
+    source = open_source(config.source, **{**options, "cameras": []})
+    try:
+        return source, source.index()
+    except SourceError:
+        return None  # the reasons are listed already
 
 
 def _describe(index: SourceIndex, report: SourceReport) -> None:
@@ -118,6 +155,9 @@ def _describe(index: SourceIndex, report: SourceReport) -> None:
     silent = sum(count for task, count in tasks.items() if not task.strip())
     if silent:
         report.add("instruction", f"{silent} of {len(lengths)} episodes have no instruction")
+    for group in same_instructions(tasks):
+        spelt = ", ".join(f"{task!r} ({tasks[task]})" for task in group)
+        report.add("instruction", f"{len(group)} spellings of one instruction count as {len(group)} tasks: {spelt}")
     for episode in index.episodes:
         if episode.length < 2:
             report.add("length", f"{episode.id} has {episode.length} frames; expected 2 or more")
@@ -127,11 +167,9 @@ def _doubled(names: Any) -> list[tuple[str, int]]:
     return [(name, count) for name, count in Counter(names).items() if count > 1]
 
 
-def _check_steps(
-    source: Source, index: SourceIndex, report: SourceReport, progress: Progress
-) -> dict[str, list[tuple[str, NDArray[Any]]]]:
-    """Read the numbers of every episode; return those of the vectors that hold, {column: (episode, [T, D]) each}."""
-    kept: dict[str, list[tuple[str, NDArray[Any]]]] = {}
+def _check_steps(source: Source, index: SourceIndex, report: SourceReport, progress: Progress) -> Rows:
+    """Read the numbers of every episode; return those of the vectors that hold, {column: {episode: [T, D]}}."""
+    kept: dict[str, dict[int, NDArray[Any]]] = {}
     for number, episode in enumerate(index.episodes):
         progress(number, len(index.episodes))
         try:
@@ -151,14 +189,12 @@ def _check_steps(
                 rows = f"row {int(bad.argmax())}" + (f" and {int(bad.sum()) - 1} more" if bad.sum() > 1 else "")
                 report.add("steps", f"{episode.id}: {name} is NaN or infinite in {rows}")
             elif spec and len(spec.shape) == 1 and spec.role != "other":
-                kept.setdefault(name, []).append((episode.id, values))
+                kept.setdefault(name, {})[number] = values
     progress(len(index.episodes), len(index.episodes))
     return kept
 
 
-def _note_statistics(
-    index: SourceIndex, values: dict[str, list[tuple[str, NDArray[Any]]]], report: SourceReport
-) -> None:
+def _note_statistics(index: SourceIndex, values: Rows, report: SourceReport) -> None:
     """Note the statistics of every component; an action that never changes is a finding, one component is a fact.
 
     So are numbers that a normalisation takes far beyond 1: they are the demonstrations', and may be right.
@@ -166,7 +202,7 @@ def _note_statistics(
     notes: list[str] = []
     table: dict[str, list[dict[str, Any]]] = {}
     for name, parts in values.items():
-        rows = np.concatenate([part for _, part in parts])
+        rows: NDArray[Any] = np.concatenate(list(parts.values()))
         stats = NormStats.of(rows)
         labels = index.steps[name].names or tuple(f"{name}_{i}" for i in range(rows.shape[1]))
         columns = {"min": rows.min(axis=0), "max": rows.max(axis=0), **vars(stats)}
@@ -178,49 +214,61 @@ def _note_statistics(
             report.stats[NAMES[name]] = stats
         if name == "action" and len(rows) > 1 and (columns["min"] == columns["max"]).all():
             report.add("steps", "the action is the same in every frame")
-        places = [f"episode {episode!r}, row {row}" for episode, part in parts for row in range(len(part))]
+        ids = {number: index.episodes[number].id for number in parts}
+        places = [f"episode {ids[n]!r}, row {row}" for n, part in parts.items() for row in range(len(part))]
         notes += column_notes(name, rows, labels, places.__getitem__)
     report.facts["statistics"] = table
     report.facts["notes"] = notes or None
 
 
-def _check_pictures(source: Source, index: SourceIndex, count: int, report: SourceReport) -> None:
-    """Decode the first, middle and last frame of some episodes: sizes, channels, damage, pictures of one colour."""
+def _check_pictures(
+    source: Source,
+    index: SourceIndex,
+    config: CheckConfig,
+    values: Rows,
+    report: SourceReport,
+    progress: Progress,
+) -> None:
+    """Decode frames of episodes, evenly spread; note shares a camera and episode, and what is wrong with them."""
+    count = len(index.episodes) if config.pictures is None else min(config.pictures, len(index.episodes))
+    chosen = np.unique(np.linspace(0, len(index.episodes) - 1, count).round().astype(int)).tolist()
+    sheet = ContactSheet(config.sheets) if config.sheets is not None else None
+    column = "state" if "state" in values else "action"  # an action may move no robot
+    spread = ranges(values[column]) if column in values else np.zeros(0)
+    looks = []
+    for done, number in enumerate(chosen):
+        progress(done, len(chosen))
+        rows = values.get(column, {}).get(number)
+        moving = None if rows is None else moving_pairs(rows, spread)
+        look = look_at(source, index, number, moving, every=config.all_frames)
+        look.errors += dead_depth(source, index, number)
+        looks.append(look)
+        if sheet is not None:
+            sheet.add(look)
+        for camera in look.cameras.values():  # pictures of one episode at a time are in memory
+            camera.samples.clear()
+    progress(len(chosen), len(chosen))
+    if sheet is not None:
+        sheet.flush()
+        report.facts["sheets"] = [str(path) for path in sheet.files]
+    _note_pictures(index, looks, report)
+
+
+def _note_pictures(index: SourceIndex, looks: list[EpisodeLook], report: SourceReport) -> None:
+    """Note rows and sizes of what was seen, and the findings."""
+    for look in looks:
+        report.findings += [Finding("picture", error) for error in look.errors]
     sizes: dict[str, Counter[tuple[int, int]]] = {camera: Counter() for camera in index.cameras}
-    blank: Counter[str] = Counter()
-    looked = 0
-    for number in np.unique(np.linspace(0, len(index.episodes) - 1, count).round().astype(int)):
-        episode = index.episodes[number]
-        for frame in sorted({0, episode.length // 2, episode.length - 1}):
-            try:
-                views = _one(source.frames(int(number), frame, frame + 1))
-            except SourceError as error:
-                report.add("picture", f"{episode.id}, frame {frame}: {error}")
-                continue
-            looked += 1
-            if len(views) != len(index.cameras):
-                report.add("picture", f"{episode.id}, frame {frame}: {len(views)} of {len(index.cameras)} cameras")
-                continue
-            for camera, image in zip(index.cameras, views, strict=True):
-                if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                    report.add("picture", f"{episode.id}, frame {frame}, {camera}: {image.dtype} {image.shape}")
-                    continue
-                sizes[camera][image.shape[:2]] += 1
-                blank[camera] += int(image.min() == image.max())
+    for look in looks:
+        for camera, seen in look.cameras.items():
+            sizes[camera].update(seen.sizes)
     report.facts["pictures"] = {
         camera: [f"{width} x {height}" for height, width in found] for camera, found in sizes.items()
     }
+    report.facts["by_episode"] = [row for look in looks for row in look.rows()]
     for camera, found in sizes.items():
         if len(found) > 1:
             what = ", ".join(f"{width} x {height} ({n})" for (height, width), n in found.items())
             report.add("picture", f"{camera} has pictures of several sizes: {what}; expected one")
-        if looked and blank[camera] == looked:
-            report.add("picture", f"{camera} shows one colour in all of {looked} frames")
-
-
-def _one(frames: Iterator[tuple[Image, ...]]) -> tuple[Image, ...]:
-    """Return the only frame; none at all is a missing one."""
-    views = next(frames, None)
-    if views is None:
-        raise SourceError("no picture", expected="one a camera")
-    return views
+    for line in picture_findings(looks, index.cameras):
+        report.add("picture", line)

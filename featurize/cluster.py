@@ -11,6 +11,9 @@ import torch
 
 from vla.stores.errors import MachineError, UsageError, missing_extra
 
+PATIENCE = "10s"
+"""To wait for a scheduler that does not answer."""
+
 DEATHS = 3
 """Workers that may die over one task before it counts as the cause."""
 
@@ -51,7 +54,7 @@ def open_cluster(workers: int | None, scheduler: str | None) -> Iterator[Any]:
         try:
             if scheduler is not None:  # a client that stumbles over its address fails again for 20 s when it is deleted
                 get_address_host_port(scheduler)
-            client: Any = Client(address, timeout="10s", set_as_default=False)  # type: ignore[no-untyped-call]
+            client: Any = Client(address, timeout=PATIENCE, set_as_default=False)  # type: ignore[no-untyped-call]
         except (OSError, ValueError, TypeError) as error:  # TypeError: TLS that is not configured
             raise MachineError(f"no scheduler at {scheduler}: {error}", expected="tcp://HOST:PORT") from None
         held.enter_context(client)

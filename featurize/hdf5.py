@@ -6,6 +6,7 @@ of the machine. Files are opened for one call and closed again, so that no handl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,9 @@ import h5py
 import numpy as np
 
 from vla.stores.errors import SourceError, VlaError
+from vla.stores.hdf5_files import open_hdf5
 from vla.stores.pointers import refuse_pointer
+from vla.stores.untrusted import is_backed
 
 SKIP = "--skip-bad leaves the episode out"
 NUMBERS = "fiub"
@@ -24,10 +27,12 @@ NUMBERS = "fiub"
 
 @contextmanager
 def opened(path: Path) -> Iterator[h5py.File]:
-    """Open a file for reading. What HDF5 raises on damage becomes a `SourceError`."""
+    """Open a file for reading, without a lock: many file systems grant none.
+
+    What HDF5 raises on damage becomes a `SourceError` naming the file; `MachineError` as `open_hdf5`.
+    """
     try:
-        # The driver is named: a file may not choose another one, which might open other files.
-        with h5py.File(path, "r", locking=False, driver="sec2") as file:
+        with open_hdf5(path) as file:
             yield file
     except VlaError:
         raise
@@ -78,6 +83,39 @@ def dataset(file: h5py.File, path: str, kinds: str = NUMBERS) -> h5py.Dataset:
     if node.dtype.kind not in kinds:
         raise SourceError(f"{file.filename}:{path} is no plain array", expected="numbers in the file itself", fix=SKIP)
     return node
+
+
+def read_whole(data: h5py.Dataset) -> Any:
+    """Return all of a data set. Raises `SourceError` where the file does not account for its size."""
+    _require_backed(data, data.nbytes)
+    return data[()]
+
+
+def read_rows(data: h5py.Dataset, start: int, stop: int) -> Any:
+    """Return rows `start..stop-1` of a data set. Raises like `read_whole`."""
+    require_rows(data, stop - start)
+    return data[start:stop]
+
+
+def require_rows(data: h5py.Dataset, rows: int) -> None:
+    """Raise `SourceError` where `rows` rows, or a chunk that reading one row unpacks, are more than the file holds."""
+    row_bytes = data.dtype.itemsize * math.prod(data.shape[1:])
+    chunk_bytes = data.dtype.itemsize * math.prod(data.chunks or ())
+    _require_backed(data, max(rows * row_bytes, chunk_bytes))
+
+
+def _require_backed(data: h5py.Dataset, claimed: int) -> None:
+    """Compare a size in memory with the bytes on the disk.
+
+    What was never written reads as fill values and has no bytes; gzip packs zeros a thousandfold; and the size of a
+    contiguous array is a number in its header.
+    """
+    if is_backed(claimed, 0):
+        return
+    present = min(data.id.get_storage_size(), Path(data.file.filename).stat().st_size)
+    if not is_backed(claimed, present):
+        found = f"{data.file.filename}:{data.name} declares {claimed} bytes and holds {present}"
+        raise SourceError(found, expected="numbers that were written", fix=SKIP)
 
 
 def arrays(file: h5py.File, path: str) -> dict[str, h5py.Dataset]:

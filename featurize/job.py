@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,20 +13,22 @@ from pydantic import Field
 
 from vla.featurize.augment import NO_COPIES, AugmentConfig
 from vla.featurize.backbones.base import Backbone
-from vla.featurize.backbones.registry import make_backbone
+from vla.featurize.backbones.registry import load_backbone_class, make_backbone
 from vla.featurize.batch_size import ON_CPU, find_batch_size
 from vla.featurize.plan import Plan, StoreOptions, make_plan
 from vla.featurize.room import require_room
 from vla.featurize.run import Progress, RunReport, featurize
+from vla.featurize.skipped import MAX_SKIPPED, require_few_skipped
 from vla.featurize.sources.base import Source
 from vla.featurize.sources.instructions import Instructions
-from vla.featurize.sources.registry import open_source, refuse_overwriting_source, shipped
+from vla.featurize.sources.registry import common_options, open_source, refuse_overwriting_source, shipped
 from vla.featurize.views import with_inputs
 from vla.stores.errors import UsageError
 from vla.stores.metadata import read_manifest
 from vla.stores.remote.options import RemoteOptions, is_url
 from vla.stores.remote.publish import open_remote_writer
-from vla.stores.settings import Settings
+from vla.stores.settings import Settings, begun_in
+from vla.stores.user_given import require_given
 from vla.stores.writer import StoreWriter, open_writer
 from vla.training.torch_device import choose_device
 
@@ -41,7 +43,7 @@ class FeaturizeConfig(Settings):
     `action_dims` says what is real. `augment` caches augmented copies beside the plain features. `batch_size` counts
     time steps, each augmented copy as one more; "auto" tries what an accelerator holds (another batch may round the
     last bit of a feature differently there). `threads` 0 leaves torch's own choice. `remote`: how a store on an object
-    store is reached.
+    store is reached. `max_skipped`: largest share of the episodes that `skip_bad` may leave out.
     """
 
     source: str = Field(default_factory=lambda: str(shipped()))
@@ -51,6 +53,7 @@ class FeaturizeConfig(Settings):
     map: dict[str, str] = {}
     source_options: dict[str, Any] = {}
     skip_bad: bool = False
+    max_skipped: float = Field(MAX_SKIPPED, ge=0, le=1)
     pad_actions: bool = False
     store: StoreOptions = StoreOptions()
     augment: AugmentConfig = NO_COPIES
@@ -70,6 +73,17 @@ class FeaturizeConfig(Settings):
             raise UsageError(found, fix="the flags that it began with")
         return settings
 
+    @classmethod
+    def require_given(cls, saved: Mapping[str, Any], given: Mapping[str, Any], file: Path) -> None:
+        """See `Settings.require_given`."""
+        backbone = saved.get("backbone")
+        if not isinstance(backbone, str) or given.get("backbone", backbone) != backbone:
+            return
+        kind, artefact = load_backbone_class(backbone).settings_type, str(file)
+        require_given(kind, saved.get("options") or {}, given.get("options", {}), artefact=artefact, prefix="options.")
+        weights = {} if saved.get("weights") is None else {"weights": saved["weights"]}
+        require_given(kind, weights, given, artefact=artefact, prefix="")
+
 
 SETTINGS = "settings"
 """Of a store's provenance: the configuration that replays or resumes the run, but for what is this machine's."""
@@ -77,10 +91,15 @@ OWN = {"device", "threads", "remote"}
 """Settings that are the machine's, not the store's."""
 
 
-def begun_store(out: str, name: str | None) -> Path | None:
-    """Return the store to resume where OUT, or OUT/NAME, is one already; None where a backbone has yet to be named."""
-    root = Path(out, name or "")
-    return root if "://" not in out and (root / "zarr.json").is_file() else None
+def begun_store(out: str, name: str | None, *, required: bool) -> Path | None:
+    """Return the store to resume where OUT, or OUT/NAME, is one already.
+
+    Returns None where a backbone has yet to be named, unless a store is `required`: `UsageError`.
+    """
+    if is_url(out):
+        return None
+    file = begun_in(Path(out, name or ""), "zarr.json", required=required)
+    return None if file is None else file.parent
 
 
 @dataclass(frozen=True)
@@ -95,8 +114,10 @@ class Job:
 
 def prepare(config: FeaturizeConfig) -> Job:
     """Index the source, load the backbone and lay out the store. Raises what they raise."""
-    common = {"map": config.map, "skip_bad": config.skip_bad, "pad_actions": config.pad_actions}
+    common = common_options(map=config.map, skip_bad=config.skip_bad, pad_actions=config.pad_actions)
     source = open_source(config.source, **{**common, **config.source_options})
+    if "weights" in config.options:
+        raise UsageError("options.weights", expected="--weights, which is kept in the store", fix="--weights PLACE")
     backbone = make_backbone(config.backbone, weights=config.weights, **config.options)
     if backbone.spec().per == "instruction":
         source = Instructions(source)
@@ -109,6 +130,8 @@ def prepare(config: FeaturizeConfig) -> Job:
     plan = make_plan(index, digest, spec, recipe, config.store, config.augment)
     provenance = plan.manifest.provenance | {SETTINGS: config.model_dump(mode="json", exclude=OWN)}
     plan = replace(plan, manifest=plan.manifest.model_copy(update={"provenance": provenance}))
+    if config.skip_bad:
+        require_few_skipped(plan, {}, config.max_skipped)
     return Job(config, source, backbone, plan)
 
 

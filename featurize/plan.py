@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
@@ -43,7 +43,10 @@ class StoreOptions(Settings):
 
 @dataclass(frozen=True)
 class Plan:
-    """What `featurize` is about to write. `bytes` and `files` count the whole store; `warnings` are the source's."""
+    """What `featurize` is about to write. `bytes` and `files` count the whole store.
+
+    `skipped`, `filtered`, `assumed` and `warnings` are the source's; see `SourceIndex`.
+    """
 
     manifest: Manifest
     episodes: EpisodeTable
@@ -51,6 +54,8 @@ class Plan:
     bytes: int
     files: int
     warnings: tuple[str, ...] = ()
+    filtered: frozenset[str] = frozenset()
+    assumed: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures of `--dry-run`."""
@@ -67,6 +72,7 @@ class Plan:
             "bytes": self.bytes,
             "files": self.files,
             "skipped_episodes": self.skipped,
+            "assumed": dict(self.assumed),
             "weights_licence": manifest.provenance["weights_licence"],
             **({"warnings": list(self.warnings)} if self.warnings else {}),
         }
@@ -144,6 +150,7 @@ def make_plan(
             "versions": {name: metadata.version(name) for name in ("vla-feature-cache", "torch", "zarr", "numpy")},
             "python": platform.python_version(),
             "skipped_episodes": dict(index.skipped),
+            **({"assumed": dict(index.assumed)} if index.assumed else {}),
             # Not in the fingerprint: the source's digest decides it already, and older stores keep theirs.
             "picture_sizes": {name: list(index.sizes[name]) for name in index.cameras if name in index.sizes},
         },
@@ -152,7 +159,8 @@ def make_plan(
         row_bytes + sum(int(np.prod(s.shape)) * np.dtype(s.dtype).itemsize for s in steps.values()) + 24 * len(features)
     )
     files = manifest.units * (len(unit_files(manifest, 0)) + 1) + 20
-    return Plan(manifest, episodes, dict(index.skipped), size * episodes.rows, files, index.warnings)
+    skipped, size = dict(index.skipped), size * episodes.rows
+    return Plan(manifest, episodes, skipped, size, files, index.warnings, index.filtered, index.assumed)
 
 
 def _dtype(name: str, wanted: FloatName | None) -> DtypeName:

@@ -6,13 +6,13 @@ collection script), and in LIBERO `problem_info` with the instruction.
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
 import h5py
 
 from vla.featurize.hdf5 import text_attribute
+from vla.stores.documents import parse_json
 
 INSTRUCTIONS = {
     "Lift": "lift the cube",
@@ -58,7 +58,7 @@ def _arguments(file: h5py.File) -> dict[str, Any]:
 def _json(text: str | None) -> dict[str, Any]:
     """Return the object in `text`, {} where there is none: these are optional facts."""
     try:
-        found = json.loads(text or "{}")
-    except (ValueError, RecursionError):
+        found = parse_json(text or "{}")
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from vla.featurize.backbones.base import BackboneSpec
 from vla.featurize.image import Image
-from vla.featurize.sources.base import Source, SourceIndex, ViewSource
+from vla.featurize.sources.base import NUMBERS, Source, SourceIndex, ViewSource
 from vla.stores.errors import UsageError
 from vla.stores.fingerprint import require_equal
 
@@ -27,7 +27,10 @@ def with_inputs(spec: BackboneSpec, source: Source, index: SourceIndex) -> tuple
         raise UsageError(
             f"backbone {spec.name!r} needs {', '.join(missing)} of each frame, and {index.root} has {', '.join(has)}",
             expected="a source that has them",
+            fix="" if index.cameras else NUMBERS,
         )
+    if not index.cameras:
+        raise UsageError(f"{index.root} was opened without cameras", expected="one or more", fix=NUMBERS)
     extras = [name for name in spec.inputs if name not in (IMAGE, INSTRUCTION)]
     if not extras or not isinstance(source, ViewSource):
         return spec, {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -26,6 +27,8 @@ from vla.stores.settings import Settings
 from vla.stores.store import Store, open_store
 from vla.stores.user_given import PlainText, UserGiven
 from vla.stores.windows import WindowIndex, WindowSpec, split_episodes
+
+log = logging.getLogger(__name__)
 
 CACHE_SHARE = 0.7
 """Of the memory, how much of a store the page cache is taken to hold; the rest is the training's own."""
@@ -192,6 +195,9 @@ def open_data(config: DataConfig) -> HeadData:
                 expected="features of trained weights",
                 fix="--set data.random_weights=true, if this is a test of the pipeline",
             )
+        if store.skipped_episodes:
+            total = len(store.episodes) + len(store.skipped_episodes.keys() - set(store.episodes.ids))
+            log.warning("%s was made without %d of %d episodes", store.place, len(store.skipped_episodes), total)
     stores = join_stores(shown)
     first = stores.first
     steps = first.manifest.steps

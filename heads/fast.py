@@ -176,7 +176,7 @@ class FastTokenizer:
             raise UsageError(
                 f"a vocabulary of {vocab_size} for coefficients from {low} to {high}",
                 expected=f"{alphabet} or more, a good deal more to compress anything",
-                fix=f"--set vocab_size={2 * alphabet}, or a smaller --set scale",
+                fix=f"--set vocab_size={2 * alphabet}, or --set scale=X below {scale:g}",
             )
         tokenizer = Tokenizer(models.BPE())
         tokenizer.decoder = decoders.Fuse()  # else decoding puts spaces between tokens
@@ -221,8 +221,10 @@ class FastTokenizer:
         settings = _settings(folder)
         for name, ours in (("time_horizon", horizon), ("action_dim", action_dim)):
             if settings.get(name) not in (None, ours):
-                fix = "vla fit-fast for this head, or --set model.horizon" if name == "time_horizon" else "vla fit-fast"
-                raise UsageError(f"{folder} is for {name} {settings[name]}", expected=str(ours), fix=fix)
+                theirs = settings[name]
+                other = f", or --set model.horizon={theirs}" if name == "time_horizon" else ""
+                fix = f"vla fit-fast for this head{other}"
+                raise UsageError(f"{folder} is for {name} {theirs}", expected=str(ours), fix=fix)
         try:
             tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
         except Exception as error:  # noqa: BLE001 - tokenizers raises no narrower class

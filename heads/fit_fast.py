@@ -120,7 +120,9 @@ def training_chunks(
         valid = window.action_valid if labelled is None else window.action_valid & labelled[window.action]
         whole = window.action[valid.all(axis=1)]
     if not len(whole):
-        raise DataError(f"no episode of the training split has {horizon} steps", fix="--set horizon, a smaller one")
+        longest = int(first.episodes.length[data.training].max())
+        fix = "" if longest >= horizon else f"--set horizon=N, N up to {longest}"
+        raise DataError(f"no episode of the training split has {horizon} steps", fix=fix)
     if len(whole) > most:
         whole = whole[np.sort(np.random.default_rng(seed).choice(len(whole), most, replace=False))]
     chunks: NDArray[np.float32] = values[whole] if data.io.chunk is None else values[whole[:, 0]]

@@ -23,7 +23,7 @@ from vla.heads.registry import head_name
 from vla.stores.errors import DataError, UsageError
 from vla.stores.norm_stats import read_norm_stats
 from vla.stores.ranges import is_constant
-from vla.stores.settings import Settings
+from vla.stores.settings import Settings, nearest
 from vla.stores.user_given import UserGiven
 from vla.stores.windows import WindowSpec
 from vla.training.processes import Divisors, divisor
@@ -236,7 +236,9 @@ class HeadModel(nn.Module):
         for name in values:
             if name not in may_change:
                 known = ", ".join(sorted(may_change))
-                raise UsageError(f"model.{name} is decided in training", expected=f"one of {known}")
+                fields = type(self.config).model_fields
+                what = "is decided in training" if name in fields else f"is no setting{nearest(name, fields)}"
+                raise UsageError(f"model.{name} {what}", expected=f"one of {known}")
         config = type(self.config).build({**self.config.model_dump(), **values}, where="model")
         check_lengths(config)
         self.config = config
@@ -354,7 +356,7 @@ def check_lengths(config: HeadConfig) -> None:
         raise UsageError(
             f"a horizon of {config.horizon} that begins with the first of {config.n_obs} observed frames",
             expected=f"at least {1 - config.action_offset}, so that an action is left from the present on",
-            fix="--set model.n_obs=1, or a longer --set model.horizon",
+            fix=f"--set model.n_obs=1, or --set model.horizon=N, N at least {1 - config.action_offset}",
         )
     if config.n_action > config.n_action_max:
         found = f"n_action {config.n_action} of horizon {config.horizon}"

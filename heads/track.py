@@ -286,5 +286,6 @@ class TrackHead(HeadModel):
             raise UsageError(found, expected="as many views and channels in both")
         assert io.text is not None
         if config.variant == "llm" and io.text.length > config.max_text:
-            fix = f"vla featurize --backbone text --set options.length={config.max_text}, or --set model.max_text"
-            raise UsageError(f"instructions of {io.text.length} tokens", expected=f"at most {config.max_text}", fix=fix)
+            most, length = config.max_text, io.text.length
+            fix = f"vla featurize --backbone text --set options.length={most}, or --set model.max_text={length}"
+            raise UsageError(f"instructions of {length} tokens", expected=f"at most {most}", fix=fix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,11 +25,12 @@ from vla.heads.tensor_batches import TensorBatches
 from vla.stores.errors import UsageError
 from vla.stores.fingerprint import digest
 from vla.stores.owned import refuse_overlap
-from vla.stores.settings import Settings
+from vla.stores.settings import Settings, begun_in
+from vla.stores.user_given import require_given
 from vla.training.checkpoint import read_object
 from vla.training.config import TrainConfig
 from vla.training.loop import FitReport, Progress, fit, seed_everything
-from vla.training.run_folder import begun_run, begun_warmup, can_resume, saved_settings
+from vla.training.run_folder import begun_warmup, can_resume, refuse_existing, require_given_places, saved_settings
 from vla.training.storage import live_scales
 from vla.training.torch_device import choose_device
 
@@ -54,19 +56,35 @@ class HeadTrainConfig(Settings):
         """See `Settings.from_saved`."""
         return saved_settings(values, file)
 
+    @classmethod
+    def require_given(cls, saved: Mapping[str, Any], given: Mapping[str, Any], file: Path) -> None:
+        """See `Settings.require_given`."""
+        require_given_places(saved, given, file)
+        head = saved.get("head")
+        if isinstance(head, str) and given.get("head", head) == head and isinstance(saved.get("model"), Mapping):
+            model = given.get("model", {})
+            require_given(head_class(head).Config, saved["model"], model, artefact=str(file), prefix="model.")
 
-def begun_head(run_dir: Path | None, head: str | None) -> tuple[Path, bool] | None:
-    """Return the file of a run's settings, and whether the backbones were in its loop; None where no run was begun.
+
+def begun_head(run_dir: Path | None, head: str | None, *, required: bool) -> Path | None:
+    """Return the file of a run's settings; None where no run was begun, unless one is `required`.
 
     Raises `UsageError` where the run is of another head than `head`.
     """
-    file = begun_run(run_dir)
-    if file is None:
-        return None
-    artefact = read_object(file).get("artefact", {})
-    if head is not None and artefact.get("head") != head:
-        raise UsageError(f"{run_dir} was begun with head {artefact.get('head')!r}", expected=f"{head!r}, or no head")
-    return file, bool(artefact.get("online"))
+    file = begun_in(run_dir, "run.json", required=required)
+    if file is not None and head is not None:
+        begun = read_object(file).get("artefact", {}).get("head")
+        if begun != head:
+            raise UsageError(f"{run_dir} was begun with head {begun!r}", expected=f"{head!r}, or no head")
+    return file
+
+
+def is_online(file: Path | None) -> bool:
+    """Return whether a configuration, such as a saved run's, has settings of a training with the backbones in its loop.
+
+    Raises `UsageError` where the file does not read.
+    """
+    return file is not None and "online" in HeadTrainConfig.read_file(file)
 
 
 class Supplier(Protocol):
@@ -101,6 +119,8 @@ def train_head(
     `begun` is called with the head before the first step.
     """
     run_dir = Path(run_dir)
+    if os.environ.get("RANK", "0") == "0":  # another process may come here after the first has begun the run
+        refuse_existing(run_dir, resume=resume, overwrite=overwrite)  # before a head of billions is built
     asked = config.train
     if not resume:
         refuse_overlap(run_dir, [*config.data.stores, *([config.init_from] if config.init_from else [])])

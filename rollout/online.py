@@ -28,7 +28,15 @@ from vla.featurize.backbones.base import Backbone
 from vla.featurize.batch_size import ON_CPU
 from vla.featurize.rebuild import BackboneSettings, rebuild_backbone, require_known
 from vla.featurize.sources.base import Source
-from vla.featurize.sources.registry import SOURCES, open_source, recognise, resolve_options, shipped
+from vla.featurize.sources.registry import (
+    SOURCES,
+    common_options,
+    known_rate,
+    open_source,
+    recognise,
+    resolve_options,
+    shipped,
+)
 from vla.featurize.views import read_views
 from vla.heads.batch import Batch
 from vla.heads.data import HeadData
@@ -319,7 +327,8 @@ def open_demonstrations(store: Store, place: str | None = None, options: Mapping
         )
         asked = {"artefact": store.place, "prefix": "online.source_options."}
         settings = resolve_options(opened, given.options, options or {}, **asked)
-        source = open_source(opened, map=given.map, **settings)
+        rate = known_rate(opened, store.manifest.fps)  # stores made while `fps` had a default do not list it
+        source = open_source(opened, **{**rate, **common_options(map=given.map), **settings})
         found = source.digest()
     except SourceError as error:
         what = f"the demonstrations of {store.place}: {error.found}"

@@ -142,11 +142,12 @@ def record_replay(
     exists, `MachineError` where a package or library is missing, `SourceError` where the record does not hold.
     """
     out = Path(out)
-    if episodes is not None and episodes < 1:
-        raise UsageError(f"{episodes} episodes", expected="at least 1")
+    for what, count in (("episodes", episodes), ("pixels", image_size)):
+        if count is not None and count < 1:
+            raise UsageError(f"{count} {what}", expected="at least 1")
     found = find_demonstrations(task)
     names = tuple(found.lengths)[:episodes]
-    size, began = image_size or IMAGE_SIZE, time.monotonic()
+    size, began = IMAGE_SIZE if image_size is None else image_size, time.monotonic()
     first = Scene(found.read(names[0]), f"{found.path}:data/{names[0]}", size)
     try:
         chosen = _choose_cameras(first, cameras)

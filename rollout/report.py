@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.featurize.image import Image
-from vla.featurize.sources.registry import open_source
+from vla.featurize.sources.registry import known_rate, open_source
 from vla.stores.errors import DataError, MachineError, SourceError, UsageError, missing_extra
 from vla.stores.filesystem import explaining, write_atomic
 from vla.stores.store import Store, open_store
@@ -110,7 +110,7 @@ def _overlay_figure(store: Store, source: Path | str, frames: int) -> Any:
     episode, cameras = int(usable[0]), store.manifest.cameras
     length = int(store.episodes.length[episode])
     chosen = _spread(length, frames)
-    pictures = _pictures(source, store.episodes.ids[episode], length, cameras, chosen)
+    pictures = _pictures(source, store, episode, chosen)
     name = _gridded(store)
     rgb = principal_rgb(to_grid(store.read(name, int(store.episodes.row_start[episode]) + chosen)))
     figure = _figure(1.9 * 2 * len(cameras) + 0.5, 1.95 * len(chosen) + 0.8)
@@ -140,11 +140,10 @@ def _gridded(store: Store) -> str:
     raise UsageError(f"{store.root} holds {found}", expected="[V, y, x, C] or [V, P, C] with square P")
 
 
-def _pictures(
-    source: Path | str, episode: str, length: int, cameras: tuple[str, ...], chosen: NDArray[np.int64]
-) -> list[list[Image]]:
-    """Return the chosen frames of an episode, a picture for each camera."""
-    opened = open_source(source)
+def _pictures(source: Path | str, store: Store, at: int, chosen: NDArray[np.int64]) -> list[list[Image]]:
+    """Return the chosen frames of the store's episode number `at`, a picture for each camera."""
+    episode, length, cameras = store.episodes.ids[at], int(store.episodes.length[at]), store.manifest.cameras
+    opened = open_source(source, **known_rate(source, store.manifest.fps))
     index = opened.index()
     missing = [camera for camera in cameras if camera not in index.cameras]
     if missing:

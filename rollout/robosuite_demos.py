@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.featurize.caches.checks import natural
-from vla.featurize.hdf5 import dataset, find, group, opened, text_attribute
+from vla.featurize.hdf5 import dataset, find, group, opened, read_whole, text_attribute
 from vla.featurize.robosuite_attributes import environment_name, instruction
 from vla.stores.errors import MachineError, SourceError, UsageError
 from vla.stores.settings import nearest
@@ -57,8 +57,8 @@ class DemonstrationFile:
     def read(self, name: str) -> Demonstration:
         """Read one demonstration. Raises `SourceError` naming what does not hold."""
         with opened(self.path) as file:
-            states = dataset(file, f"data/{name}/states")[()].astype(np.float64)
-            actions = dataset(file, f"data/{name}/actions")[()].astype(np.float32)
+            states = read_whole(dataset(file, f"data/{name}/states")).astype(np.float64)
+            actions = read_whole(dataset(file, f"data/{name}/actions")).astype(np.float32)
             text = text_attribute(find(file, f"data/{name}"), "model_file")
         where = f"{self.path}:data/{name}"
         if states.ndim != 2 or actions.ndim != 2 or len(states) != len(actions):
@@ -103,7 +103,7 @@ def _describe(file: h5py.File, path: Path, assets: Path, licence: str) -> Demons
         raise SourceError(f"{path} has {found}", expected="a record of robosuite, of a task with an instruction")
     lengths = {demo: len(dataset(file, f"data/{demo}/actions")) for demo in demos}
     # The states carry their time; the arguments of the environment leave the frequency out where it is the default.
-    steps = np.diff(np.atleast_2d(dataset(file, f"data/{demos[0]}/states")[()])[:, 0])
+    steps = np.diff(np.atleast_2d(read_whole(dataset(file, f"data/{demos[0]}/states")))[:, 0])
     if not (len(steps) and np.median(steps) > 0):
         raise SourceError(f"{path}:data/{demos[0]} has no time that runs", expected="states of two steps or more")
     fps = round(1 / float(np.median(steps)), 3)

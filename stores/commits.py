@@ -7,23 +7,21 @@ the episodes that were left out, and it carries its own digest. A unit without a
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vla.stores.below import read_below
+from vla.stores.documents import parse_json
 from vla.stores.dtypes import Rounding
 from vla.stores.errors import CorruptionError
 from vla.stores.filesystem import explaining, fsync_dir
 from vla.stores.fingerprint import canonical, digest
 from vla.stores.formats.registry import format_of, unit_files
-from vla.stores.layout import COMMITS, commit_file
+from vla.stores.layout import COMMITS, RECORD_NAME, commit_file
 from vla.stores.manifest import Manifest
 
-_RECORD_NAME = re.compile(r"unit-(\d{6,})\.json")
 MAX_RECORD_BYTES = 16 << 20
 """A record above 16 MiB is no record of ours: ten features and a thousand left-out episodes make 100 KB."""
 
@@ -119,8 +117,12 @@ def _records(root: Path) -> list[tuple[int, Path]]:
     if folder.is_symlink() or not folder.is_dir():
         what = "is a symbolic link" if folder.is_symlink() else "is missing"
         raise CorruptionError(f"{folder} {what}", expected="a folder of commit records")
-    paths = [path for path in sorted(folder.iterdir()) if _RECORD_NAME.fullmatch(path.name)]
+    paths = [path for path in sorted(folder.iterdir()) if RECORD_NAME.fullmatch(path.name)]
     return [(record_unit(path), path) for path in paths]
+
+
+def _share(found: Any) -> float | None:
+    return None if found is None else float(found)
 
 
 def _signed(body: dict[str, Any]) -> bytes:
@@ -131,10 +133,10 @@ def _read(path: Path, unit: int, manifest: Manifest, expected: str) -> Commit:
     fix = f"vla verify {path.parent.parent}"
     data = read_below(path.parent.parent, f"{COMMITS}/{path.name}", MAX_RECORD_BYTES)
     try:
-        raw: Any = json.loads(data)
+        raw: Any = parse_json(data)
         body = {key: value for key, value in raw.items() if key != "sha256"} if isinstance(raw, dict) else {}
         whole = data == _signed(body)
-    except (ValueError, RecursionError):
+    except ValueError:
         raise CorruptionError(f"{path} is not JSON", expected="a commit record", fix=fix) from None
     if not whole:
         raise CorruptionError(f"{path} does not match its digest", expected="a whole commit record", fix=fix)
@@ -148,7 +150,7 @@ def _read(path: Path, unit: int, manifest: Manifest, expected: str) -> Commit:
         skipped = {str(name): str(reason) for name, reason in body["skipped"].items()}
         parts = {str(name): str(sha256) for name, sha256 in body.get("parts", {}).items()}
         rounding = {
-            str(name): Rounding(float(cost["error"]), float(cost["saturated"]))
+            str(name): Rounding(float(cost["error"]), float(cost["saturated"]), _share(cost.get("erased")))
             for name, cost in body.get("rounding", {}).items()
         }
         fits = parts.keys() == format_of(manifest).digested_parts(manifest) and files.keys() == planned.keys()

@@ -10,7 +10,7 @@ one file is unknown in another, so that `<<: *default` cannot do this.) Every fi
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,16 @@ INTEGERS = range(-(2**63), 2**64)
 """Whole numbers of a setting: what a seed or a size may be. Others overflow wherever they are used."""
 
 
-def read_config(file: Path | str) -> dict[str, Any]:
-    """Read a file with everything that it extends into a plain dict. Raises `UsageError` where that cannot be done."""
-    return _read(Path(file), (), Path(file).parent.resolve())
+Convert = Callable[[dict[str, Any], Path], dict[str, Any]]
+"""Returns the settings in the content of a file."""
+
+
+def read_config(file: Path | str, convert: Convert = lambda values, file: values) -> dict[str, Any]:
+    """Read a file with everything that it extends into a plain dict. Raises `UsageError` where that cannot be done.
+
+    `convert` is applied to each file alone, so that a file may extend what a run has saved.
+    """
+    return _read(Path(file), (), Path(file).parent.resolve(), convert)
 
 
 def require_sane(value: Any) -> None:
@@ -49,14 +56,14 @@ def require_sane(value: Any) -> None:
             raise ValueError("a whole number beyond 64 bits")
 
 
-def _read(file: Path, within: tuple[Path, ...], folder: Path) -> dict[str, Any]:
+def _read(file: Path, within: tuple[Path, ...], folder: Path, convert: Convert) -> dict[str, Any]:
     chain = (*within, file.resolve())
     if file.resolve() in within:
         found = " extends ".join(path.name for path in chain)
         raise UsageError(f"{file} extends itself: {found}", expected="a chain of files that ends")
     if len(chain) > MAX_CHAIN:
         raise UsageError(f"{chain[0]} extends more than {MAX_CHAIN} files", expected="a shorter chain")
-    values = _parse(file)
+    values = convert(_parse(file), file)
     base = values.pop(EXTENDS, None)
     if base is None:
         return values
@@ -64,7 +71,7 @@ def _read(file: Path, within: tuple[Path, ...], folder: Path) -> dict[str, Any]:
         raise UsageError(f"{file}: {EXTENDS} = {base!r}", expected='the name of one file, such as "base.toml"')
     if not (file.parent / base).resolve().is_relative_to(folder):
         raise UsageError(f"{file}: {EXTENDS} = {base!r}", expected=f"a file in {folder}, without links out of it")
-    return merged(_read(file.parent / base, chain, folder), values)
+    return merged(_read(file.parent / base, chain, folder, convert), values)
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,9 @@ MAX_JSON_BYTES = 64 << 20
 MAX_DEPTH = 64
 """Of lists and tables within each other. A deep artefact of ours has 12; Python's own limit is near 900."""
 MAX_VALUES = 1_000_000
-"""Of a document, aliases counted each time they are used: io.tasks and task_dims of 5,000 instructions are 100,000."""
+"""Of a configuration, aliases counted each time they are used: 5,000 instructions with their dimensions are 100,000."""
+MAX_JSON_VALUES = 16_000_000
+"""Of a JSON document, which has no aliases: its bytes bound the values, so that the limit only bounds the memory."""
 
 
 def read_bytes(file: Path, limit: int) -> bytes:
@@ -50,12 +52,14 @@ def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
         value = json.loads(text, parse_constant=_refuse_constant if finite else None)
     except RecursionError:
         raise ValueError(f"lists and tables within each other exceed {MAX_DEPTH}") from None
-    require_limits(value)
+    require_limits(value, limit=MAX_JSON_VALUES)
     return value
 
 
-def require_limits(value: Any, children: Callable[[Any], Iterable[Any]] | None = None) -> None:
-    """Raise `ValueError` for a value of more than `MAX_DEPTH` levels or `MAX_VALUES` values.
+def require_limits(
+    value: Any, children: Callable[[Any], Iterable[Any]] | None = None, *, limit: int = MAX_VALUES
+) -> None:
+    """Raise `ValueError` for a value of more than `MAX_DEPTH` levels or `limit` values.
 
     `children` returns the values within a value; the default knows tables and lists. A list used twice counts twice.
     """
@@ -67,8 +71,8 @@ def require_limits(value: Any, children: Callable[[Any], Iterable[Any]] | None =
         seen += len(found)
         if found and depth >= MAX_DEPTH:
             raise ValueError(f"lists and tables within each other exceed {MAX_DEPTH}")
-        if seen > MAX_VALUES:  # counted before they wait: 1,000 aliases of 1,000 aliases would fill the memory
-            raise ValueError(f"more than {MAX_VALUES} values")
+        if seen > limit:  # counted before they wait: 1,000 aliases of 1,000 aliases would fill the memory
+            raise ValueError(f"more than {limit} values")
         waiting += [(part, depth + 1) for part in found]
 
 

@@ -81,6 +81,11 @@ MAX_ROUNDING_ERROR = 0.1
 EfficientNet's features 0.01, log-normal ones 0.05, and Gaussian ones 0.05 where one row in forty is an outlier; an
 erased row costs 1."""
 
+MAX_ERASED_CHANNELS = 0.5
+"""A unit that loses more than this share of its channels is refused: beside one channel of 1e6 the error of a row is
+near 0 though the other channels are gone. Fewer are reported: a channel that rarely fires may well have an output of
+next to nothing in most rows, and loses nothing by their zeros."""
+
 
 def encode_bfloat16(values: NDArray[Any]) -> NDArray[np.uint16]:
     """Round finite float32 values to bfloat16, to nearest even, as uint16 bit patterns of the same shape."""
@@ -118,10 +123,12 @@ def channel_scales(rows: NDArray[np.float32]) -> NDArray[np.float32]:
 @dataclass(frozen=True)
 class Rounding:
     """What rounding cost the rows of one feature: `error`, the relative L2 error of a row, the mean over rows, in
-    0..1; `saturated`, the share of numbers beyond the grid, in 0..1."""
+    0..1; `saturated`, the share of numbers beyond the grid, in 0..1; `erased`, the share of channels most of whose
+    rows were rounded to 0, None in records of earlier versions."""
 
     error: float
     saturated: float
+    erased: float | None = None
 
 
 def row_error(values: NDArray[np.float32], back: NDArray[np.float32]) -> float:

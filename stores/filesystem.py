@@ -32,6 +32,9 @@ _CAUSES = {
     errno.EIO: ("the disk reports an input/output error", "check the disk, then run with --resume"),
 }
 
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+"""NFS without a lock daemon, FUSE without locks, Lustre without `-o flock`."""
+
 
 @contextmanager
 def explaining(path: Path) -> Iterator[None]:
@@ -111,6 +114,21 @@ def digest_open(descriptor: int) -> str:
 
 
 @contextmanager
+def translate_lock_errors(path: Path, fix: str = "another --out, on a local disk") -> Iterator[None]:
+    """Raise `MachineError` where the file system of `path` grants no locks; the error of a lock held by others passes.
+
+    Going on without a lock would let two writers into a store.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        found = f"{path}: the file system grants no locks ({error.strerror})"
+        raise MachineError(found, expected="NFS with rpc-statd, Lustre mounted with -o flock", fix=fix) from error
+
+
+@contextmanager
 def writer_lock(root: Path, *, shared: bool = False) -> Iterator[None]:
     """Hold the store's only writer place, or one of the places of writers that share it (shared_writer.py).
 
@@ -126,7 +144,8 @@ def writer_lock(root: Path, *, shared: bool = False) -> Iterator[None]:
     try:
         with explaining(file):
             try:
-                fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                with translate_lock_errors(file):
+                    fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 # Between opening and locking, the store may have been renamed away by the writer before.
                 held = os.path.samestat(os.fstat(descriptor), file.stat())
             except (BlockingIOError, FileNotFoundError):

@@ -10,6 +10,7 @@ and the units, in the form that the manifest names: formats/zarr_shards.py, form
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,41 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.stores.manifest import Manifest
+from vla.stores.tables import LABELS, TABLES, TEXTS
 
 COMMITS = "commits"
 LOCK = f"{COMMITS}/writer.lock"
 CLAIMS = f"{COMMITS}/claims.lock"
+METADATA = "zarr.json"
+RECORD_NAME = re.compile(r"unit-(\d{6,})\.json")
+"""File names of commit records; the group is the unit."""
+
+TABLE_FOLDERS = frozenset(table.partition("/")[0] for table in (*TABLES, *LABELS))
 
 
 def commit_file(unit: int) -> str:
     """Path of a unit's commit record."""
     return f"{COMMITS}/unit-{unit:06d}.json"
+
+
+def table_file(table: str) -> str:
+    """Path of the only chunk of a table."""
+    return f"{table}/c" + ".0" * (2 if table in TEXTS else 1)
+
+
+def is_metadata(path: str) -> bool:
+    """Whether a path in a store is one that opening reads: `zarr.json` files, tables and commit records.
+
+    Every other file of a store belongs to a unit, or is a lock. Copies of a store's metadata are chosen by this
+    function alone, so that a new table is part of them.
+    """
+    folder, _, name = path.rpartition("/")
+    if folder == COMMITS:
+        return RECORD_NAME.fullmatch(name) is not None
+    return name == METADATA or path in _TABLE_FILES
+
+
+_TABLE_FILES = frozenset(map(table_file, (*TABLES, *LABELS)))
 
 
 def table_metadata(tables: dict[str, NDArray[np.generic]]) -> dict[str, dict[str, Any]]:

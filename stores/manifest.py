@@ -26,6 +26,8 @@ MAX_ROW_BYTES = 1 << 30
 
 MAX_ROWS = 1 << 30
 """More time steps than this (a year at 30 a second) are taken for the same; the largest public set has some 10^8."""
+MAX_UNITS = 1 << 22
+"""A unit is some files and a commit record: four million of them are more files than a file system holds well."""
 MAX_ARRAYS = 1000
 """More features and steps than this are no store of ours either: each is a folder, and a file in every unit."""
 _NAME = re.compile(r"(?!\.|__|zarr\.json$)[^/\\\x00-\x1f]{1,200}(?<!\.partial)")
@@ -75,6 +77,12 @@ class StepInfo(Settings):
     dtype: Literal["float32", "float64", "int32", "int64", "bool"]
     role: Role
     names: tuple[str, ...] = ()
+
+
+def store_near(place: Path) -> str:
+    """Return a store one level below a place, or up to two above it, as what to type instead of the place."""
+    places = [*sorted(place.glob("*/commits")), *(above / "commits" for above in place.absolute().parents[:2])]
+    return next((f"the store {path.parent}" for path in places if path.is_dir()), "the folder of a store")
 
 
 class Manifest(Settings):
@@ -161,7 +169,7 @@ class Manifest(Settings):
         """Check and return the manifest. Raises `StoreError` or `CorruptionError` naming `path`."""
         raw = attributes.get("vla")
         if not isinstance(raw, Mapping):
-            raise StoreError(f"{path} is a zarr group but no store of ours", fix="vla featurize --out DIR")
+            raise StoreError(f"{path} is a zarr group but no store of ours", fix=store_near(path.parent))
         version = raw.get("schema_version")
         if version != SCHEMA_VERSION:
             raise StoreError(
@@ -187,11 +195,15 @@ class Manifest(Settings):
         if len(self.features) + len(self.steps) > MAX_ARRAYS:
             count = len(self.features) + len(self.steps)
             raise StoreError(f"{path} declares {count} arrays", expected=f"at most {MAX_ARRAYS}")
+        if self.units > MAX_UNITS:
+            raise StoreError(f"{path} declares {self.units} units", expected=f"at most {MAX_UNITS}")
         for name in (*self.features, *self.steps):
             if _NAME.fullmatch(name) is None:
                 raise StoreError(f"{path}: {name!r} cannot be the name of an array", expected="the name of a folder")
         if self.format == "h5" and self.compression != "none":
-            raise StoreError(f"{path}: the h5 form is not compressed", expected="--format zarr", fix="compression=none")
+            raise StoreError(
+                f"{path}: the h5 form is not compressed", expected="--format zarr", fix="--set store.compression=none"
+            )
         for name, feature in self.features.items():
             shape = feature.shape
             if feature.row_bytes > MAX_ROW_BYTES or len(shape) != len(feature.dims) or min(shape, default=0) < 1:

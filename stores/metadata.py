@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.stores.below import read_below
+from vla.stores.documents import parse_json
 from vla.stores.errors import CorruptionError, StoreError
 from vla.stores.filesystem import PARTIAL, explaining
 from vla.stores.formats.registry import format_of
-from vla.stores.layout import table_metadata
-from vla.stores.manifest import Manifest
+from vla.stores.layout import table_file, table_metadata
+from vla.stores.manifest import Manifest, store_near
 from vla.stores.shard import CRC_BYTES
 from vla.stores.tables import LABELS, TABLES, TEXTS, EpisodeTable
 
@@ -31,14 +31,15 @@ def read_manifest(root: Path) -> Manifest:
     if root.name.endswith(PARTIAL):
         raise StoreError(f"{root} is what an interrupted run left", fix=f"run again without {PARTIAL}")
     if not root.exists():
-        raise StoreError(f"{root} does not exist", expected="a store", fix=f"vla featurize --out {root.parent}")
+        fix = f"vla featurize --backbone NAME --out {root.parent} --name {root.name}"
+        raise StoreError(f"{root} does not exist", expected="a store", fix=fix)
     if not (root / "zarr.json").is_file():
         inside = sorted(path.name for path in root.iterdir())[:4] if root.is_dir() else ["a file"]
         listing = ", ".join(inside) or "nothing"
         raise StoreError(
             f"{root} is no store (holds {listing})",
             expected="a folder with zarr.json",
-            fix="the folder of the store itself",
+            fix=store_near(root),
         )
     document = read_json(root, "zarr.json")
     _require(root / "zarr.json", document, _GROUP)
@@ -142,8 +143,8 @@ def read_json(root: Path, name: str) -> dict[str, Any]:
     with explaining(path):
         data = read_below(root, name, MAX_METADATA_BYTES)
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
+        value = parse_json(data)
+    except ValueError:
         raise CorruptionError(f"{path} is not JSON", expected="zarr v3 metadata") from None
     if not isinstance(value, dict):
         raise CorruptionError(f"{path} holds no object", expected="zarr v3 metadata")
@@ -159,7 +160,7 @@ def _read_single_chunk(root: Path, path: str) -> NDArray[np.generic]:
     whole = isinstance(shape, list) and len(shape) == ndim and all(type(n) is int and n > 0 for n in shape)
     if dtype != kind or not isinstance(shape, list) or not whole:
         raise CorruptionError(f"{metadata_file} declares {dtype} {shape}", expected=f"{kind}, {ndim} axes")
-    name = f"{path}/c" + ".0" * ndim
+    name = table_file(path)
     file, size = root / name, math.prod(shape) * np.dtype(kind).itemsize + CRC_BYTES
     with explaining(file):
         raw = read_below(root, name, size)  # a file of gigabytes in a table's place is not read at all

@@ -42,6 +42,9 @@ class Settings(BaseModel):
             given = laid.get(name)
             if isinstance(given, (str, int, float)) and not isinstance(given, bool) and _is_list(field.annotation):
                 laid[name] = [given]  # `train.trackers=tensorboard`: one element alone
+            # A default is written null: an empty text would be read as absent in one place and as a name in another.
+            if laid.get(name) == "" and field.default is None:
+                raise ValueError(f'{name} = "": an empty text; expected a value, or null for the default')
             if isinstance(field.default, Settings) and isinstance(laid.get(name), Mapping):
                 laid[name] = merged(field.default.model_dump(exclude_defaults=True), laid[name])
         return laid
@@ -63,23 +66,74 @@ class Settings(BaseModel):
         return values
 
     @classmethod
+    def require_given(cls, saved: Mapping[str, Any], given: Mapping[str, Any], file: Path) -> None:
+        """Raise `UsageError` where `saved`, from the `file` of a run or store, chooses code, a path or an address.
+
+        The folder of a run may come from anybody. `given`: the nested settings that the user typed, which count.
+        """
+
+    @classmethod
     def from_sources(cls, file: Path | str | None = None, overrides: Iterable[str] = (), **explicit: Any) -> Self:
         """Merge defaults, a configuration `file`, explicit keyword values that are not None, and `a.b=c` strings.
 
         `file` may also be what a run or a store has saved of itself, or their folder.
         """
-        file = None if file is None else Path(file)
-        if file is not None and file.is_dir():  # a run or a store
-            file = next((file / name for name in SAVED if (file / name).is_file()), file)
-        written: dict[str, Any] = cls.from_saved(read_config(file), file) if file is not None else {}
-        values = copy.deepcopy(written) | {key: value for key, value in explicit.items() if value is not None}
+        saved: list[tuple[dict[str, Any], Path]] = []
+
+        def convert(content: dict[str, Any], part: Path) -> dict[str, Any]:
+            settings = cls.from_saved(content, part)
+            if settings is not content:
+                saved.append((copy.deepcopy(settings), part))
+            return settings
+
+        written = {} if file is None else read_config(_saved_file(file), convert)
+        typed = {key: value for key, value in explicit.items() if value is not None}
+        values, given = copy.deepcopy(written) | typed, copy.deepcopy(typed)
         for text in overrides:
             set_dotted(values, text)
+            set_dotted(given, text)
+        for settings, part in saved:
+            cls.require_given(settings, given, part)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            where = str(file) if _holds(written, error.errors()[0]) else "settings"
-            raise _explained(cls, error, where) from None
+            if file is None or not _holds(written, _first(error)):
+                raise _explained(cls, error, "settings") from None
+            file = _saved_file(file)
+            if file.name in SAVED and _first(error)["type"] == "extra_forbidden":
+                found = f"{file} was saved by another command, or another version: {_first(error)['loc'][-1]!r}"
+                raise UsageError(found, expected=f"settings such as {', '.join(sorted(cls.model_fields))}") from None
+            raise _explained(cls, error, str(file)) from None
+
+    @classmethod
+    def read_file(cls, file: Path | str) -> dict[str, Any]:
+        """Return the settings of a configuration file, or of a saved run or store. Raises `UsageError`."""
+        return read_config(_saved_file(file), cls.from_saved)
+
+
+def _saved_file(place: Path | str) -> Path:
+    """Return the file of the settings in the folder of a run or of a store; another path as it is."""
+    place = Path(place)
+    files = [place / name for name in SAVED] if place.is_dir() else []
+    return next((file for file in files if file.is_file()), place)
+
+
+def begun_in(folder: Path | None, name: str, *, required: bool) -> Path | None:
+    """Return the file `name` (one of `SAVED`) of the run or store that --resume goes on with in `folder`.
+
+    Returns None where there is none, or with `required` raises `UsageError` naming one in a folder below or above.
+    """
+    file = None if folder is None else folder / name
+    if file is not None and file.is_file():
+        return file
+    if not required:
+        return None
+    if folder is None:
+        raise UsageError("--resume without --out", expected="what to go on with", fix="--resume --out DIR")
+    near = [found.parent for found in sorted(folder.glob(f"*/{name}"))[:1]]
+    near += [folder.parent] if folder.name == name else []
+    fix = f"--resume --out {near[0]}" if near else ""
+    raise UsageError(f"{folder} has nothing to go on with", expected=f"a folder with {name}", fix=fix)
 
 
 def set_dotted(values: dict[str, Any], text: str) -> None:
@@ -164,7 +218,7 @@ def _holds(values: Any, wrong: Mapping[str, Any]) -> bool:
 
 def _explained(cls: type[BaseModel], error: ValidationError, where: str, under: str = "") -> UsageError:
     """Return the first thing that pydantic found wrong as one line."""
-    first = error.errors()[0]
+    first = _first(error)
     loc = [str(part) for part in first["loc"]]
     key = ".".join(loc)
     if first["type"] == "missing":
@@ -184,6 +238,11 @@ def _explained(cls: type[BaseModel], error: ValidationError, where: str, under: 
     known = sorted(_model_at(cls, loc[:-1]).model_fields)
     hint = nearest(loc[-1], known) or f" (known: {', '.join(known)})"
     return UsageError(f"{where}: unknown key {key!r}{hint}")
+
+
+def _first(error: ValidationError) -> Any:
+    """Return what to mend first: an unknown key, for a file that belongs to something else lacks keys as well."""
+    return min(error.errors(), key=lambda wrong: (wrong["type"] != "extra_forbidden", len(wrong["loc"])))
 
 
 def _choices(wrong: Mapping[str, Any]) -> list[str]:

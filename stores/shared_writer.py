@@ -18,7 +18,7 @@ from pathlib import Path
 
 from vla.stores.commits import Commit, read_commit
 from vla.stores.errors import StoreError
-from vla.stores.filesystem import explaining, writer_lock
+from vla.stores.filesystem import explaining, translate_lock_errors, writer_lock
 from vla.stores.layout import CLAIMS
 from vla.stores.manifest import Manifest
 from vla.stores.owned import STORE, sweep
@@ -47,7 +47,8 @@ class SharedWriter(StoreWriter):
             if unit in self._claimed or self.committed(unit):
                 return False
             try:
-                fcntl.lockf(self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, unit)
+                with translate_lock_errors(self.root / CLAIMS):
+                    fcntl.lockf(self._claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, unit)
             except (BlockingIOError, PermissionError):  # EACCES and EAGAIN both say "held" (fcntl(2))
                 return False
             if self.committed(unit):  # between looking and claiming

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,13 +20,17 @@ from vla.stores.errors import CorruptionError, StoreError, UsageError
 from vla.stores.filesystem import explaining
 from vla.stores.fingerprint import digest, digest_array
 from vla.stores.formats.registry import format_of
-from vla.stores.manifest import FeatureInfo, Manifest
+from vla.stores.manifest import FeatureInfo, Manifest, copy_name
 from vla.stores.metadata import check_arrays, read_manifest, read_tables
 from vla.stores.reader import FeatureReader, Verify
 from vla.stores.remote.options import RemoteOptions, is_url, require_folder
 from vla.stores.settings import nearest
 from vla.stores.statistics import ChannelStatistics
 from vla.stores.tables import EpisodeTable
+from vla.stores.untrusted import is_backed
+
+READER_BYTES = 21
+"""Memory of a reader for each row: offset and size 8 each, checksum 4, one flag."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,11 @@ class Store:
         """Whether every planned unit is committed."""
         return len(self.commits) == self.manifest.units
 
+    @property
+    def skipped_episodes(self) -> dict[str, str]:
+        """{episode: reason} of all that were left out, when the store was planned and while it was filled."""
+        return {**self.manifest.provenance.get("skipped_episodes", {}), **self.skipped}
+
     @cached_property
     def left_out(self) -> NDArray[np.bool_]:
         """Rows committed as absent, bool [rows].
@@ -64,16 +74,21 @@ class Store:
         Each unit says for itself which episodes it leaves out: of one that is left out in another unit, its rows are
         committed like any other, though the episode is not usable.
         """
+        self._require_committed(1)
         absent = np.zeros(self.manifest.rows, bool)
         for unit, commit in self.commits.items():
             rows = self.manifest.unit_range(unit)
             absent[rows.start : rows.stop] = self.episodes.rows_of(commit.skipped, rows)
         return absent
 
+    def present_rows(self, unit: int) -> NDArray[np.int64]:
+        """Return the rows that a committed unit holds, int64 [n]: all but those of episodes left out."""
+        rows = self.manifest.unit_range(unit)
+        return np.arange(rows.start, rows.stop)[~self.episodes.rows_of(self.commits[unit].skipped, rows)]
+
     def present_runs(self, unit: int) -> Iterator[NDArray[np.int64]]:
         """Yield the runs of neighbouring rows that a unit holds, int64 [n] each."""
-        rows = self.manifest.unit_range(unit)
-        kept = np.arange(rows.start, rows.stop)[~self.left_out[rows.start : rows.stop]]
+        kept = self.present_rows(unit)
         if len(kept):
             yield from np.split(kept, np.flatnonzero(np.diff(kept) > 1) + 1)
 
@@ -85,6 +100,7 @@ class Store:
             hint = nearest(name, self.manifest.steps)
             raise UsageError(f"{self.place} has no steps {name!r}{hint}", expected=f"one of {known}")
         dtype = np.dtype(info.dtype)
+        self._require_committed(dtype.itemsize * math.prod(info.shape))
         fill = np.nan if np.issubdtype(dtype, np.floating) else 0
         values = np.full((self.manifest.rows, *info.shape), fill, dtype)
         for unit, commit in self.commits.items():
@@ -138,17 +154,25 @@ class Store:
         return grid
 
     def rounding(self, feature: str) -> Rounding | None:
-        """Return what int8 cost a feature, the mean over the units that have it recorded; None where none has."""
-        units = [commit.rounding[feature] for commit in self.commits.values() if feature in commit.rounding]
+        """Return what int8 cost a feature and its augmented copies; None where no unit has it recorded.
+
+        Error and saturation are means over the units that have it recorded; `erased` is that of the worst unit.
+        """
+        names = [feature, *(copy_name(feature, number) for number in range(1, self.manifest.copies + 1))]
+        commits = self.commits.values()
+        units = [commit.rounding[name] for name in names for commit in commits if name in commit.rounding]
         if not units:
             return None
         return Rounding(
-            sum(unit.error for unit in units) / len(units), sum(unit.saturated for unit in units) / len(units)
+            sum(unit.error for unit in units) / len(units),
+            sum(unit.saturated for unit in units) / len(units),
+            max((unit.erased for unit in units if unit.erased is not None), default=None),
         )
 
     def reader(self, feature: str, verify: Verify = "first") -> FeatureReader:
         """Return a reader of one feature; one a thread."""
         self.feature_info(feature)
+        self._require_committed(READER_BYTES)
         if self.remote_reader is not None:
             return self.remote_reader(self, feature, verify)
         kind = FeatureReader if self.manifest.compression == "none" else CompressedReader
@@ -164,6 +188,14 @@ class Store:
         finally:
             reader.close()
         return out
+
+    def _require_committed(self, row_bytes: int) -> None:
+        """Raise `StoreError` where the committed units do not account for `row_bytes` of memory for every row."""
+        rows = self.manifest.rows
+        committed = sum(len(self.manifest.unit_range(unit)) for unit in self.commits)
+        if not is_backed(rows * row_bytes, committed * row_bytes):
+            found = f"{self.place} declares {rows} rows and has {committed} of them"
+            raise StoreError(found, expected="enough units to read", fix=f"vla verify {self.place}")
 
     def feature_info(self, feature: str) -> FeatureInfo:
         """Return the `FeatureInfo` of a feature. Raises `UsageError` naming those that exist."""

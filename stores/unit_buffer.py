@@ -13,6 +13,7 @@ from vla.stores.dtypes import (
     INT8_MAX,
     INTEGERS,
     LIMIT,
+    MAX_ERASED_CHANNELS,
     MAX_ROUNDING_ERROR,
     Rounding,
     channel_scales,
@@ -68,17 +69,22 @@ class FeatureBuffer:
     def finish(self, present: NDArray[np.bool_]) -> ChannelStatistics:
         """Encode what waits, and return the statistics of the values that the rows present [n] stand for.
 
-        Raises `DataError` where the dtype loses more than `MAX_ROUNDING_ERROR` of the rows.
+        Raises `DataError` where the dtype loses more than `MAX_ROUNDING_ERROR` of the rows, or more than
+        `MAX_ERASED_CHANNELS` of the channels.
         """
         if self._waiting is not None:
             self.rounding = self._quantise(self._waiting, np.flatnonzero(present))
             self._waiting = None
         error = self.rounding.error if self.rounding is not None else float(self._lost[present].sum())
         error = error if self.rounding is not None else error / max(int(present.sum()), 1)
+        fix = "--dtype float16 or float32" if self.info.dtype == "int8" else "--dtype bfloat16 or float32"
         if error > MAX_ROUNDING_ERROR:
             found = f"feature {self.name!r} loses {error:.0%} of its rows to {self.info.dtype}"
-            fix = "--dtype float16 or float32" if self.info.dtype == "int8" else "--dtype bfloat16 or float32"
             raise DataError(found, expected=f"at most {MAX_ROUNDING_ERROR:.0%} a unit", fix=fix)
+        erased = (self.rounding.erased or 0.0) if self.rounding is not None else 0.0
+        if erased > MAX_ERASED_CHANNELS:
+            found = f"feature {self.name!r} loses {erased:.0%} of its channels to int8"
+            raise DataError(found, expected=f"at most {MAX_ERASED_CHANNELS:.0%} a unit", fix=fix)
         stored = self.shard.rows if present.all() else self.shard.rows[present]
         return of_rows(stored, self.info.shape[-1], lambda rows: decode(self.info.dtype, rows, self.scales))
 
@@ -87,13 +93,17 @@ class FeatureBuffer:
         self.scales = channel_scales(waiting if len(kept) == len(waiting) else waiting[kept])
         edge = self.scales * np.float32(INT8_MAX + 0.5)
         error, saturated = 0.0, 0
+        used, zeroed = np.zeros((2, len(self.scales)), np.int64)  # rows of each channel
         for row in kept:
             values, stored = waiting[row], quantise(waiting[row], self.scales)
             self.shard.rows[row] = stored
             error += row_error(values, decode("int8", stored, self.scales))
             saturated += int(np.count_nonzero(np.abs(values) > edge))
+            before, after = (each.reshape(-1, len(self.scales)).any(axis=0) for each in (values, stored))
+            used += before
+            zeroed += before & ~after
         count = max(len(kept), 1)
-        return Rounding(error / count, saturated / (count * waiting[0].size))
+        return Rounding(error / count, saturated / (count * waiting[0].size), float((2 * zeroed > used).mean()))
 
 
 @dataclass

@@ -91,6 +91,28 @@ def user_given(settings: type[BaseModel]) -> Iterator[str]:
             yield from (f"{name}.{inner}" for inner in user_given(nested))
 
 
+def require_given(
+    settings: type[BaseModel], recorded: Mapping[str, Any], given: Mapping[str, Any], *, artefact: str, prefix: str
+) -> None:
+    """Raise what `resolve` raises where `recorded`, of a saved run or store, holds what the user has not given again.
+
+    `given` may hold other settings too: of a replayed run, the user may change everything.
+    """
+    resolve(settings, recorded, _chosen(settings, given), artefact=artefact, prefix=prefix)
+
+
+def _chosen(settings: type[BaseModel], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of nested `given` is user-given."""
+    chosen: dict[str, Any] = {}
+    for name, field in settings.model_fields.items():
+        nested = _nested(field)
+        if name in given and _mark(field) is not None:
+            chosen[name] = given[name]
+        elif nested is not None and isinstance(given.get(name), Mapping):
+            chosen[name] = _chosen(nested, given[name])
+    return chosen
+
+
 def set_flag(key: str, value: object) -> str:
     """Return the `--set` that gives `value`, quoted for a shell: a value of an artefact may hold `; rm -r ~`."""
     plain = isinstance(value, str) and value.isprintable() and not _is_json(value)

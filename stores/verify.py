@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from vla.stores.below import link_below, open_below
 from vla.stores.commits import Commit, FileRecord, record_unit
 from vla.stores.dtypes import decode
-from vla.stores.errors import CorruptionError, MachineError, VlaError
+from vla.stores.errors import CorruptionError, MachineError, StoreError, VlaError
 from vla.stores.filesystem import digest_open, explaining
 from vla.stores.formats.registry import format_of, unit_files
 from vla.stores.manifest import FeatureInfo
@@ -88,20 +88,24 @@ def verify_opened(
     report = VerifyReport(str(store.root), store.manifest.units, len(store.commits))
     for path, error in lying.items():
         report.add(record_unit(path), str(error))
-    report.missing = [unit for unit in range(report.units) if unit not in {*store.commits, *report.damaged}]
+    there = {*store.commits, *report.damaged}
+    report.missing = [unit for unit in range(report.units) if unit not in there]
     if report.missing:
         line = f"units {ranges(report.missing)} of {store.root} are not committed (vla featurize … --resume)"
         report.findings.append(line)
-    left_out = store.left_out
-    readers = {name: store.reader(name, "always") for name in store.manifest.features}
+    try:
+        # A reader allocates by the number of rows, for which without a commit nothing speaks but the manifest.
+        readers = {name: store.reader(name, "always") for name in store.manifest.features if store.commits}
+    except StoreError as error:
+        report.findings.append(str(error))
+        return report
     try:
         for done, (unit, commit) in enumerate(sorted(store.commits.items())):
             sound = _check_files(store, commit, report)
             if not sound:
                 _check_parts(store, commit, report)
             if sound or format_of(store.manifest).shared_files:
-                rows = np.asarray(store.manifest.unit_range(unit))
-                _check_rows(readers, rows[~left_out[rows]], unit, report)
+                _check_rows(readers, store.present_rows(unit), unit, report)
             progress(done + 1, len(store.commits))
     finally:
         for reader in readers.values():

@@ -61,6 +61,7 @@ Source = Annotated[
     _named("source", "Demonstrations: a folder, KIND:FOLDER, or synthetic. Left out: the shipped ones.", "--source"),
 ]
 Backbone = Annotated[str | None, _named("backbone", "A name of `vla backbones`.", "--backbone")]
+OneBackbone = Annotated[str | None, _place("backbone", "One backbone, to list every option of it.")]
 Map = Annotated[list[str] | None, goes_in("OURS=THEIRS, such as action=actions.", "--map")]
 SkipBad = Annotated[bool, goes_in("Leave unreadable episodes out; count them.", "--skip-bad")]
 _STORES = _named("store", "A store; repeat to join several of one source.", "--store")

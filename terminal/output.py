@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from vla.terminal.safe_text import safe_json
 from vla.terminal.tables import draw_pairs, draw_table
 
 if TYPE_CHECKING:  # rich is imported when something is shown
@@ -19,22 +20,22 @@ def figures(values: Mapping[str, float]) -> str:
 
 
 def open_log() -> Console:
-    """Return the console on stderr. Paths and texts are shown as they are: a bracket is no markup, `:x:` no picture."""
-    from rich.console import Console
+    """Return the console on stderr; see `SafeConsole`."""
+    from vla.terminal.console import SafeConsole
 
-    return Console(stderr=True, soft_wrap=True, markup=False, emoji=False)
+    return SafeConsole(stderr=True, soft_wrap=True)
 
 
 def open_out() -> Console:
-    """Return the console on stdout, which shows texts as they are too."""
-    from rich.console import Console
+    """Return the console on stdout; see `SafeConsole`."""
+    from vla.terminal.console import SafeConsole
 
-    return Console(markup=False, emoji=False)
+    return SafeConsole()
 
 
 def emit(value: Any) -> None:
     """Print one JSON value on stdout."""
-    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+    sys.stdout.write(safe_json(value) + "\n")
 
 
 def show_plan(plan: dict[str, Any], as_json: bool) -> None:
@@ -50,6 +51,8 @@ def show_plan(plan: dict[str, Any], as_json: bool) -> None:
     )
     for line in plan.get("warnings", ()):
         open_log().print(f"warning: {line}", markup=False)
+    for name, value in plan.get("assumed", {}).items():
+        open_log().print(f"ASSUMED: {name} = {value}", style="bold")
     if plan.get("frames_per_s"):
         open_log().print(
             f"{plan['pending_units']} units to make, about {_duration(plan['hours'] * 3600)} at "

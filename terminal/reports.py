@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vla.terminal.output import emit, figures, open_log, open_out, show_facts, show_rows
+from vla.terminal.safe_text import safe_line
 from vla.terminal.tables import draw_table
 
 if TYPE_CHECKING:  # rich is imported when something is shown
@@ -16,7 +17,7 @@ if TYPE_CHECKING:  # rich is imported when something is shown
 def show_left_out(left_out: Mapping[str, str]) -> None:
     """Log the episodes that were left out."""
     for episode, reason in left_out.items():
-        open_log().print(f"left out {episode}: {reason}", highlight=False)
+        open_log().print(safe_line(f"left out {episode}: {reason}"), highlight=False)
 
 
 def committed_so_far(root: str | Path, units: int) -> str:
@@ -29,8 +30,10 @@ def committed_so_far(root: str | Path, units: int) -> str:
     return f"{done} of {units} units are committed in {root}; the same command with --resume goes on"
 
 
-def show_featurized(root: str | Path, report: Mapping[str, Any], left_out: Mapping[str, str], as_json: bool) -> None:
-    """Print what `vla featurize` did."""
+def show_featurized(
+    root: str | Path, report: Mapping[str, Any], left_out: Mapping[str, str], total: int, as_json: bool
+) -> None:
+    """Print what `vla featurize` did. `total` counts the episodes of the source."""
     if as_json:
         emit({**report, "skipped": dict(left_out), "out": str(root)})
         return
@@ -43,14 +46,17 @@ def show_featurized(root: str | Path, report: Mapping[str, Any], left_out: Mappi
         open_log().print(f"{root}: nothing was missing")
     show_rounding(report.get("rounding", {}))
     show_left_out(left_out)
+    if left_out:  # last, so that a long list above does not push it out of sight
+        open_log().print(f"{root}: {len(left_out)} OF {total} EPISODES LEFT OUT", style="bold red")
 
 
 def show_rounding(rounding: Mapping[str, Mapping[str, float]]) -> None:
     """Log what int8 cost each feature."""
     for name, cost in rounding.items():
-        open_log().print(
-            f"{name}: relative error {cost['error']:.2%}, {cost['saturated']:.2%} of its numbers saturated"
-        )
+        said = f"{name}: relative error {cost['error']:.2%}, {cost['saturated']:.2%} of its numbers saturated"
+        if cost.get("erased"):
+            said += f"; int8 rounds most rows of {cost['erased']:.2%} of its channels to 0: --dtype float16 keeps them"
+        open_log().print(said)
 
 
 def show_made(
@@ -82,7 +88,7 @@ def show_groups(out: Path, groups: Mapping[str, tuple[Path, int, Mapping[str, fl
 def show_findings(findings: Iterable[str]) -> None:
     """Log findings, one a line, as they are."""
     for finding in findings:
-        open_log().print(finding, highlight=False)
+        open_log().print(safe_line(finding), highlight=False)
 
 
 def show_repair(store: str, found: Iterable[str], removed: Iterable[object], dropped: str, missing: str) -> None:
@@ -114,7 +120,7 @@ def show_errors(facts: Mapping[str, Any], extra: Mapping[str, float]) -> None:
 
 def show_check(facts: Mapping[str, Any], findings: Sequence[str], source: str) -> None:
     """Print what `vla inspect --source` found: facts, statistics, findings."""
-    show_facts({name: fact for name, fact in facts.items() if name != "statistics"})
+    show_facts({name: fact for name, fact in facts.items() if name not in ("statistics", "by_episode")})
     for name in ("action", "state"):
         show_rows(name, facts.get("statistics", {}).get(name, []))
     show_findings(findings)
@@ -154,7 +160,7 @@ def show_heads(rows: Sequence[Mapping[str, Any]]) -> None:
         (
             _entry(row["head"], row["summary"]),
             "\n".join(row["needs"]).replace("`", ""),
-            "\n".join(row["commands"]) or "vla featurize --backbone any",
+            "\n".join(row["commands"]) or "any of `vla backbones`",
         )
         for row in rows
     ]
@@ -162,12 +168,11 @@ def show_heads(rows: Sequence[Mapping[str, Any]]) -> None:
     print_line("vla heads HEAD lists a head's settings.")
 
 
-def show_fields(head: str, fields: Iterable[Mapping[str, str]]) -> None:
-    """Print every setting of a head."""
+def show_fields(fields: Iterable[Mapping[str, str]], how: str) -> None:
+    """Print every setting of a head or of a backbone, and `how` they are given."""
     rows = [(f"{field['name']}\n  = {field['default']}", f"{field['text']}\n{field['type']}") for field in fields]
     draw_table(open_out(), ("setting", "meaning, and type"), rows, whole=[0])
-    print_line(f"{head} takes them as --set NAME=VALUE or from --config;")
-    print_line("train.* are those with defaults of its own.")
+    print_line(how)
 
 
 def show_parameters(counts: Mapping[str, tuple[int, int]]) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from vla.stores.interrupt import catch_signals
 from vla.terminal.help import KEPT, InterruptedCommand
+from vla.terminal.safe_text import safe_line
 from vla.terminal.streams import OutputError, end_output
 
 
@@ -21,12 +24,14 @@ def run_app(app: typer.Typer, arguments: Sequence[str], *, process: bool = False
     signal n, 130 after Ctrl-C; 4 where the result cannot be written to stdout. What a command raises on purpose is
     raised. `process`: the command is all that this process does; a second signal ends the process.
     """
+    # No shell but zsh expands the tilde of `--out=~/stores`, and a folder named ~ is dangerous to delete.
+    arguments = [re.sub(r"^(--[a-z-]+=)~(?=/|$)", lambda flag: f"{flag[1]}{Path.home()}", word) for word in arguments]
     wrong: Any = typer.BadParameter.__base__  # click's UsageError, which typer exports under no name
     try:
         with catch_signals(process=process):
             code = app(list(arguments) or ["--help"], prog_name="vla", standalone_mode=False)
     except wrong as error:
-        sys.stderr.write(f"vla: {_one_line(error)}\n")
+        sys.stderr.write(f"vla: {safe_line(_one_line(error))}\n")
         return 2
     except InterruptedCommand as ended:
         code = _interrupted(ended.number, ended.left)

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
+from vla.terminal.safe_text import safe_line
+
 STDIN, STDOUT, STDERR = range(3)
 ENVIRONMENT_LACKS = 4
 """The exit code of a machine that lacks something, here a place for the result."""
@@ -33,7 +35,7 @@ class OutputError(Exception):
 class ResultStream(io.TextIOWrapper):
     """stdout. The first failure raises `OutputError`; what is written after a failure is dropped."""
 
-    failed = False
+    failure: OutputError | None = None
 
     def write(self, text: str, /) -> int:
         """Write text and return its length."""
@@ -51,9 +53,9 @@ class ResultStream(io.TextIOWrapper):
         try:
             yield
         except OSError as error:
-            if not self.failed:
-                self.failed = True
-                raise OutputError(error) from None
+            if self.failure is None:
+                self.failure = OutputError(error)
+                raise self.failure from None
 
 
 class LogStream(io.TextIOWrapper):
@@ -103,9 +105,11 @@ def end_output(code: int, error: OutputError | None = None) -> int:
     try:
         if error is None:
             sys.stdout.flush()
+            # typer drops the exception where it writes an empty text to learn whether the stream takes texts.
+            error = getattr(sys.stdout, "failure", None)
     except OutputError as failure:
         error = failure
     if error is None or error.reader_left:
         return code
-    sys.stderr.write(f"vla: {error}\n")
+    sys.stderr.write(f"vla: {safe_line(str(error))}\n")
     return code or ENVIRONMENT_LACKS

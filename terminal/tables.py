@@ -10,6 +10,8 @@ import re
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
+from vla.terminal.safe_text import safe
+
 if TYPE_CHECKING:  # rich is imported when something is shown
     from rich.console import Console
     from rich.text import Text
@@ -52,7 +54,7 @@ def draw_table(
         return
     table = Table(show_lines=ruled)
     for column, width in zip(columns, widths, strict=True):
-        head = Text("\n").join(wrap(Text(column), width))
+        head = Text("\n").join(wrap(_text(column), width))
         table.add_column(head, width=width, no_wrap=True, overflow="ignore")
     for number, row in enumerate(cells):
         wrapped = [
@@ -99,7 +101,7 @@ def wrap(text: Text, width: int) -> list[Text]:
 def _text(cell: str | Text) -> Text:
     from rich.text import Text
 
-    return Text(cell) if isinstance(cell, str) else cell
+    return Text(safe(cell)) if isinstance(cell, str) else cell  # before it is measured: an escape is wider
 
 
 def _draw_lines(console: Console, lines: Sequence[Text]) -> None:

@@ -143,10 +143,11 @@ def newest_complete(run_dir: Path | str) -> Path:
     if found.newest is None:
         damaged = f" ({len(found.passed_over)} damaged: {found.passed_over[0]})" if found.passed_over else ""
         runs = sorted(folder.parent for folder in run_dir.glob("*/checkpoints"))
+        runs += [run_dir.parent] if (run_dir.parent / "run.json").is_file() else []
         raise CheckpointError(
             f"{run_dir} has no complete checkpoint{damaged}",
             expected="a run of `vla train-head`, or one checkpoint",
-            fix=f"a run in it, such as {runs[0]}" if runs else "",
+            fix=f"the run {runs[0]}" if runs else "",
         )
     return found.newest
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,15 @@ from vla.stores.errors import CheckpointError, UsageError
 from vla.stores.filesystem import PARTIAL, explaining, write_atomic
 from vla.stores.fingerprint import differences
 from vla.stores.owned import CHECKPOINT, RUN, foreign, remove_owned, sweep
+from vla.stores.remote.options import is_url
 from vla.stores.settings import Settings
 from vla.training.checkpoint import CHECKPOINT_NAME, checkpoints, read_object, step_of, survey
 
 log = logging.getLogger(__name__)
 
 SETTINGS = "settings"
+TYPED_IN = "typed_in"
+"""Of the settings of a run: the folder in which they were typed, to which relative places in them belong."""
 
 
 class Best(Settings):
@@ -45,12 +49,6 @@ def can_resume(run_dir: Path) -> bool:
     return bool(checkpoints(run_dir))
 
 
-def begun_run(run_dir: Path | None) -> Path | None:
-    """Return the file of a run's settings; None where no run was begun in the folder."""
-    file = None if run_dir is None else run_dir / "run.json"
-    return file if file is not None and file.is_file() else None
-
-
 def begun_warmup(run_dir: Path) -> int | None:
     """Return the steps of warm-up that a run was begun with; None where no run was. Raises `CheckpointError`."""
     file = run_dir / "run.json"
@@ -62,6 +60,7 @@ def begun_warmup(run_dir: Path) -> int | None:
 def saved_settings(values: dict[str, Any], file: Path) -> dict[str, Any]:
     """Return the caller's settings in the content of a `run.json`; the content of another configuration as it is.
 
+    Relative folders under `data` that are not here are those of the folder where the run began, if they are there.
     Raises `UsageError` for a run that was written before runs kept them.
     """
     if not {"train", "processes", "artefact"} <= values.keys():
@@ -69,7 +68,43 @@ def saved_settings(values: dict[str, Any], file: Path) -> dict[str, Any]:
     settings = values.get(SETTINGS)
     if not isinstance(settings, dict):
         raise UsageError(f"{file} has no {SETTINGS!r}: an earlier version wrote it", fix="the flags that it began with")
+    settings.pop("backbones", None)  # checkouts and weights: the store's backbones name what the user has to give
+    began, data = settings.pop(TYPED_IN, None), settings.get("data")
+    if isinstance(began, str) and isinstance(data, dict):
+        for name in data.keys() & {"stores", "teacher"}:
+            data[name] = _found(data[name], Path(began))
     return settings
+
+
+def require_given_places(saved: Mapping[str, Any], given: Mapping[str, Any], file: Path) -> None:
+    """Raise `UsageError` where saved settings name a bucket, or how to reach one, and the user has not given stores."""
+    data, chosen = saved.get("data"), given.get("data", {})
+    stores = data.get("stores", ()) if isinstance(data, Mapping) else ()
+    urls = [store for store in stores if is_url(store)]
+    if urls and "stores" not in chosen:
+        fix = " ".join(f"--store {shlex.quote(str(store))}" for store in stores)
+        raise UsageError(
+            f"{file} names {urls[0]}, and no saved run chooses an address", expected="your own value", fix=fix
+        )
+
+
+def _found(place: Any, began: Path) -> Any:
+    """Return a place, or each of a list, where it is: here, or seen from the folder `began`."""
+    if isinstance(place, list):
+        return [_found(each, began) for each in place]
+    if not isinstance(place, str) or "://" in place or Path(place).exists() or not (began / place).exists():
+        return place
+    return str(began / place)
+
+
+def refuse_existing(run_dir: Path, *, resume: bool, overwrite: bool) -> list[Path]:
+    """Return what is in the folder of a run. Raises `UsageError` where that is not a run, or neither flag is given."""
+    inside = [path for path in run_dir.iterdir() if path.suffix != PARTIAL] if run_dir.exists() else []
+    if inside and not (run_dir / "run.json").is_file():
+        raise UsageError(f"{run_dir} exists and is not a run of `vla train-head`", fix="another --out")
+    if inside and not resume and not overwrite:
+        raise UsageError(f"{run_dir} exists", fix="--resume to go on, --overwrite to replace it, or another --out")
+    return inside
 
 
 def prepare_run(
@@ -91,11 +126,7 @@ def prepare_run(
     """
     file = run_dir / "run.json"
     with explaining(run_dir):
-        inside = [path for path in run_dir.iterdir() if path.suffix != PARTIAL] if run_dir.exists() else []
-        if inside and not file.is_file():
-            raise UsageError(f"{run_dir} exists and is not a run of `vla train-head`", fix="another --out")
-        if inside and not resume and not overwrite:
-            raise UsageError(f"{run_dir} exists", fix="--resume to go on, --overwrite to replace it, or another --out")
+        inside = refuse_existing(run_dir, resume=resume, overwrite=overwrite)
         if inside and resume:
             _require_same(file, decides, places)
         elif inside:
@@ -105,7 +136,7 @@ def prepare_run(
             raise UsageError(f"{run_dir / 'checkpoints'} is a symbolic link", fix="a link in the run folder's place")
         run_dir.mkdir(parents=True, exist_ok=True)
         sweep(run_dir, RUN)
-        kept = dict(decides) if settings is None else {**decides, SETTINGS: settings}
+        kept = dict(decides) if settings is None else {**decides, SETTINGS: {**settings, TYPED_IN: str(Path.cwd())}}
         write_atomic(file, json.dumps(kept, indent=1).encode())
     found = survey(run_dir)
     if found.newest is None and found.passed_over:

@@ -164,7 +164,8 @@ class DepthAnything3:
         rays = [side // PATCH * RAYS_A_PATCH for side in resized.shape[:2]]
         if "ray" in settings.features and any(n > m for n, m in zip(settings.target_hw, rays, strict=True)):
             found = f"target_hw={list(settings.target_hw)} exceeds the {rays[0]}x{rays[1]} rays of a picture"
-            raise UsageError(found, fix="a larger size, or a smaller target_hw")
+            fix = f"--set options.target_hw=[{rays[0]},{rays[1]}], or --set options.size=N, N above {settings.size}"
+            raise UsageError(found, fix=fix)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
         return (torch.from_numpy(resized).permute(2, 0, 1).contiguous() / 255 - mean) / std
 
@@ -176,9 +177,8 @@ class DepthAnything3:
         B, V = images.shape[:2]
         views = self.settings.views
         if views not in (1, V):
-            raise UsageError(
-                f"{V} views in a time step, and views={views}", fix=f"views={V}, or views=1 for each alone"
-            )
+            fix = f"--set options.views={V}, or --set options.views=1 for each alone"
+            raise UsageError(f"{V} views in a time step, and views={views}", fix=fix)
         scenes = images.to(self.device, non_blocking=True).reshape(B * V // views, views, *images.shape[2:])
         count = max(1, PIXELS.get(self.device.type, PIXELS["cuda"]) // scenes[0, :, 0].numel())
         with frozen_inference(self.device), quiet():

@@ -135,7 +135,7 @@ def load_network(where: str, wanted: str | None, fix: str) -> tuple[str, Any, st
         found = f"{folder / 'config.json'} has model_name {name!r}{nearest(name, ARCHITECTURES)}"
         raise DataError(found, expected=f"a model with rays: {', '.join(ARCHITECTURES)}")
     if wanted not in (None, name):
-        raise UsageError(f"{folder} holds {name}, and model asks for {wanted}", fix="leave model out")
+        raise UsageError(f"{folder} holds {name}, and model asks for {wanted}", fix="leave options.model out")
     network, files = build_network(name), weight_files(folder)
     tensors = {key: value for file in files for key, value in read_tensors(file).items() if not key.startswith(UNUSED)}
     if foreign := sorted(key for key in tensors if not key.startswith(PREFIX)):

@@ -81,10 +81,12 @@ class DinoSiglip:
         smallest = min(tower.side for tower in self.towers)
         if self.grid > smallest:
             found = f"grid={self.grid} exceeds the {smallest}x{smallest} patches of a {settings.size} px picture"
-            raise UsageError(found, fix=f"grid={smallest}, or a larger size")
+            raise UsageError(
+                found, fix=f"--set options.grid={smallest}, or --set options.size=N, N above {settings.size}"
+            )
         if max(settings.fine, settings.coarse) > self.grid:
             found = f"fine={settings.fine} and coarse={settings.coarse} cannot exceed grid={self.grid}"
-            raise UsageError(found, fix=f"fine={self.grid}, or a larger size")
+            raise UsageError(found, fix=f"--set options.fine=N and --set options.coarse=N, N up to {self.grid}")
 
     def spec(self) -> BackboneSpec:
         """See `Backbone.spec`."""

@@ -44,10 +44,10 @@ Layer = int | Literal["head"]
 class EfficientNetSettings(Settings):
     """What to take from the network.
 
-    `block`: 0..15, or "head" for the last 1x1 convolution (1280 channels); several may be given. Early blocks see
-    fine detail, late ones objects. `size`: input side in pixels. `pool`: average each grid exactly to pool x pool
-    cells; must divide the grid. `weights`: a .pth or .safetensors file, a folder with one, "random", or None for the
-    published ones. `seed`: of random weights.
+    `block`: 0..15, or "head" for the last 1x1 convolution (1280 channels); several may be given. Early blocks see fine
+    detail, late ones objects. `size`: input side in pixels. `resample`: how pictures are resized to it. `pool`: average
+    each grid exactly to pool x pool cells; must divide the grid. `weights`: a .pth or .safetensors file, a folder with
+    one, "random", or None for the published ones. `seed`: of random weights.
     """
 
     block: tuple[Layer, ...] = Field((10,), min_length=1)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast
 
+from vla.stores.described import FieldDoc, describe_fields
 from vla.stores.errors import UsageError
 from vla.stores.settings import Settings, nearest
 
@@ -177,6 +179,12 @@ def load_backbone_class(name: str) -> BackboneClass:
     return cast(BackboneClass, getattr(importlib.import_module(module), attribute))
 
 
+def backbone_fields(name: str) -> tuple[FieldDoc, ...]:
+    """Return every option of a backbone, `options.*`, and its weights. Raises `UsageError` for an unknown name."""
+    fields = describe_fields(load_backbone_class(name).settings_type, "options.")
+    return tuple(replace(field, name="weights") if field.name == "options.weights" else field for field in fields)
+
+
 def make_backbone(name: str, /, weights: str | None = None, **options: Any) -> Backbone:
     """Build a configured backbone on the CPU, its weights loaded and digested.
 
@@ -188,6 +196,7 @@ def make_backbone(name: str, /, weights: str | None = None, **options: Any) -> B
     settings_type = backbone_class.settings_type
     if weights is not None:
         if "weights" not in settings_type.model_fields:
-            raise UsageError(f"backbone {name!r} has no weights, and --weights {weights!r} was given")
+            found = f"backbone {name!r} has no weights, and --weights {weights!r} was given"
+            raise UsageError(found, fix="the same without --weights")
         options["weights"] = weights
     return backbone_class(settings_type.build(options, where=f"backbone {name!r}", under="options."))

@@ -49,6 +49,9 @@ class Rgb2pc:
         self._trained_on: dict[str, Any] = {}
         if settings.weights is None:
             raise UsageError("backbone 'rgb2pc' has no weights of its own", fix="--weights RUN of `vla distill rgb2pc`")
+        if settings.weights == RANDOM and not settings.student:
+            example = '--set \'options.student={"inputs":{"grid":[14,14,112]},"teacher_dim":512}\''
+            raise UsageError("random weights of no network: options.student is not given", fix=example)
         if settings.weights == RANDOM:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(settings.seed)

@@ -38,10 +38,11 @@ class TextSettings(Settings):
     """Which tokenizer and model, and what is kept.
 
     `weights`: a folder in the hub's layout with tokenizer.json, a hub id, "random" (bytes as tokens, a tiny random
-    table), or None for the published default. `embedding`: "table" (input embeddings), "encoder" (last hidden states
-    of the whole model), or "none" (ids alone). `length`: tokens kept for each text; a longer text is refused, never
-    cut. `side`: where padding goes; left keeps the last token in its place whatever the batch. `template`: what is
-    told, with `{instruction}` in it. `seed`: of random weights.
+    table), or None for the published default. `embedding`: "table" (input embeddings), "encoder" (last hidden states of
+    the whole model), or "none" (ids alone). `length`: tokens kept for each text; a longer text is refused, never cut.
+    `side`: where padding goes; left keeps the last token in its place whatever the batch. `template`: what is told,
+    with `{instruction}` in it. `special_tokens`: add those of the tokenizer, such as one for the beginning. `seed`: of
+    random weights.
     """
 
     weights: Annotated[str | None, WEIGHTS] = None

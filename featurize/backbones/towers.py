@@ -140,7 +140,7 @@ def make_tower(kind: str, network: Any, size: int, identity: dict[str, Any]) -> 
     if size % patch and (about.role == "dino" or size != config.image_size):
         below, above = size // patch * patch, -(-size // patch) * patch
         found = f"size {size} is no multiple of the {patch} px patches of {kind}, which would drop {size - below} px"
-        raise UsageError(found, fix=f"size={below} or size={above}")
+        raise UsageError(found, fix=f"--set options.size={below} or --set options.size={above}")
     registers = int(getattr(config, "num_register_tokens", 0))
     dims = {"channels": config.hidden_size, "layers": config.num_hidden_layers, "patch": patch, "registers": registers}
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in MEAN_STD[about.role])

@@ -128,7 +128,8 @@ class Vggt:
         windows = images if settings.context else images[:, None]
         batch, frames, cameras, *picture = windows.shape
         if settings.views not in (1, cameras):
-            raise UsageError(f"a scene of {settings.views} views of {cameras} cameras", fix=f"views=1 or {cameras}")
+            fix = f"--set options.views=1 or --set options.views={cameras}"
+            raise UsageError(f"a scene of {settings.views} views of {cameras} cameras", fix=fix)
         # [B, V / views scenes, frames, views, ...]: the cameras of a time step stay together, time steps in order.
         grouped = windows.reshape(batch, frames, -1, settings.views, *picture).transpose(1, 2)
         scenes = grouped.reshape(-1, frames * settings.views, *picture)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from vla.featurize.backbones.base import BackboneSpec
 from vla.featurize.caches.base import Cache, CacheIndex
@@ -23,8 +24,9 @@ from vla.featurize.job import refuse_shadowing
 from vla.featurize.plan import Plan, StoreOptions, make_plan
 from vla.featurize.room import require_room
 from vla.featurize.run import Progress
+from vla.featurize.skipped import MAX_SKIPPED, require_few_skipped
 from vla.featurize.sources.base import Episode, Source, SourceIndex
-from vla.featurize.sources.registry import open_source, refuse_overwriting_source
+from vla.featurize.sources.registry import common_options, open_source, refuse_overwriting_source
 from vla.stores.errors import SourceError, UsageError
 from vla.stores.manifest import Rate
 from vla.stores.owned import refuse_overlap
@@ -38,7 +40,8 @@ class ImportConfig(Settings):
 
     `source`: demonstrations that give the steps where the cache has none; `match`: how their episodes belong together,
     by `id`, or by `order` (as many of them, in the same order). `options` go to the kind of cache, `source_options` to
-    the source. `fps` [1/s] is needed where neither states it.
+    the source. `fps` [1/s] is needed where neither states it. `max_skipped`: largest share of the episodes that
+    `skip_bad` may leave out.
     """
 
     kind: str
@@ -50,6 +53,7 @@ class ImportConfig(Settings):
     options: dict[str, Any] = {}
     fps: Rate | None = None
     skip_bad: bool = False
+    max_skipped: float = Field(MAX_SKIPPED, ge=0, le=1)
     store: StoreOptions = StoreOptions()
 
 
@@ -101,7 +105,8 @@ def prepare(config: ImportConfig) -> ImportJob:
     )
     source_digest = digest
     if config.source is not None:
-        source = open_source(config.source, map=config.map, skip_bad=config.skip_bad, **config.source_options)
+        common = common_options(map=config.map, skip_bad=config.skip_bad)
+        source = open_source(config.source, **{**common, **config.source_options})
         theirs = source.index()
         partner = _match(config, index, theirs)
         episodes = tuple(theirs.episodes[at] for at in partner)
@@ -112,6 +117,8 @@ def prepare(config: ImportConfig) -> ImportJob:
     recipe = {"name": f"import:{config.kind}", "imported": True, "root": str(config.path)}
     base = replace(base, fps=_fps(config, index.fps, base.fps))
     plan = make_plan(base, source_digest, spec, recipe, config.store)
+    if config.skip_bad:
+        require_few_skipped(plan, {}, config.max_skipped)
     return ImportJob(config, cache, source, tuple(partner or range(len(index.episodes))), plan)
 
 

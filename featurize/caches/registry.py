@@ -20,7 +20,7 @@ CACHES: dict[str, str] = {
 }
 
 
-def open_cache(kind: str, path: Path | str, **options: Any) -> Cache:
+def open_cache(kind: str, path: Path | str, /, **options: Any) -> Cache:
     """Open a cache; nothing is read yet. `options` are the keywords of the kind's class.
 
     Raises `UsageError` for an unknown kind or option or a value of another type, `SourceError` where `path` does not

@@ -103,10 +103,10 @@ class ReplayBufferCache:
             self._arrays[name] = open_zarr_array(data / array)
         self._ends = read_ends(self._root / "meta" / "episode_ends")
         rows = int(self._ends[-1])
-        for opened in self._arrays.values():
+        for name, opened in self._arrays.items():
             if opened.shape[0] != rows:
                 raise SourceError(f"{opened.path} has {opened.shape[0]} rows", expected=f"{rows} as episode_ends says")
-            opened.require_whole()
+            opened.require_whole(at_once=name in columns)
         specs = {}
         for name in self._features:
             opened = self._arrays[name]
@@ -133,6 +133,7 @@ def read_ends(path: Path) -> NDArray[np.int64]:
     array.require_whole()
     if len(array.shape) != 1 or array.shape[0] < 1 or np.dtype(array.dtype).kind not in "iu":
         raise SourceError(f"{path} is {array.dtype} {array.shape}", expected="integers [E]")
+    array.require_whole(at_once=True)
     ends = array.read(0, array.shape[0]).astype(np.int64)
     if (np.diff(ends, prepend=0) < 1).any():
         at = int((np.diff(ends, prepend=0) < 1).argmax())

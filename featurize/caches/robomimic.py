@@ -25,7 +25,7 @@ from vla.featurize.caches.checks import (
     natural,
     require_views,
 )
-from vla.featurize.hdf5 import count_attribute, dataset, find, group, opened
+from vla.featurize.hdf5 import count_attribute, dataset, find, group, opened, read_rows, read_whole, require_rows
 from vla.featurize.robosuite_attributes import control_frequency
 from vla.featurize.sources.base import Episode, StepSpec
 from vla.stores.errors import SourceError, UsageError
@@ -81,7 +81,9 @@ class RobomimicCache:
         with opened(self._path) as file:
             for name, spec in index.features.items():
                 data = dataset(file, f"data/{index.episodes[episode].id}/obs/{self._features[name]}")
-                made[name] = as_feature(data[start:stop], spec, self._has_views, f"{self._path}:{data.name}", start)
+                made[name] = as_feature(
+                    read_rows(data, start, stop), spec, self._has_views, f"{self._path}:{data.name}", start
+                )
         return made
 
     def steps(self, episode: int) -> dict[str, NDArray[Any]]:
@@ -92,7 +94,8 @@ class RobomimicCache:
             paths = {"action": [f"{demo}/actions"], "state": [f"{demo}/obs/{key}" for key in self._state]}
             return {
                 name: np.concatenate(
-                    [as_vectors(dataset(file, path)[()], f"{self._path}:{path}") for path in paths[name]], axis=1
+                    [as_vectors(read_whole(dataset(file, path)), f"{self._path}:{path}") for path in paths[name]],
+                    axis=1,
                 )
                 for name in index.steps
             }
@@ -137,6 +140,7 @@ class RobomimicCache:
             shape = (*data.shape, 1) if flat and data.ndim == 1 else tuple(data.shape)
             if len(shape) < 2 or (flat and len(shape) != 2):
                 raise SourceError(f"{self._path}:{data.name} has shape {data.shape}", expected="[T, D]", fix=SKIP)
+            require_rows(data, len(data) if flat else 1)
             found[key] = shape, data.dtype.name
         stated, rows = count_attribute(find(file, f"data/{demo}"), "num_samples"), found["actions"][0][0]
         if stated not in (None, rows):

@@ -2,12 +2,12 @@
 
 The metadata are checked before zarr opens the array: an object type or a `pickle` filter would run code, and a chunk
 whose file is missing would read as zeros without a word. A truncated Blosc chunk would decode to whatever lies behind
-it in memory, so its header is compared with the size of its file.
+it in memory, so its header is compared with the size of its file. The size of a chunk is a number in the metadata, so
+it is compared with the size of its file as well.
 """
 
 from __future__ import annotations
 
-import json
 import lzma
 import math
 import re
@@ -21,8 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.featurize.caches.checks import SKIP
+from vla.stores.documents import parse_json
 from vla.stores.errors import SourceError
 from vla.stores.pointers import refuse_pointer
+from vla.stores.untrusted import is_backed
 
 COMPRESSORS = {"blosc", "zlib", "gzip", "zstd", "lz4", "bz2", "lzma"}
 CHECKSUMS = {"crc32", "crc32c", "adler32", "fletcher32", "jenkins_lookup3"}
@@ -86,22 +88,33 @@ class ZarrArray:
         metadata = self.path / METADATA[self.version]
         return [metadata, *(path for _, path in self.chunk_files() if path.is_file())]
 
-    def require_whole(self, *, fill: bool = False, fix: str = SKIP) -> None:
-        """Raise `SourceError` naming the first chunk whose file is missing or, under Blosc, truncated.
+    def require_whole(self, *, fill: bool = False, at_once: bool = False, fix: str = SKIP) -> None:
+        """Raise `SourceError` naming the first chunk whose file is missing, too small for it or, under Blosc, cut.
 
         With `fill`, a missing chunk is the array's fill value: zarr does not store chunks that hold nothing else. No
-        reader can then tell such a chunk from a lost one.
+        reader can then tell such a chunk from a lost one. With `at_once`, all chunks together have to be of a size
+        that their files account for: many rows are read.
         """
+        block = self.shard.inner if self.shard else self.chunks
+        block_bytes, total = math.prod(block) * np.dtype(self.dtype).itemsize, 0
         for place, path in self.chunk_files():
             if not path.is_file():
                 if fill and self.has_fill:
                     continue
                 raise SourceError(f"{path} is missing", expected="every chunk of the array", fix=fix)
             refuse_pointer(path)
+            size = path.stat().st_size
+            if not is_backed(block_bytes, size):
+                raise SourceError(f"{path} has {size} bytes for {block_bytes}", expected="a chunk of numbers", fix=SKIP)
+            total += size
             if self.shard is not None and not fill:
                 self._require_shard(self.shard, place, path, fix)
             elif self.shard is None and self.compressor == "blosc":
                 _require_blosc(path)
+        claimed = math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        if at_once and not is_backed(claimed, total):
+            found = f"{self.path} declares {claimed} bytes and holds {total}"
+            raise SourceError(found, expected="numbers that were written", fix=SKIP)
 
     def _require_shard(self, shard: Shard, place: tuple[int, ...], path: Path, fix: str) -> None:
         """Raise `SourceError` where a shard lacks a chunk. Chunks beyond the array's end are never stored."""
@@ -141,10 +154,10 @@ def is_zarr_array(path: Path) -> bool:
     if (path / METADATA[2]).is_file():
         return True
     try:
-        return bool(json.loads((path / METADATA[3]).read_bytes()).get("node_type") != "group")
+        return bool(parse_json((path / METADATA[3]).read_bytes()).get("node_type") != "group")
     except OSError:
         return False
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError):
         return True  # `open_zarr_array` says what is wrong with it
 
 
@@ -158,11 +171,11 @@ def open_zarr_array(path: Path) -> ZarrArray:
     v3 = not (path / METADATA[2]).is_file() and (path / METADATA[3]).is_file()
     meta = path / METADATA[3 if v3 else 2]
     try:
-        found = json.loads(meta.read_bytes())
+        found = parse_json(meta.read_bytes())
         array = (_v3 if v3 else _v2)(path, found, meta)
     except SourceError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         refuse_pointer(meta)
         raise SourceError(f"{meta} does not read ({type(error).__name__})", expected="a zarr array") from None
     shape, chunks = array.shape, array.chunks
@@ -223,7 +236,7 @@ def _v3(path: Path, found: dict[str, Any], meta: Path) -> ZarrArray:
 
 def _codecs(codecs: list[Any], meta: Path) -> tuple[list[str], Shard | None]:
     """Return the names of v3 codecs, and the shard that they are. Raises `SourceError` for any that makes objects."""
-    stated = [{"name": codec} if isinstance(codec, str) else codec for codec in codecs]
+    stated: list[Any] = [{"name": codec} if isinstance(codec, str) else codec for codec in codecs]
     names = [str(codec["name"]) for codec in stated]
     if names == ["sharding_indexed"]:
         how = stated[0]["configuration"]

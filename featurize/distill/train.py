@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from vla.stores.owned import refuse_overlap
 from vla.stores.settings import Settings, nearest
 from vla.training.config import TrainConfig
 from vla.training.loop import FitReport, Progress, fit, seed_everything
-from vla.training.run_folder import saved_settings
+from vla.training.run_folder import require_given_places, saved_settings
 
 TRAIN_DEFAULTS: dict[str, Any] = {
     "steps": 5000,
@@ -58,6 +58,11 @@ class DistillConfig(Settings):
     def from_saved(cls, values: dict[str, Any], file: Path) -> dict[str, Any]:
         """See `Settings.from_saved`."""
         return saved_settings(values, file)
+
+    @classmethod
+    def require_given(cls, saved: Mapping[str, Any], given: Mapping[str, Any], file: Path) -> None:
+        """See `Settings.require_given`."""
+        require_given_places(saved, given, file)
 
 
 class DistilledStudent(Student):

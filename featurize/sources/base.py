@@ -14,6 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.featurize.image import Image
+from vla.stores.errors import SourceError
+
+NUMBERS = "leave source_options.cameras=[] out"
+"""How a source that was opened for its numbers alone shows its pictures again."""
 
 Role = Literal["action", "state", "privileged", "other"]
 
@@ -52,11 +56,13 @@ class SourceIndex:
 
     `steps` always has exactly one column of role `action`, named `action`; at most one of role `state`, named `state`.
     `sizes` is (height, width) of each camera's pictures, of those cameras whose metadata say it.
-    `skipped` maps episode ids left out under `--skip-bad` to the reason; `warnings` are lines on what else was left
-    out, or contradicts itself without being read.
+    `skipped` maps episode ids left out under `--skip-bad` to the reason; `filtered` names those of them that an option
+    leaves out on purpose. `warnings` are lines on what else was left out, or contradicts itself without being read.
     `mapping` is the resolved column mapping ({ours: theirs}); it enters the fingerprint. `extras` names what `views`
     gives beside the image; a source without any needs no such method (see `ViewSource`).
-    `pictures` is false where there are only extras. `stores` are the folders or URLs of stores that are read.
+    `assumed` {option: value and why}: what neither a file states nor the user gives.
+    `pictures` is false where there are only extras or numbers. `stores` are the folders or URLs of stores that are
+    read.
     """
 
     kind: str
@@ -73,6 +79,21 @@ class SourceIndex:
     extras: tuple[str, ...] = ()
     pictures: bool = True
     stores: tuple[str, ...] = ()
+    filtered: frozenset[str] = frozenset()
+    assumed: Mapping[str, str] = field(default_factory=dict)
+
+
+def no_pictures(where: str) -> SourceError:
+    """Return the error of a source without cameras that is asked for frames."""
+    return SourceError(f"{where} was opened without cameras", expected="a backbone without pictures", fix=NUMBERS)
+
+
+class NoEpisodeError(SourceError):
+    """No episode of a source is left. `skipped` {episode: reason} holds all of them."""
+
+    def __init__(self, found: str, skipped: Mapping[str, str]) -> None:
+        self.skipped = dict(skipped)
+        super().__init__(f"{found}; the first: {next(iter(skipped.values()), 'it holds no episode')}")
 
 
 class Source(Protocol):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 
 from vla.featurize.sources.episode_checks import SKIP, require_finite
 from vla.featurize.sources.lerobot_info import MAX_JSON_BYTES, inside
+from vla.stores.documents import parse_json
 from vla.stores.errors import SourceError
 from vla.stores.filesystem import digest_file
 from vla.stores.pointers import refuse_pointer
@@ -112,10 +112,10 @@ def read_json(file: Path, what: str, fix: str = SKIP) -> Any:
     """Return the value of a JSON file of bounded size. Raises `SourceError` naming `what` it should have been."""
     size_of(file, MAX_JSON_BYTES, what, fix)
     try:
-        return json.loads(file.read_bytes())
+        return parse_json(file.read_bytes())
     except OSError as error:
         raise SourceError(f"cannot read {file}: {error.strerror or error}", expected=what, fix=fix) from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise SourceError(f"{file} is not JSON", expected=what, fix=fix) from None
 
 

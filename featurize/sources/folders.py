@@ -21,6 +21,7 @@ from vla.featurize.sources.episode_checks import SKIP
 from vla.featurize.sources.files import folders, listing, read_numbers, read_text
 from vla.featurize.sources.recordings import CLOCK, Found, RecordedSource, Recording, choose_cameras, require_lengths
 from vla.stores.errors import SourceError, UsageError
+from vla.stores.manifest import Rate
 
 ACTION, STATES = "actions", ("state", "qpos")
 ROLES: dict[str, Role] = {"action": "action", "state": "state", "privileged": "privileged"}
@@ -32,7 +33,7 @@ class FoldersSource(RecordedSource):
     """One folder an episode; its name is the episode's id.
 
     `map` takes our names (`action`, `state`, or a new one) to names of .npy files, such as action=joint_action;
-    `cameras` chooses views, in order (None: all); `fps` is frames a second, which no file says; `task` is the
+    `cameras` chooses views, in order (None: all, []: numbers alone); `fps` [1/s] has to be given; `task` is the
     instruction of episodes without instruction.txt. Steps are `action`, `state` and mapped ones, float32 [D],
     `timestamp` float64 [] in seconds, `frame_index` int64 [].
     """
@@ -45,7 +46,7 @@ class FoldersSource(RecordedSource):
         *,
         map: Mapping[str, str] | None = None,
         cameras: Sequence[str] | None = None,
-        fps: float = 10.0,
+        fps: Rate | None = None,
         task: str | None = None,
         skip_bad: bool = False,
     ) -> None:

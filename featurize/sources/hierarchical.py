@@ -25,10 +25,8 @@ from vla.featurize.sources.files import digest_files, folders, listing, read_num
 from vla.featurize.sources.recordings import Found, RecordedSource, Recording, choose_cameras, require_lengths
 from vla.featurize.sources.stage_texts import Said, StageTexts
 from vla.stores.errors import SourceError
+from vla.stores.manifest import Rate
 from vla.stores.user_given import UserGiven
-
-FPS = 50.0
-"""An action chunk of 50 is about a second (seed §3.1); no file says it."""
 
 _STAGE = re.compile(r"stage(\d{1,6})")
 Place = tuple[Path, Callable[[StageTexts], Said]]
@@ -40,7 +38,8 @@ class HierarchicalSource(RecordedSource):
 
     `instruction_json` is the file of texts; layout B needs it, layout A falls back to the folders' names. An episode's
     `task` is its subtask, and `texts` holds `high_level_task`, `subtask` and `text` (the subtask in other words, or
-    the subtask). `cameras` chooses views, in order (None: all). Steps are `action` and `state`, float32 [D].
+    the subtask). `cameras` chooses views, in order (None: all, []: numbers alone); `fps` [1/s] has to be given. Steps
+    are `action` and `state`, float32 [D].
     """
 
     kind = "hierarchical"
@@ -51,7 +50,7 @@ class HierarchicalSource(RecordedSource):
         *,
         instruction_json: Annotated[str | None, UserGiven()] = None,
         cameras: Sequence[str] | None = None,
-        fps: float = FPS,
+        fps: Rate | None = None,
         skip_bad: bool = False,
     ) -> None:
         super().__init__(root, fps=fps, cameras=cameras, skip_bad=skip_bad)

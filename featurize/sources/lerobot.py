@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 
 from vla.featurize.image import Image
 from vla.featurize.sources import parquet
-from vla.featurize.sources.base import Episode, SourceIndex, StepSpec
+from vla.featurize.sources.base import Episode, NoEpisodeError, SourceIndex, StepSpec, no_pictures
 from vla.featurize.sources.episode_checks import SKIP, locate, require_grid
 from vla.featurize.sources.lerobot_clips import Align, Placed, place_clips
 from vla.featurize.sources.lerobot_columns import ColumnReader
 from vla.featurize.sources.lerobot_info import INFO, NUMBERS, Info, inferred, inside, missing_file, read_info
 from vla.featurize.sources.lerobot_layout import EpisodeRow, Layout, read_layout, without_videos
 from vla.featurize.sources.lerobot_modality import MODALITY, joined, read_modality, with_parts
-from vla.featurize.sources.lerobot_records import disagreements, doubtful_tasks, unlisted_files
+from vla.featurize.sources.lerobot_records import disagreements, doubled_tasks, doubtful_tasks, unlisted_files
 from vla.featurize.sources.lerobot_tasks import (
     TASK_INDEX,
     Tasks,
@@ -96,13 +96,13 @@ class LeRobotSource:
     """A LeRobot data set as a `Source`.
 
     `map` takes our names (`action`, `state`, `privileged`, a camera's, or a new one) to columns of the data set;
-    `cameras` chooses views, in order (None: all that have pictures); `annotation` names the `annotation.*` column that
-    is the instruction (None: `task_index`). `align` is how rows find their frames: "timestamp", or "index" where
-    timestamps are no multiples of 1/fps and row i saw frame i (None: by timestamp, which has to fit). `skip_bad` leaves
-    out episodes whose files are missing or whose numbers are wrong, and names them in `index().skipped`; records that
-    contradict each other are then in `index().warnings`. Steps are `action`, `state` and `privileged` float32 [D],
-    `timestamp` float64 [] in seconds, `frame_index` int64 [], every other number or vector column under its name, and
-    `task_index` int64 [] where the instruction changes inside an episode.
+    `cameras` chooses views, in order (None: all that have pictures, []: numbers alone); `annotation` names the
+    `annotation.*` column that is the instruction (None: `task_index`). `align` is how rows find their frames:
+    "timestamp", or "index" where timestamps are no multiples of 1/fps and row i saw frame i (None: by timestamp, which
+    has to fit). `skip_bad` leaves out episodes whose files are missing or whose numbers are wrong, and names them in
+    `index().skipped`; records that contradict each other are then in `index().warnings`. Steps are `action`, `state`
+    and `privileged` float32 [D], `timestamp` float64 [] in seconds, `frame_index` int64 [], every other number or
+    vector column under its name, and `task_index` int64 [] where the instruction changes inside an episode.
     """
 
     def __init__(
@@ -154,6 +154,8 @@ class LeRobotSource:
             raise SourceError(
                 f"frames {start} to {stop} of {checked.row.id} in {self.root}", expected=f"0 to {checked.row.length}"
             )
+        if not indexed.index.pictures:
+            raise no_pictures(f"{checked.row.id} in {self.root}")
         return self._frames(indexed, checked, start, stop)
 
     def _frames(self, indexed: _Indexed, checked: _Checked, start: int, stop: int) -> Iterator[tuple[Image, ...]]:
@@ -223,7 +225,7 @@ class LeRobotSource:
                 found = {column: clip for column, clip in clips.items() if isinstance(clip, Clip)}
                 kept.append(_Checked(row, rows[row.index].data, rows[row.index].first, found, rows[row.index].told))
         if not kept:
-            raise SourceError(f"every episode of {self.root} is bad; the first: {next(iter(skipped.values()))}")
+            raise NoEpisodeError(f"every episode of {self.root} is bad", skipped)
         choices = {"annotation": self._annotation, "align": "index" if self._align == "index" else None}
         warnings = [*opened.warnings, *self._disagreements(info, opened, rows, places, list(placed), unclaimed)]
         named = {name: choice for name, choice in choices.items() if choice is not None}
@@ -372,7 +374,7 @@ class LeRobotSource:
             fix = "--skip-bad, which reads the data set all the same"
             raise SourceError(problems[0], expected="records that agree", fix=fix)
         listings = [row for row in opened.layout.rows if row.index in rows]
-        return problems + [
+        return [*problems, *doubled_tasks(info, opened.tasks)] + [
             line for row in listings for line in doubtful_tasks(info, row, rows[row.index].told, opened.tasks)
         ]
 
@@ -389,7 +391,8 @@ def _indexed(
     """Describe the episodes that are kept; `choices` are the options that change what is read of the same files."""
     columns = opened.columns
     told_by = opened.instruction
-    if told_by not in (None, *columns.steps.values()) and any(checked.told.changes for checked in kept):
+    changes = any(checked.told.changes for checked in kept)
+    if changes and told_by is not None and told_by not in columns.steps.values():
         # The instruction of each frame: the number of one of the episode's texts `task_N`.
         steps, specs = {**columns.steps, TASK_INDEX: told_by}, {**columns.specs, TASK_INDEX: TASK_SPEC}
         columns = ColumnMap(columns.cameras, steps, specs)
@@ -405,6 +408,7 @@ def _indexed(
         mapping={**columns.names, **choices},
         skipped=skipped,
         warnings=tuple(warnings),
+        pictures=bool(columns.cameras),
         sizes={camera: size for camera, column in columns.cameras.items() if (size := sizes[column]) is not None},
     )
     used = {checked.row.data for checked in kept} | {
@@ -420,9 +424,8 @@ def _indexed(
 def _without(opened: _Opened, unread: Mapping[str, str]) -> _Opened:
     """Leave out step columns, {our name: why}, with a warning for each."""
     columns = opened.columns
-    steps, specs = (
-        {name: value for name, value in table.items() if name not in unread} for table in (columns.steps, columns.specs)
-    )
+    steps = {name: column for name, column in columns.steps.items() if name not in unread}
+    specs = {name: spec for name, spec in columns.specs.items() if name not in unread}
     warnings = tuple(f"column {name} is left out: {reason}" for name, reason in unread.items())
     return replace(opened, columns=ColumnMap(columns.cameras, steps, specs), warnings=opened.warnings + warnings)
 

@@ -6,7 +6,6 @@ Format: LeRobot's `lerobot/datasets/utils.py` (CODEBASE_VERSION, DEFAULT_*_PATH,
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shlex
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from vla.featurize.sources.mapping import PRIVILEGED, Column
+from vla.stores.documents import parse_json
 from vla.stores.errors import SourceError
 from vla.stores.pointers import is_pointer, pointer_error
 
@@ -145,8 +145,8 @@ def parse_object(text: bytes, where: str) -> dict[str, Any]:
     if is_pointer(text):
         raise pointer_error(where)
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = parse_json(text)
+    except ValueError:
         raise SourceError(f"{where} is not JSON", expected="an object") from None
     if not isinstance(value, dict):
         raise SourceError(f"{where} holds a {type(value).__name__}", expected="an object")

@@ -61,6 +61,16 @@ def doubtful_tasks(info: Info, row: EpisodeRow, said: Told, tasks: Tasks) -> Ite
         yield f"{row.id} lists the tasks {', '.join(map(repr, listed))}, its frames say {said.task!r}"
 
 
+def doubled_tasks(info: Info, tasks: Tasks) -> Iterator[str]:
+    """Yield the texts that `meta/tasks` declares under several indices: they are read as one task."""
+    indices: dict[str, list[int]] = {}
+    for number, text in tasks.texts.items():
+        indices.setdefault(text, []).append(number)
+    for text, numbers in indices.items():
+        if len(numbers) > 1:
+            yield f"{info.root / tasks.file} declares {text!r} as tasks {', '.join(map(str, numbers))}"
+
+
 def unlisted_files(info: Info, rows: Sequence[EpisodeRow], cameras: Sequence[str]) -> Iterator[str]:
     """Yield the data files, and the videos of `cameras`, that lie where those of episodes lie and belong to none."""
     yield from _extra(info, {row.data for row in rows}, info.data_path)

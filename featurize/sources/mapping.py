@@ -98,7 +98,8 @@ def resolve(
     camera_names: Mapping[str, Sequence[str]] | None = None,
     needs_time: bool = True,
 ) -> ColumnMap:
-    """Choose columns. `wanted` is the user's {ours: theirs}, `cameras` the views to take in order (None: all).
+    """Choose columns. `wanted` is the user's {ours: theirs}, `cameras` the views to take in order (None: all, []:
+    numbers alone).
 
     `camera_names` {their column: ours} are the data set's own names of cameras, the first of which is used unless
     `wanted` has another; `cameras` may be any of them. Without `needs_time`, rows may lack a timestamp.
@@ -189,6 +190,8 @@ def _views(
     known = {renamed.get(theirs, our_name(theirs)): theirs for theirs in pictures}
     if len(known) != len(pictures):
         raise SourceError(f"two cameras of {where} get one name", expected="a --map NAME=COLUMN for each")
+    if cameras is not None and not cameras:
+        return {}
     if not known:
         raise SourceError(f"{where} has no camera; it has {_listing(columns)}", expected="a video or image column")
     if cameras is None:
@@ -202,8 +205,6 @@ def _views(
             hint = nearest(name, known)
             raise SourceError(f"{where} has {what} {name!r}{hint}", expected=f"some of {', '.join(known)}", fix=CHOOSE)
         views[ours] = known[ours]
-    if not views:
-        raise SourceError("no camera chosen", expected=f"some of {', '.join(known)}")
     return views
 
 

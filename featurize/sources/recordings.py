@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.featurize.image import Image
-from vla.featurize.sources.base import Episode, SourceIndex, StepSpec
+from vla.featurize.sources.base import Episode, NoEpisodeError, SourceIndex, StepSpec, no_pictures
 from vla.featurize.sources.camera_files import CameraFiles
 from vla.featurize.sources.episode_checks import OTHER_CAMERA, SKIP
 from vla.featurize.sources.files import digest_files
@@ -54,13 +54,17 @@ class RecordedSource(ABC):
 
     kind: ClassVar[str]
 
-    def __init__(self, root: Path | str, *, fps: float, cameras: Sequence[str] | None, skip_bad: bool) -> None:
+    def __init__(self, root: Path | str, *, fps: float | None, cameras: Sequence[str] | None, skip_bad: bool) -> None:
+        if fps is None:
+            found = f"{root}: no file of {self.kind} states its frames a second"
+            raise UsageError(found, expected="the rate of the recording", fix="--set source_options.fps=20")
         if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < np.inf:
             raise UsageError(f"fps = {fps!r}", expected="frames per second, above 0")
         if cameras is not None and (isinstance(cameras, str) or len(set(cameras)) != len(cameras)):
             raise UsageError(f"cameras = {cameras!r}", expected='distinct names, such as ["front","wrist"]')
         self.root = Path(root).resolve()
-        self.fps, self.cameras, self._skip_bad = float(fps), cameras, skip_bad
+        self.fps, self._skip_bad = float(fps), skip_bad
+        self.cameras = None if cameras is None else list(cameras)
         self._lock = threading.Lock()
         self._index: SourceIndex | None = None
         self._recordings: list[Recording] = []
@@ -72,6 +76,10 @@ class RecordedSource(ABC):
 
     def mapping(self) -> dict[str, str]:
         """Return the choices that the numbers depend on; they enter the fingerprint."""
+        return {}
+
+    def assumed(self) -> dict[str, str]:
+        """Return what no file states and no option gives, {option: value and where it is from}."""
         return {}
 
     def files(self) -> tuple[str, ...]:
@@ -112,16 +120,20 @@ class RecordedSource(ABC):
             raise SourceError(f"frames {start} to {stop} of {where}", expected=f"0 to {recording.length}")
         if start == stop:
             return iter(())
+        if not recording.views:
+            raise no_pictures(f"{index.episodes[episode].id} in {self.root}")
         return zip(*(view.read(start, stop) for view in recording.views.values()), strict=True)
 
     def _read_index(self) -> SourceIndex:
         found: dict[str, Recording] = {}
         skipped: dict[str, str] = {}
+        filtered: set[str] = set()
         for name, look in self.find().items():
             try:
                 recording = look()
                 if isinstance(recording, str):
                     skipped[name] = recording
+                    filtered.add(name)
                 else:
                     found[name] = recording
             except SourceError as error:
@@ -129,8 +141,7 @@ class RecordedSource(ABC):
                     raise
                 skipped[name] = str(error)
         if not found:
-            first = next(iter(skipped.values()), "it holds no episode")
-            raise SourceError(f"no episode of {self.root} is left; the first: {first}")
+            raise NoEpisodeError(f"no episode of {self.root} is left", skipped)
 
         def differs(name: str, model: str) -> SourceError:
             return _other_shape(self.root / name, found[name], found[model], model)
@@ -146,12 +157,18 @@ class RecordedSource(ABC):
             steps={**found[model].specs, **CLOCK},
             mapping=self.mapping(),
             skipped=skipped,
+            filtered=frozenset(filtered),
+            pictures=bool(found[model].views),
+            assumed=self.assumed(),
         )
 
 
 def choose_cameras(there: Mapping[str, Path], wanted: Sequence[str] | None, where: str) -> dict[str, Path]:
-    """Return {camera: folder}, those wanted in their order, or all. Raises `SourceError` naming one that is missing."""
-    if not there:
+    """Return {camera: folder}, those wanted in their order, or all (None). [] is none: numbers without pictures.
+
+    Raises `SourceError` naming one that is missing.
+    """
+    if not there and wanted != []:
         raise SourceError(f"{where} has no camera", expected="a folder of .jpg or .png for each", fix=SKIP)
     if wanted is None:
         return dict(there)

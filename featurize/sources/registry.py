@@ -71,18 +71,31 @@ SOURCES: dict[str, Entry] = {
 first, if it has one, and its options as keywords, each with a default."""
 
 
-def open_source(spec: str | Path, **options: Any) -> Source:
+def open_source(spec: str | Path, /, **options: Any) -> Source:
     """Open demonstrations: a path, `KIND:PATH`, `synthetic`, or `synthetic:episodes=8,seed=1`; nothing is read yet.
 
-    `options` go to the source: `map` {our name: their column}, `cameras`, `skip_bad` for LeRobot. Those that are None
-    or empty count as not given, and so does False for an option the source has not. Raises `SourceError` for a path
-    that is missing or of no known layout, saying what it holds; `UsageError` for options that the source has not, or
+    `options` go to the source: `map` {our name: their column}, `cameras`, `skip_bad` for LeRobot. None alone counts as
+    not given: an empty list is a value (`cameras=[]`: numbers without pictures). Raises `SourceError` for a path that
+    is missing or of no known layout, naming what it holds; `UsageError` for options that the source does not have, or
     of another type than it declares.
     """
-    given = {key: value for key, value in options.items() if value is not None}
-    given = {key: value for key, value in given.items() if value != {} and value != () and value != []}
     kind, place, written = _parse(spec)
-    return _make(kind, place, written | given)
+    given = {key: value for key, value in options.items() if value is not None}
+    source = _class_of(kind)
+    return cast(Source, source(*place, **checked_options(source, written | given, f"{kind} source")))
+
+
+def common_options(
+    *, map: Mapping[str, str] | None = None, skip_bad: bool = False, pad_actions: bool = False
+) -> dict[str, Any]:
+    """Return those settings of every command that change something: a source without the option refuses it then."""
+    given = {"map": map, "skip_bad": skip_bad, "pad_actions": pad_actions}
+    return {key: value for key, value in given.items() if value}
+
+
+def known_rate(spec: str | Path, fps: float) -> dict[str, float]:
+    """Return the option `fps` for a source that has it: a store's rate opens the demonstrations that it was made of."""
+    return {"fps": fps} if "fps" in option_names(spec) else {}
 
 
 def shipped() -> Path:
@@ -148,8 +161,9 @@ def _kind_of(path: Path) -> str:
         hint = nearest(str(path), [name for name, entry in SOURCES.items() if not entry.markers])
         raise SourceError(f"{path} does not exist{hint}", expected=f"a folder with {layouts}", fix="--source DIR")
     if path.is_file():
+        root = next((folder for folder in path.absolute().parents[:3] if recognise(folder)), "DIR")
         unpack = f"unzip {shlex.quote(str(path))} -d DIR, then --source DIR"
-        fix = unpack if path.suffix == ".zip" else "--source DIR"
+        fix = unpack if path.suffix == ".zip" else f"--source {root}"
         raise SourceError(f"{path} is of no known layout", expected=layouts, fix=fix)
     inside = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
     listing = ", ".join(inside[:8]) + (f" and {len(inside) - 8} more" if len(inside) > 8 else "")
@@ -182,10 +196,3 @@ def _written(kind: str, text: str) -> dict[str, Any]:
 def _class_of(kind: str) -> Any:
     module, _, name = SOURCES[kind].target.partition(":")
     return getattr(importlib.import_module(module), name)
-
-
-def _make(kind: str, place: tuple[Path, ...], options: dict[str, Any]) -> Source:
-    source = _class_of(kind)
-    known = keywords(source)
-    options = {key: value for key, value in options.items() if key in known or value is not False}
-    return cast(Source, source(*place, **checked_options(source, options, f"{kind} source")))

@@ -20,7 +20,7 @@ from vla.featurize.caches.checks import SKIP, as_vectors, digest_files
 from vla.featurize.caches.replay_buffer import read_ends
 from vla.featurize.caches.zarr_arrays import ZarrArray, arrays_in, open_zarr_array
 from vla.featurize.image import Image
-from vla.featurize.sources.base import Episode, Role, SourceIndex, StepSpec
+from vla.featurize.sources.base import Episode, NoEpisodeError, Role, SourceIndex, StepSpec, no_pictures
 from vla.stores.errors import SourceError, UsageError
 from vla.stores.manifest import Rate
 from vla.stores.settings import nearest
@@ -53,13 +53,13 @@ class _Indexed:
 class ReplayBufferSource:
     """A ReplayBuffer folder as a `Source`.
 
-    `cameras`: arrays of data/ (None: every array [N, H, W, 3]). `action`: an array [N, A]. `state` and `privileged`:
-    arrays [N, D], joined in this order; `NAME[a:b]` takes columns a..b-1 (None: `state` where it exists). PushT's
-    `state` holds the block's pose in columns 2 to 4, which a real robot would not know:
-    `state=["state[0:2]"], privileged=["state[2:5]"]`. `picture_range`: what white is in float pictures, 255 or 1.
-    `fps` has to be given: the format does not say it. `empty_chunks`: what a chunk without a file is, damage ("refuse")
-    or the array's fill value ("fill"), which zarr need not store. `task`: the instruction. `skip_bad` leaves
-    episodes out whose numbers are NaN or infinite, and names them.
+    `cameras`: arrays of data/ (None: every array [N, H, W, 3]; []: none). `action`: an array [N, A]. `state` and
+    `privileged`: arrays [N, D], joined in this order; `NAME[a:b]` takes columns a..b-1 (None: `state` where it exists).
+    PushT's `state` holds the block's pose in columns 2 to 4, which a real robot would not know: `state=["state[0:2]"],
+    privileged=["state[2:5]"]`. `picture_range`: what white is in float pictures, 255 or 1. `fps` has to be given: the
+    format does not say it. `empty_chunks`: what a chunk without a file is, damage ("refuse") or the array's fill value
+    ("fill"), which zarr need not store. `task`: the instruction. `skip_bad` leaves episodes out whose numbers are NaN
+    or infinite, and names them.
     """
 
     def __init__(
@@ -112,6 +112,8 @@ class ReplayBufferSource:
         if not 0 <= start <= stop <= end - first:
             name = indexed.index.episodes[episode].id
             raise SourceError(f"frames {start} to {stop} of {name} in {self._root}", expected=f"0 to {end - first}")
+        if not indexed.cameras:
+            raise no_pictures(f"{indexed.index.episodes[episode].id} in {self._root}")
         views = [self._pictures(array, first + start, first + stop) for array in indexed.cameras]
         return zip(*views, strict=True)
 
@@ -135,12 +137,14 @@ class ReplayBufferSource:
         there = {path.name: open_zarr_array(path) for path in arrays_in(self._root / "data")}
         cameras = self._choose_cameras(there)
         columns = self._choose_columns(there)
-        for array in (*cameras.values(), *(column.array for parts in columns.values() for column in parts)):
+        numbers = [column.array for parts in columns.values() for column in parts]
+        for array in (*cameras.values(), *numbers):
             if array.shape[0] != ends[-1]:
                 raise SourceError(
                     f"{array.path} has {array.shape[0]} rows", expected=f"{ends[-1]} as episode_ends says"
                 )
-            array.require_whole(fill=self._fill, fix="--set source_options.empty_chunks=fill if zarr left it out")
+            fix = "--set source_options.empty_chunks=fill if zarr left it out"
+            array.require_whole(fill=self._fill, at_once=array in numbers, fix=fix)
         episodes, rows, skipped = [], [], {}
         for number, (first, stop) in enumerate(zip((0, *ends[:-1].tolist()), ends.tolist(), strict=True)):
             name = f"episode_{number:06d}"
@@ -154,7 +158,7 @@ class ReplayBufferSource:
             episodes.append(Episode(name, stop - first, self._task))
             rows.append((first, stop))
         if not episodes:
-            raise SourceError(f"every episode of {self._root} is bad; the first: {next(iter(skipped.values()))}")
+            raise NoEpisodeError(f"every episode of {self._root} is bad", skipped)
         mapping = {name: "+".join(map(_written, parts)) for name, parts in columns.items()}
         widths = {name: sum(part.stop - part.start for part in parts) for name, parts in columns.items()}
         index = SourceIndex(
@@ -166,12 +170,15 @@ class ReplayBufferSource:
             steps={name: StepSpec((width,), "float32", ROLES[name]) for name, width in widths.items()},
             mapping=mapping | {"white": str(self._range)} | ({"empty_chunks": "fill"} if self._fill else {}),
             skipped=skipped,
+            pictures=bool(cameras),
             sizes={camera: (array.shape[1], array.shape[2]) for camera, array in cameras.items()},
         )
         return _Indexed(index, tuple(cameras.values()), columns, tuple(rows))
 
     def _choose_cameras(self, there: dict[str, ZarrArray]) -> dict[str, ZarrArray]:
         pictures = {name: array for name, array in there.items() if len(array.shape) == 4 and array.shape[3] == 3}
+        if self._cameras is not None and not self._cameras:
+            return {}
         if not pictures:
             found = ", ".join(f"{name} {array.shape}" for name, array in there.items())
             raise SourceError(
@@ -179,13 +186,14 @@ class ReplayBufferSource:
                 expected="an array [N, H, W, 3]",
                 fix="vla import replay-buffer, where the arrays are features",
             )
-        for name in self._cameras or ():
+        named = list(pictures) if self._cameras is None else self._cameras
+        for name in named:
             if name not in pictures:
                 hint = nearest(name, pictures)
                 raise UsageError(
                     f"{self._root} has no pictures {name!r}{hint}", expected=f"one of {', '.join(pictures)}"
                 )
-        chosen = {name: pictures[name] for name in self._cameras or pictures}
+        chosen = {name: pictures[name] for name in named}
         for array in chosen.values():
             if array.dtype != "uint8" and not array.dtype.startswith("float"):
                 raise SourceError(f"{array.path} has dtype {array.dtype}", expected="pictures as uint8 or floats")

@@ -20,10 +20,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.featurize.caches.checks import as_vectors, digest_files, natural
-from vla.featurize.hdf5 import SKIP, arrays, count_attribute, dataset, find, group, opened
+from vla.featurize.hdf5 import (
+    SKIP,
+    arrays,
+    count_attribute,
+    dataset,
+    find,
+    group,
+    opened,
+    read_rows,
+    read_whole,
+    require_rows,
+)
 from vla.featurize.image import Image
 from vla.featurize.robosuite_attributes import control_frequency, instruction
-from vla.featurize.sources.base import Episode, Role, SourceIndex, StepSpec
+from vla.featurize.sources.base import Episode, NoEpisodeError, Role, SourceIndex, StepSpec, no_pictures
 from vla.featurize.sources.usual_shape import keep_usual
 from vla.stores.errors import SourceError, UsageError
 from vla.stores.manifest import Rate
@@ -54,9 +65,9 @@ class _Indexed:
 class RobomimicSource:
     """A robomimic file as a `Source`.
 
-    `cameras`: keys of obs, with or without `_image` (None: every picture). `state`: keys of obs, joined in this order
-    (None: end-effector position, quaternion and gripper of each robot). `filter`: only the demonstrations that
-    `mask/FILTER` lists, such as "train". `task`: the instruction (None: what the file or its environment says).
+    `cameras`: keys of obs, with or without `_image` (None: every picture, []: none). `state`: keys of obs, joined in
+    this order (None: end-effector position, quaternion and gripper of each robot). `filter`: only the demonstrations
+    that `mask/FILTER` lists, such as "train". `task`: the instruction (None: what the file or its environment says).
     `fps` (None: the environment's control frequency). `flip`: pictures are stored upside down. `skip_bad` leaves
     demonstrations out that do not hold, and names them. Steps are `action`, `state` and `privileged` float32 [D].
     """
@@ -104,13 +115,17 @@ class RobomimicSource:
             raise SourceError(
                 f"frames {start} to {stop} of {chosen.id} in {self._path}", expected=f"0 to {chosen.length}"
             )
+        if not indexed.cameras:
+            raise no_pictures(f"{chosen.id} in {self._path}")
         return self._frames(indexed, chosen.id, start, stop)
 
     def _frames(self, indexed: _Indexed, demo: str, start: int, stop: int) -> Iterator[tuple[Image, ...]]:
         for first in range(start, stop, BLOCK):
             last = min(first + BLOCK, stop)
             with opened(self._path) as file:
-                views = [dataset(file, f"data/{demo}/obs/{key}")[first:last] for key in indexed.cameras.values()]
+                views = [
+                    read_rows(dataset(file, f"data/{demo}/obs/{key}"), first, last) for key in indexed.cameras.values()
+                ]
             if self._flip:
                 views = [view[:, ::-1] for view in views]
             for frame in range(last - first):
@@ -139,7 +154,7 @@ class RobomimicSource:
                     raise
                 skipped[demo] = str(error)
         if not found:
-            raise SourceError(f"every demonstration of {self._path} is bad; the first: {next(iter(skipped.values()))}")
+            raise NoEpisodeError(f"every demonstration of {self._path} is bad", skipped)
 
         def differs(demo: str, model: str) -> SourceError:
             others = {name: shape[1:] for name, shape in found[demo].items() if shape[1:] != found[model][name][1:]}
@@ -163,6 +178,7 @@ class RobomimicSource:
             mapping=names,
             skipped=skipped,
             warnings=warnings,
+            pictures=bool(cameras),
         )
         return _Indexed(index, cameras, columns)
 
@@ -177,7 +193,7 @@ class RobomimicSource:
             hint = nearest(self._filter, masks)
             known = f"one of {', '.join(masks)}" if masks else "no filter: the file has none"
             raise UsageError(f"{self._path} has no filter {self._filter!r}{hint}", expected=known)
-        listed = dataset(file, f"mask/{self._filter}", "SO")[()]
+        listed = read_whole(dataset(file, f"mask/{self._filter}", "SO"))
         kept = sorted((name.decode() if isinstance(name, bytes) else str(name) for name in listed.ravel()), key=natural)
         lost = [name for name in kept if name not in there]
         if len(set(kept)) < len(kept):
@@ -213,7 +229,7 @@ class RobomimicSource:
                 known = f"one of {', '.join(pictures)}" if pictures else "pictures uint8 [T, H, W, 3] in obs"
                 raise UsageError(f"{self._path} has no pictures {name!r}{nearest(name, pictures)}", expected=known)
             chosen[_camera_name(key)] = key
-        if not chosen:
+        if not chosen and self._cameras is None:
             raise SourceError(
                 f"{self._path} has no pictures, only {', '.join(observed)}",
                 expected="uint8 [T, H, W, 3] in obs",
@@ -251,6 +267,9 @@ class RobomimicSource:
             if not _is_picture(data):
                 found = f"{data.dtype} {data.shape}"
                 raise SourceError(f"{self._path}:{data.name} is {found}", expected="uint8 [T, H, W, 3]", fix=SKIP)
+            if data.id.get_storage_size() == 0:
+                raise SourceError(f"{self._path}:{data.name} was never written", expected="pictures", fix=SKIP)
+            require_rows(data, BLOCK)
             shapes[f"obs/{key}"] = data.shape
         if len({shape[0] for shape in shapes.values()}) > 1 or shapes["action"][0] < 1:
             raise SourceError(f"{self._path}:data/{demo} has shapes {shapes}", expected="one length", fix=SKIP)
@@ -288,7 +307,7 @@ class RobomimicSource:
             parts = []
             for path in paths:
                 data = dataset(file, f"data/{demo}/{path}")
-                parts.append(as_vectors(data[()], f"{self._path}:{data.name}"))
+                parts.append(as_vectors(read_whole(data), f"{self._path}:{data.name}"))
             if len({len(part) for part in parts}) > 1:
                 lengths = dict(zip(paths, map(len, parts), strict=True))
                 raise SourceError(f"{self._path}:data/{demo} has lengths {lengths}", expected="one length", fix=SKIP)

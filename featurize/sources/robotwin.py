@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.featurize.image import Image
-from vla.featurize.sources.base import Episode, ExtrasRecord, SourceIndex, StepSpec
+from vla.featurize.sources.base import Episode, ExtrasRecord, NoEpisodeError, SourceIndex, StepSpec, no_pictures
 from vla.featurize.sources.dimensions import TaskDims
 from vla.featurize.sources.padding import DIMS, joint_names, placed, real_columns
 from vla.featurize.sources.pictures import decode_picture
@@ -36,15 +36,15 @@ class RoboTwinSource:
     """RoboTwin files as a `Source`, with depth, intrinsics and poses as `views` where every episode has them.
 
     `arms` left, right or fused (left, then right); `include_gripper` True, False, or None: where there is one;
-    `cameras` chooses views, in order (None: all, by name); `actions` joint (HDF5) or planner (`_traj_data`), None:
-    joint where there is HDF5; `alignment` next: the action is the next frame's joints and the last frame has none, or
-    same: its own frame's, and there is no state (both only for files without actions of their own). `resample` linear
-    stretches planner paths over the frames; `images` is the folder of pictures kept as files; `channels` what a JPEG
-    decoder gives of an HDF5 file's pictures; `depth_unit` mm or m; `extrinsics` what newer files hold. `instruction`
-    and `instruction_index` choose among an episode's texts (-1: by its number), `task` replaces them; `fps` replaces
-    the files' rate. `pad_actions` takes tasks whose arms differ: all columns that any has, 0 where an episode has none,
-    and `action_dims` bool [A] says which are real. `skip_bad` leaves out what cannot be read and names it in
-    `index().skipped`.
+    `cameras` chooses views, in order (None: all, by name, []: numbers alone); `actions` joint (HDF5) or planner
+    (`_traj_data`), None: joint where there is HDF5; `alignment` next: the action is the next frame's joints and the
+    last frame has none, or same: its own frame's, and there is no state (both only for files without actions of their
+    own). `resample` linear stretches planner paths over the frames; `images` is the folder of pictures kept as files;
+    `channels` what a JPEG decoder gives of an HDF5 file's pictures; `depth_unit` mm or m; `extrinsics` what newer files
+    hold. `instruction` and `instruction_index` choose among an episode's texts (-1: by its number), `task` replaces
+    them; `fps` replaces the files' rate. `pad_actions` takes tasks whose arms differ: all columns that any has, 0 where
+    an episode has none, and `action_dims` bool [A] says which are real. `skip_bad` leaves out what cannot be read and
+    names it in `index().skipped`.
     Steps: `action` and `state` float32 [D] (radians, grippers from 0 closed to 1 open), `timestamp` float64 [] in
     seconds, `frame_index` int64 [].
     """
@@ -109,6 +109,8 @@ class RoboTwinSource:
         """See `Source.frames`. Each call opens the files for itself and holds one frame a camera."""
         indexed = self._index()
         checked = self._span(indexed, episode, start, stop)
+        if self.options.cameras == ():
+            raise no_pictures(f"{checked.files.id} in {self.root}")
         if not indexed.index.pictures:
             raise SourceError(
                 f"{checked.files.id} in {self.root} has no pictures", fix="--set source_options.images=DIR"
@@ -200,7 +202,7 @@ class RoboTwinSource:
             kept.append(replace(checked, texts=()))  # a hundred texts an episode add up
             episodes.append(Episode(files.id, checked.length, task))
         if not kept:
-            raise SourceError(f"every episode of {self.root} is bad; the first: {next(iter(skipped.values()))}")
+            raise NoEpisodeError(f"every episode of {self.root} is bad", skipped)
         index = replace(self._described(kept, episodes, cameras, skipped), warnings=strays)
         return _Indexed(index, tuple(kept))
 
@@ -228,6 +230,7 @@ class RoboTwinSource:
             skipped=skipped,
             extras=_extras(kept, cameras),
             pictures=bool(cameras),
+            assumed={} if first.states_fps else {"fps": f"{first.fps:g}, RoboTwin's default: the files state none"},
         )
 
     def _mapping(self) -> dict[str, str]:

@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from vla.featurize.hdf5 import find, need, opened
+from vla.featurize.hdf5 import find, need, opened, require_rows
 from vla.featurize.image import Image
 from vla.featurize.sources.episode_checks import OTHER_CAMERA, SKIP
 from vla.featurize.sources.pictures import decode_picture, require_size
@@ -72,6 +72,7 @@ def read_pictures(path: Path, camera: Camera, start: int, stop: int, channels: C
     with opened(path) as file:
         data = need(file, camera.pictures)
         encoded = form_of(data) == _ENCODED
+        require_rows(data, 1)
         for frame in range(start, stop):
             where = f"{path}:{camera.pictures}, frame {frame}"
             if encoded:
@@ -92,6 +93,8 @@ def read_extras(
     """
     with opened(path) as file:
         data = {extra: need(file, camera.extras[extra]) for extra in wanted}
+        for values in data.values():
+            require_rows(values, 1 if values.ndim > 2 else len(values))
         for frame in range(start, stop):
             made = {}
             for extra, values in data.items():

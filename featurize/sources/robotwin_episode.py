@@ -70,7 +70,8 @@ class Steps:
 class Checked:
     """An episode whose numbers hold, without them: `length` T frames with an action, `cameras` that have pictures.
 
-    `places` says where an HDF5 file keeps a camera, `newer` of which generation it is, `texts` what it says is done.
+    `places` says where an HDF5 file keeps a camera, `newer` of which generation it is, `texts` what it says is done,
+    `states_fps` whether `fps` is the file's own or an option, not RoboTwin's default.
     """
 
     files: Files
@@ -82,6 +83,7 @@ class Checked:
     newer: bool
     places: Mapping[str, Camera]
     texts: tuple[str, ...]
+    states_fps: bool = True
 
 
 def plan_of(files: Files, options: RoboTwinOptions) -> Path | None:
@@ -112,11 +114,12 @@ def load(files: Files, options: RoboTwinOptions) -> tuple[Checked, Steps]:
         path = cast(Path, plan)  # `plan_of` found one of the two
         steps = _planned(read_plan(path), demo, frames, options, str(path))
     cameras = tuple(files.images) or (tuple(demo.cameras) if demo else ())
-    fps = options.fps or (demo.fps if demo else None) or FPS
+    stated = options.fps if options.fps is not None else demo.fps if demo else None
+    fps = FPS if stated is None else stated
     places, texts = (demo.cameras, demo.texts) if demo else ({}, ())
     newer = demo is not None and demo.newer
     length, names = len(steps.action), (steps.names, steps.state_names)
-    return Checked(files, length, *names, cameras, fps, newer, places, texts), steps
+    return Checked(files, length, *names, cameras, fps, newer, places, texts, stated is not None), steps
 
 
 def _frames(files: Files, demo: Demo | None) -> int | None:

@@ -14,7 +14,6 @@ Both encode their RGB frames with OpenCV as if they were BGR: a JPEG decoder giv
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,12 +24,13 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from vla.featurize.hdf5 import find, names, need, opened
+from vla.featurize.hdf5 import find, names, need, opened, read_whole
 from vla.featurize.sources.episode_checks import SKIP
 from vla.featurize.sources.pictures import MAX_PIXELS
 from vla.featurize.sources.robotwin_cameras import Camera, camera_of, form_of
 from vla.featurize.sources.robotwin_joints import MAX_FRAMES, MAX_JOINTS, Arm
 from vla.featurize.sources.robotwin_layout import MAX_JSON_BYTES
+from vla.stores.documents import parse_json
 from vla.stores.errors import SourceError
 
 MAX_NUMBERS = 1 << 25
@@ -93,7 +93,8 @@ def _matrix(file: h5py.File, path: str) -> NDArray[np.float64]:
         or data.size > MAX_NUMBERS
     ):
         raise SourceError(f"{where} is {data.dtype} {data.shape}", expected="numbers [T, D]", fix=SKIP)
-    values: NDArray[np.float64] = data[()].astype(np.float64).reshape(len(data), data.shape[1] if data.ndim == 2 else 1)
+    width = data.shape[1] if data.ndim == 2 else 1
+    values: NDArray[np.float64] = read_whole(data).astype(np.float64).reshape(len(data), width)
     bad = ~np.isfinite(values).all(axis=1)
     if bad.any():
         raise SourceError(f"{where}, frame {int(bad.argmax())} is NaN or infinite", expected="finite numbers", fix=SKIP)
@@ -182,8 +183,8 @@ def _decoded(item: Any, where: str) -> str:
 
 def _listed(text: str, where: str) -> list[str]:
     try:
-        listed = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        listed = parse_json(text)
+    except ValueError as error:
         raise SourceError(f"{where} does not parse: {error}", expected="a JSON list of texts", fix=SKIP) from None
     if not isinstance(listed, list) or not all(isinstance(item, str) for item in listed):
         raise SourceError(f"{where} is no list of texts", expected="a JSON list of texts", fix=SKIP)

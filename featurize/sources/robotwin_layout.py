@@ -10,7 +10,6 @@ ROOT is one task. A folder of such folders, up to two levels down (TASK or TASK/
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vla.featurize.sources.episode_checks import SKIP
+from vla.stores.documents import parse_json
 from vla.stores.errors import SourceError, UsageError
 from vla.stores.pointers import refuse_pointer
 
@@ -153,10 +153,10 @@ def _json(path: Path) -> Any:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise SourceError(f"{path} has {path.stat().st_size} bytes", expected=f"at most {MAX_JSON_BYTES}")
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except OSError as error:
         raise SourceError(f"cannot read {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         refuse_pointer(path)
         raise SourceError(f"{path} does not parse: {error}", expected="JSON", fix=SKIP) from None
 

@@ -26,6 +26,8 @@ MAX_EPISODE_NUMBERS = 20_000_000
 """Of one column of an episode, which is made as a whole: 160 MB."""
 MAX_FRAMES = 100_000_000
 """Of all episodes: 115 days at 10 fps."""
+MAX_FRAME_PIXELS = 4096**2
+"""Of all cameras of one frame, which is drawn in float64: 0.8 GB."""
 REACH = 0.8
 """Blobs stay within this distance of the centre, in units of half a picture."""
 
@@ -52,6 +54,10 @@ class SyntheticSettings(Settings):
             raise ValueError(
                 f"length {list(self.length)} exceeds {MAX_EPISODE_NUMBERS // columns} frames an episode, or "
                 f"{MAX_FRAMES // self.episodes} for {self.episodes} episodes"
+            )
+        if self.cameras * self.image_size**2 > MAX_FRAME_PIXELS:
+            raise ValueError(
+                f"image_size {self.image_size} exceeds {MAX_FRAME_PIXELS} pixels over {self.cameras} cameras"
             )
         return self
 

@@ -35,15 +35,19 @@ STATUS = ("success", "status", "finish", "following_rate", "collision")
 DEPTH = 6
 """sim_data/SPLIT/seed_X/SCENE/EP below the root, and one more; it also ends links that lead in circles."""
 
+STEP = 0.1
+"""Seconds a step in OpenTrackVLA's own recordings, whose files do not state it."""
+
 ALIGN = ("refuse", "truncate")
 
 
 class TrackVLASource(RecordedSource):
     """Episodes of a robot that follows a person; the id is the path, such as `seed_100/SCENE/4`.
 
-    `dt` is seconds a step and `horizon` the number of waypoints (see `integrate_waypoints`); `align` says what becomes
-    of an episode whose frames and steps differ in number: refused, or cut to the shorter; `only_success` leaves out
-    episodes without success; `task` is the instruction of episodes that name none; `camera` names the view.
+    `dt` is seconds a step (None: `STEP`) and `horizon` the number of waypoints (see `integrate_waypoints`); `align`
+    says what becomes of an episode whose frames and steps differ in number: refused, or cut to the shorter;
+    `only_success` leaves out episodes without success; `task` is the instruction of episodes that name none; `camera`
+    names the view.
     Steps are `action` float32 [3] (vx, vy, wz: m/s, m/s, rad/s), `waypoints` float32 [horizon, 3] (x, y, heading: m,
     m, rad), `waypoints_valid` bool [horizon], `timestamp` float64 [] in seconds, `frame_index` int64 [].
     `texts` hold what EP.json says of success.
@@ -55,7 +59,7 @@ class TrackVLASource(RecordedSource):
         self,
         root: Path | str,
         *,
-        dt: float = 0.1,
+        dt: float | None = None,
         horizon: int = 8,
         align: str = "refuse",
         only_success: bool = False,
@@ -63,6 +67,8 @@ class TrackVLASource(RecordedSource):
         camera: str = "rgb",
         skip_bad: bool = False,
     ) -> None:
+        self._typed = dt is not None
+        dt = STEP if dt is None else dt
         if isinstance(dt, bool) or not isinstance(dt, int | float) or not 0 < dt < np.inf:
             raise UsageError(f"dt = {dt!r}", expected="seconds a step, above 0")
         if type(horizon) is not int or not 2 <= horizon <= 1024:
@@ -91,6 +97,10 @@ class TrackVLASource(RecordedSource):
     def mapping(self) -> dict[str, str]:
         """See `RecordedSource.mapping`."""
         return {"waypoints": f"{self._horizon} over {self._horizon} steps of {self._dt} s", "align": self._align}
+
+    def assumed(self) -> dict[str, str]:
+        """See `RecordedSource.assumed`."""
+        return {} if self._typed else {"dt": f"{self._dt:g} s a step, OpenTrackVLA's default"}
 
     def _prepared(self) -> Found:
         if self._only_success:

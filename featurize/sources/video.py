@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -21,12 +21,15 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from vla.featurize.image import Image
-from vla.featurize.sources.pictures import require_size
+from vla.featurize.sources.pictures import MAX_PIXELS, require_size
 from vla.stores.errors import SourceError
 from vla.stores.pointers import refuse_pointer
 
 TOLERANCE = 0.25
 """Of a frame's duration: how far a timestamp may lie off the grid of 1/fps. Milliseconds round by 0.03 at 60 fps."""
+
+ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.partition(".")[0]) >= 17 else {}
+"""PyAV 15 and 16 convert colours in one thread and have no such argument."""
 
 LOCAL = {"protocol_whitelist": "file"}
 
@@ -116,6 +119,8 @@ def read_clip(clip: Clip, start: int, stop: int) -> Iterator[Image]:
             require_size((stream.height, stream.width), clip.size, f"{clip.path}, {clip.label}")
             # An episode is short: starting threads and filling their pipeline costs more than they save.
             stream.codec_context.thread_count = 1
+            # A stream may claim another size than the container: the decoder refuses it before it allocates a picture.
+            stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
             grid = _Grid.of(stream, clip) if clip.times is None else _Listed(clip.times, clip)
             # One for all frames, without threads: each frame would set up its own conversion, 3 times slower.
             colour = VideoReformatter()
@@ -128,7 +133,7 @@ def read_clip(clip: Clip, start: int, stop: int) -> Iterator[Image]:
                     if number != wanted:
                         raise _misplaced(clip, stream, number, wanted)
                     _require_plain(frame, clip, number)
-                    yield cast(Image, colour.reformat(frame, format="rgb24", threads=1).to_ndarray())
+                    yield cast(Image, colour.reformat(frame, format="rgb24", **ONE_THREAD).to_ndarray())
                     wanted += 1
                     if wanted == stop:
                         return

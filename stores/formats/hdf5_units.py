@@ -13,6 +13,7 @@ as the manifest says, and every chunk inside the file.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Iterator
@@ -25,10 +26,11 @@ from numpy.typing import NDArray
 
 from vla.stores.below import open_below
 from vla.stores.dtypes import FILL
-from vla.stores.errors import CorruptionError
+from vla.stores.errors import CorruptionError, MachineError
 from vla.stores.filesystem import explaining
 from vla.stores.fingerprint import digest_array
 from vla.stores.formats.base import RowTable, UnitContent, part_specs
+from vla.stores.hdf5_files import open_hdf5
 from vla.stores.manifest import Manifest
 from vla.stores.shard import CRC_BYTES
 
@@ -70,10 +72,9 @@ class Hdf5Units:
         """See `UnitFormat.encode`. The file is made in memory: it gets its name when it is whole and durable."""
         import h5py
 
-        rows = manifest.unit_range(content.unit)
-        size = self.unit_files(manifest, content.unit)[_file(content.unit)].stop
-        options = {"driver": "core", "backing_store": False, "block_size": max(size, 1 << 16)}
-        with h5py.File("unit", "w", libver=LAYOUT_VERSION, **options) as file:
+        rows, image = manifest.unit_range(content.unit), io.BytesIO()
+        # Not the image of a core file that is open: HDF5 1.14 clears a flag in it and leaves the checksum as it was.
+        with h5py.File(image, "w", libver=LAYOUT_VERSION) as file:
             file.attrs.update({"unit": content.unit, "row_start": rows.start, "row_stop": rows.stop})
             file.attrs["manifest_sha256"] = np.bytes_(manifest.sha256())
             for name, shard in content.shards.items():
@@ -86,9 +87,7 @@ class Hdf5Units:
             for part, values in content.parts.items():
                 fill = np.nan if np.issubdtype(values.dtype, np.floating) else 0
                 _create(file, part, values.shape, values.dtype, fill, rows=len(values))[...] = values
-            file.flush()
-            image = file.id.get_file_image()
-        yield _file(content.unit), [memoryview(image)]
+        yield _file(content.unit), [image.getbuffer()]
 
     def feature_file(self, manifest: Manifest, feature: str, unit: int) -> str:
         """See `UnitFormat.feature_file`: one file for all features."""
@@ -129,7 +128,11 @@ class Hdf5Units:
             raise CorruptionError(f"unit {commit.unit}: {error.found}", fix=f"vla verify {root}") from None
         try:
             with _opened(path, commit, descriptor) as file:
-                values: NDArray[Any] = _dataset(file, part, shape, np.dtype(spec.dtype), rows=shape[0])[...]
+                dataset = _dataset(file, part, shape, np.dtype(spec.dtype), rows=shape[0])
+                stored = dataset.id.get_storage_size()
+                if stored != dataset.nbytes + CRC_BYTES or stored > commit.files[_file(commit.unit)].size:
+                    raise _NotOursError(f"{part} has {stored} bytes, not {dataset.nbytes + CRC_BYTES}")
+                values: NDArray[Any] = dataset[...]
         finally:
             os.close(descriptor)
         if digest_array(values) != commit.parts[part]:
@@ -163,19 +166,18 @@ def _opened(path: Path, commit: Commit, descriptor: int) -> Iterator[h5py.File]:
 
     Whatever is wrong with the file becomes a `CorruptionError`; the disk's errors stay the disk's.
     """
-    import h5py
-
     unit = commit.unit
     expected, fix = "the HDF5 file that was committed", f"vla verify {path.parent.parent}"
     try:
         if os.fstat(descriptor).st_size != commit.files[_file(unit)].size:
             raise _NotOursError("has another size")
-        # By descriptor: the name could be that of another file by now. The driver is named: a file may not choose
-        # another one, which might open other files.
-        with h5py.File(f"/dev/fd/{descriptor}", "r", driver="sec2") as file:
+        # By descriptor: the name could be that of another file by now.
+        with open_hdf5(Path(f"/dev/fd/{descriptor}")) as file:
             if file.userblock_size:
                 raise _NotOursError("has a user block")
             yield file
+    except MachineError:  # a `RuntimeError`, as those of HDF5
+        raise
     except OSError as error:
         if error.errno:
             with explaining(path):

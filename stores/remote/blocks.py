@@ -126,7 +126,7 @@ class BlockCache:
             self._fetch(numbers, missing)  # and look again: another process may make room in between
         raise MachineError(
             f"blocks of {self._bucket.url} are dropped as fast as they are fetched",
-            fix="a larger --set data.remote.limit_gb",
+            fix="--set data.remote.limit_gb=N, a larger N",
         )
 
     def _numbers(self, shard: Shard, offsets: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -18,9 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vla.stores.errors import MachineError
+from vla.stores.filesystem import translate_lock_errors
 from vla.stores.remote.options import RemoteOptions
 
 HEADER = 128
+CACHE_FIX = "export VLA_CACHE=DIR, a folder on a local disk"
 ROOM = 0.9
 """Once full, emptied to nine tenths: not every fetch after that has to drop something."""
 
@@ -68,7 +70,7 @@ class CacheFolder:
             raise MachineError(
                 f"one batch needs {needed / 2**20:.1f} MiB of blocks in {self.path}",
                 expected=f"at most {self._limit / 2**20:.1f} MiB",
-                fix="a larger --set data.remote.limit_gb, or smaller batches",
+                fix="--set data.remote.limit_gb=N, a larger N, or a smaller train.batch_size",
             )
         with self.exclusive():
             found = [entry for entry in self._shards() if entry[2]]
@@ -98,7 +100,8 @@ class CacheFolder:
 
     @contextmanager
     def _locked(self, kind: int) -> Iterator[None]:
-        fcntl.flock(self._descriptor, kind)
+        with translate_lock_errors(self.path, CACHE_FIX):
+            fcntl.flock(self._descriptor, kind)
         try:
             yield
         finally:

@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from vla.stores.documents import parse_json
 from vla.stores.errors import StoreError, VlaError
 from vla.stores.layout import COMMITS
 from vla.stores.remote.bucket import Bucket, ReplacedError, TakenError
@@ -136,7 +137,7 @@ def _is_dead(other: dict[str, Any]) -> bool:
 
 def _parse(data: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(data)
+        value = parse_json(data)
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

@@ -19,22 +19,22 @@ from pathlib import Path
 from typing import Any
 
 from vla.stores.commits import FileRecord
+from vla.stores.documents import parse_json
 from vla.stores.errors import CorruptionError, StoreError
-from vla.stores.filesystem import explaining
-from vla.stores.layout import COMMITS, LOCK
+from vla.stores.filesystem import explaining, translate_lock_errors
+from vla.stores.formats.registry import format_of
+from vla.stores.layout import COMMITS, METADATA, is_metadata
 from vla.stores.manifest import Manifest
+from vla.stores.metadata import MAX_METADATA_BYTES
 from vla.stores.remote.blocks import Shard, prepare
 from vla.stores.remote.bucket import Bucket, ObjectInfo
-from vla.stores.remote.cache import CacheFolder
-from vla.stores.remote.lease import LEASE
+from vla.stores.remote.cache import CACHE_FIX, CacheFolder
 from vla.stores.remote.naming import named
 from vla.stores.remote.options import RemoteOptions
 from vla.stores.remote.reader import readers_of
 from vla.stores.store import Store, open_store
 
-ROOT = "zarr.json"
-SHARDS = "frames/"
-
+ROOT = METADATA
 INDEX = "index.json"
 
 
@@ -60,10 +60,17 @@ def open_remote(url: str, options: RemoteOptions, *, allow_partial: bool = False
 
 
 def require_store(bucket: Bucket, objects: Mapping[str, ObjectInfo]) -> None:
-    """Raise `StoreError` where what is listed below the URL is no store, saying what is there."""
+    """Raise `StoreError` where what is listed below the URL is no store, saying what is there.
+
+    Raises `CorruptionError` for JSON larger than any of ours: objects are fetched whole into memory.
+    """
     if ROOT not in objects:
         listing = ", ".join(sorted({path.partition("/")[0] for path in objects})[:4]) or "nothing"
         raise StoreError(f"{bucket.url} is no store (holds {listing})", expected="zarr.json", fix="the store's own URL")
+    for path, info in objects.items():
+        if is_metadata(path) and path.endswith(".json") and info.size > MAX_METADATA_BYTES:
+            found = f"{bucket.url}/{path} has {info.size} bytes"
+            raise CorruptionError(found, expected=f"metadata of at most {MAX_METADATA_BYTES} bytes")
 
 
 def require_supported(manifest: Manifest, url: str) -> None:
@@ -79,7 +86,7 @@ def mirror_metadata(bucket: Bucket, objects: Mapping[str, ObjectInfo], files: Pa
 
     `index` remembers the tags of what is there.
     """
-    wanted = {path: info for path, info in objects.items() if _is_metadata(path)}
+    wanted = {path: info for path, info in objects.items() if is_metadata(path)}
     known = _read_index(index)
     stale = [path for path, info in wanted.items() if known.get(path) != info.etag or not (files / path).is_file()]
     (files / COMMITS).mkdir(parents=True, exist_ok=True)
@@ -91,16 +98,11 @@ def mirror_metadata(bucket: Bucket, objects: Mapping[str, ObjectInfo], files: Pa
     _write(index, json.dumps({path: info.etag for path, info in wanted.items()}).encode())
 
 
-def _is_metadata(path: str) -> bool:
-    if path in (LOCK, LEASE):
-        return False
-    return path.endswith(".json") or path.startswith(("episodes/", "tasks/"))
-
-
 def _mirror_units(bucket: Bucket, objects: Mapping[str, ObjectInfo], store: Store, folder: Path) -> dict[str, Shard]:
     """Bring the small files of every commit; make the sparse shards. Return the shards by path."""
-    shards, missing = {}, {}
+    shards, missing, form = {}, {}, format_of(store.manifest)
     for commit in store.commits.values():
+        rows = {form.feature_file(store.manifest, name, commit.unit) for name in store.manifest.features}
         for path, record in commit.files.items():
             info = objects.get(path)
             if info is None or info.size != record.size:
@@ -108,7 +110,7 @@ def _mirror_units(bucket: Bucket, objects: Mapping[str, ObjectInfo], store: Stor
                 array = "/".join(path.split("/")[:2])
                 where = f"array {array}, unit {commit.unit}: {bucket.url}/{path}"
                 raise CorruptionError(f"{where} {what}", fix=f"vla verify {bucket.url}")
-            if path.startswith(SHARDS):
+            if path in rows:
                 shards[path] = Shard(path, info, record.sha256, bucket.options.block_bytes)
             elif not _matches(store.root / path, record):
                 missing[path] = record
@@ -154,13 +156,14 @@ def _folder(cache: Path, url: str, manifest: bytes) -> Path:
 def _opening(folder: Path) -> Iterator[None]:
     """One process at a time brings a store's small files; the next finds them there."""
     with (folder / "opening.lock").open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with translate_lock_errors(folder, CACHE_FIX):
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _read_index(index: Path) -> dict[str, Any]:
     try:
-        known = json.loads(index.read_bytes())
+        known = parse_json(index.read_bytes())
     except (FileNotFoundError, ValueError):  # none yet, or cut short: everything is fetched
         return {}
     return known if isinstance(known, dict) else {}

@@ -23,7 +23,7 @@ from vla.stores.metadata import read_manifest
 from vla.stores.owned import STORE
 from vla.stores.remote.bucket import Bucket, ObjectInfo, TakenError
 from vla.stores.remote.lease import LEASE, Lease, writer_lease
-from vla.stores.remote.mirror import INDEX, ROOT, mirror_metadata, require_supported
+from vla.stores.remote.mirror import INDEX, ROOT, mirror_metadata, require_store, require_supported
 from vla.stores.remote.naming import named
 from vla.stores.remote.options import RemoteOptions
 from vla.stores.tables import EpisodeTable
@@ -82,6 +82,7 @@ def open_remote_writer(
             shutil.rmtree(root, ignore_errors=True)
             (staging / INDEX).unlink(missing_ok=True)
             if ROOT in objects:
+                require_store(bucket, objects)
                 mirror_metadata(bucket, objects, root, staging / INDEX)
             if ROOT in objects and overwrite:
                 read_manifest(root)
@@ -119,7 +120,8 @@ def _require_usable(bucket: Bucket, objects: Mapping[str, ObjectInfo], *, resume
         return
     # Without a root `zarr.json`, a store whose writing or deletion was cut short may be here, and nothing else.
     if foreign:
-        raise StoreError(f"{bucket.url} is no store and holds {foreign[0]}", fix="another --out or --name")
+        found = f"{bucket.url} {'holds' if ROOT in objects else 'is no store and holds'} {foreign[0]}"
+        raise StoreError(found, expected="objects of a store alone", fix="another --out or --name")
 
 
 def _remove(bucket: Bucket, objects: Mapping[str, ObjectInfo]) -> None:

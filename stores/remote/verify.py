@@ -59,7 +59,8 @@ def verify_listed(
     report.units, report.committed = store.manifest.units, len(store.commits)
     for file, lie in lying.items():
         report.add(record_unit(file), str(lie))
-    report.missing = [unit for unit in range(report.units) if unit not in {*store.commits, *report.damaged}]
+    there = {*store.commits, *report.damaged}
+    report.missing = [unit for unit in range(report.units) if unit not in there]
     if report.missing:
         line = f"units {ranges(report.missing)} of {bucket.url} are not committed (vla featurize … --resume)"
         report.findings.append(line)

@@ -275,7 +275,10 @@ def test_a_multiple_of_both_patches_keeps_siglips_own_table_of_positions(
         ({"grid": 25}, "grid=25 exceeds the 24x24 patches of a 384 px picture"),
         ({"towers": "dino", "fine": 25}, "fine=25 and coarse=2 cannot exceed grid=24"),
         ({"dino": "a/b"}, "give either weights, or dino and siglip"),
-        ({"size": 378}, "size 378 is no multiple of the 16 px patches of dinov3_vit.*Try: size=368 or size=384"),
+        (
+            {"size": 378},
+            "size 378 is no multiple of the 16 px patches of dinov3_vit.*options.size=368.*options.size=384",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(options: dict[str, Any], message: str) -> None:

@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from vla.cli import app
 from vla.featurize.caches import job as import_job
 from vla.featurize.caches.job import ImportConfig, prepare, run
 from vla.featurize.caches.registry import CACHES
@@ -17,6 +16,7 @@ from vla.featurize.sources.registry import open_source
 from vla.stores.errors import FingerprintError, MachineError, UsageError
 from vla.stores.store import open_store
 from vla.stores.verify import verify_store
+from vla.terminal.run_app import run_app
 
 
 def _import(made, root, **changes):
@@ -112,13 +112,10 @@ def test_a_plain_npy_folder_takes_its_actions_from_a_source(memory_path):
     assert job.plan.manifest.features["feature"].shape == (1, 7)
 
 
-@pytest.mark.slow
-def test_the_command_prints_json_and_refuses_an_existing_store(make_cache, memory_path):
+def test_the_command_prints_json_and_refuses_an_existing_store(make_cache, memory_path, capsys):
     made, out = make_cache("arrays"), memory_path / "store"
-    command = [sys.executable, "-c", "from vla.cli import main; main()", "import", "arrays"]
-    command += [str(made.settings["path"]), "--out", str(out), "--set", "fps=10", "--json"]
-    first = subprocess.run(command, capture_output=True, text=True, timeout=50, check=True)
-    assert json.loads(first.stdout)["frames"] == 20
-    again = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
-    assert again.returncode == 2
-    assert "--resume" in again.stderr
+    command = ["import", "arrays", str(made.settings["path"]), "--out", str(out), "--set", "fps=10", "--json"]
+    assert run_app(app, command) == 0
+    assert json.loads(capsys.readouterr().out)["frames"] == 20
+    with pytest.raises(UsageError, match="--resume"):
+        run_app(app, command)

@@ -12,7 +12,7 @@ import pytest
 
 from vla.cli import app
 from vla.featurize.backbones.toy import Toy
-from vla.stores.errors import UsageError
+from vla.stores.errors import StoreError, UsageError
 from vla.terminal.run_app import run_app
 from vla.training.checkpoint import newest_complete
 from vla.training.state import TrainState
@@ -117,7 +117,7 @@ def test_a_run_that_an_earlier_version_wrote_is_refused_with_what_to_type(whole:
     (tmp_path / "run.json").write_text(json.dumps(saved))
     with pytest.raises(UsageError, match=r"settings"):
         vla("train-head", "--config", tmp_path, "--out", tmp_path / "again")
-    with pytest.raises(UsageError, match="head"):
+    with pytest.raises(UsageError, match=r"run\.json"):
         vla("train-head", "--resume", "--out", tmp_path / "nothing")
 
 
@@ -141,3 +141,95 @@ def test_a_store_is_a_configuration_and_gives_the_same_bytes(
 ) -> None:
     assert vla("featurize", "--config", store / file, "--out", tmp_path) == 0
     assert files_of(tmp_path / "toy") == files_of(store)
+
+
+@pytest.mark.parametrize("file", ["run.json", ""])
+def test_a_saved_run_with_the_backbones_in_the_loop_is_replayed_with_them(
+    store: Path, tmp_path: Path, file: str, files_of: Files
+) -> None:
+    saved, again = tmp_path / "saved", tmp_path / "again"
+    assert vla("train-head", "mlp", "--store", store, "--online", "--out", saved, *sets(*SETTINGS)) == 0
+    assert vla("train-head", "--config", saved / file, "--out", again) == 0
+    assert files_of(newest_complete(again)) == files_of(newest_complete(saved))
+
+
+def test_a_saved_run_replays_and_resumes_from_another_working_directory(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(store.parent)
+    assert vla("train-head", "mlp", "--store", store.name, "--out", tmp_path / "run", *sets(*SETTINGS)) == 0
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    Path(store.name).mkdir()  # what is here counts more than where the run began
+    with pytest.raises(StoreError, match=store.name):
+        vla("train-head", "--config", "../run", "--out", "../again")
+    Path(store.name).rmdir()
+    assert vla("train-head", "--resume", "--out", "../run") == 0
+    assert vla("train-head", "--config", "../run", "--out", "../again") == 0
+    saved, again = (newest_complete(tmp_path / run) / "model.safetensors" for run in ("run", "again"))
+    assert again.read_bytes() == saved.read_bytes()
+
+
+def test_a_saved_run_with_the_backbone_in_the_loop_replays_with_the_backbone_in_the_loop(
+    store: Path, tmp_path: Path
+) -> None:
+    settings = sets(*SETTINGS, "online.batch_size=3")
+    assert vla("train-head", "mlp", "--store", store, "--online", "--out", tmp_path / "live", *settings) == 0
+    assert vla("train-head", "--config", tmp_path / "live", "--out", tmp_path / "again") == 0
+    replayed, saved = (json.loads((tmp_path / name / "run.json").read_bytes()) for name in ("again", "live"))
+    assert replayed == saved
+    assert replayed["settings"]["online"]["batch_size"] == 3
+
+
+def test_a_run_from_cached_features_does_not_go_on_with_the_backbone_in_the_loop(whole: Path) -> None:
+    with pytest.raises(UsageError, match="cached"):
+        vla("train-head", "--resume", "--online", "--out", whole)
+
+
+@pytest.mark.parametrize("saved", ["run", "store"])
+def test_a_configuration_that_extends_a_saved_one_changes_its_settings(
+    whole: Path, store: Path, tmp_path: Path, saved: str
+) -> None:
+    file = (whole if saved == "run" else store).parent / "more.toml"  # a file extends those of its own folder
+    if saved == "run":
+        file.write_text(f'extends = "{whole.name}/run.json"\n[train]\nsteps = 4\n')
+        assert vla("train-head", "--config", file, "--out", tmp_path / "again") == 0
+        assert newest_complete(tmp_path / "again").name == "step-00000004"
+    else:
+        file.write_text(f'extends = "{store.name}/zarr.json"\n[options]\nchannels = 5\n')
+        assert vla("featurize", "--config", file, "--out", tmp_path) == 0
+        assert json.loads((tmp_path / "toy/frames/grid/zarr.json").read_bytes())["shape"][-1] == 5
+
+
+@pytest.mark.parametrize(
+    ("command", "saved", "key"),
+    [
+        (["featurize"], "run", "train"),
+        (["train-head"], "store", "attributes"),
+        (["distill", "--dry-run"], "run", "head"),
+        (["fit-fast", "--store", "x"], "run", "train"),
+        (["action-dims"], "run", "train"),
+    ],
+)
+def test_what_another_command_saved_is_refused_by_its_file(
+    command: list[str], saved: str, key: str, whole: Path, store: Path, tmp_path: Path
+) -> None:
+    place = whole / "run.json" if saved == "run" else store / "zarr.json"
+    with pytest.raises(UsageError, match=str(place)) as caught:
+        vla(*command, "--config", place.parent, *(["--out", tmp_path / "x"] if "action-dims" not in command else []))
+    assert key in str(caught.value)
+
+
+@pytest.mark.parametrize("command", ["train-head", "distill", "featurize"])
+def test_resuming_where_nothing_was_begun_names_the_folder_and_what_lies_in_it(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "some/one").mkdir(parents=True)
+    for name in ("run.json", "zarr.json"):
+        (tmp_path / "some/one" / name).write_text("{}")
+    for out, advice in ((tmp_path / "some", "--out .*some/one$"), (tmp_path / "nothing", "")):
+        with pytest.raises(UsageError, match=f"{out}.*{advice}"):
+            vla(command, "--resume", "--out", out)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"--out|stores"):
+        vla(command, "--resume")

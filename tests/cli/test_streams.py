@@ -74,6 +74,14 @@ def test_a_full_stdout_is_one_line_and_exit_code_4(
     assert said.getvalue().startswith(b"vla: ")
 
 
+@pytest.mark.parametrize("buffered", ["", "1"])
+@pytest.mark.parametrize("words", [["--version"], ["backbones", "--json"]])
+def test_a_full_stdout_is_exit_code_4_in_an_unbuffered_process_too(words: list[str], buffered: str) -> None:
+    """Container images set PYTHONUNBUFFERED, and typer writes nothing to a stream to find out what the stream takes."""
+    done = run_shell('"$@" >/dev/full', *words, PYTHONUNBUFFERED=buffered)
+    assert (done.returncode, done.stderr.count(b"\n")) == (4, 1), done.stderr
+
+
 @pytest.mark.parametrize(("code", "ends"), [(0, 4), (1, 1), (3, 3)])
 def test_a_lost_result_hides_no_failure(code: int, ends: int, monkeypatch: pytest.MonkeyPatch) -> None:
     streams(monkeypatch, Full(), io.BytesIO())

@@ -37,7 +37,7 @@ SHOWN: dict[str, tuple[Callable[[], None], list[str]]] = {
         lambda: reports.show_heads([{"head": "fm", "summary": TEXT, "needs": [NAME], "commands": [COMMAND]}]),
         [COMMAND],
     ),
-    "settings": (lambda: reports.show_fields("fm", [FIELD]), [f"model.{NAME}", COMMAND, '= ["a b", "c"]']),
+    "settings": (lambda: reports.show_fields([FIELD], "how"), [f"model.{NAME}", COMMAND, '= ["a b", "c"]']),
     "inspect": (lambda: output.show_facts({"store": FOLDER, "tasks": [TEXT, FOLDER]}), [FOLDER, f'"{FOLDER}"']),
     "inspect --source": (
         lambda: reports.show_check({"statistics": {"action": [STATISTICS]}}, [f"{FOLDER}: {TEXT}"], FOLDER),

@@ -30,6 +30,10 @@ import pytest
 import torch
 
 from vla.stores.fingerprint import canonical, digest
+from vla.stores.formats.registry import format_of
+from vla.stores.layout import write_metadata
+from vla.stores.manifest import Manifest
+from vla.stores.metadata import table_digests
 
 pytestmark = [
     pytest.mark.timeout(300),  # seconds of work, minutes on a machine that does something else
@@ -291,6 +295,176 @@ def millions_of_rows(root: Path) -> None:
             writer.write_table(table)
 
 
+# ---- sizes that no byte accounts for ----
+
+
+def zarr_2(folder: Path, shape: list[int], chunks: list[int], dtype: str = "<f4", **files: bytes) -> None:
+    folder.mkdir(parents=True)
+    metadata = {"zarr_format": 2, "shape": shape, "chunks": chunks, "dtype": dtype, "order": "C", "fill_value": 0}
+    compressor = {"id": "zstd", "level": 1} if files else None
+    (folder / ".zarray").write_text(json.dumps({**metadata, "compressor": compressor, "filters": None}))
+    for name, data in files.items():
+        (folder / name.removeprefix("at").replace("_", ".")).write_bytes(data)
+
+
+def packed(values: np.ndarray[Any, Any]) -> bytes:
+    return bytes(numcodecs.Zstd(level=19).encode(np.ascontiguousarray(values)))
+
+
+def replay_buffer(
+    rows: int, picture: tuple[list[int], list[int]], action: tuple[list[int], list[int]], how: str = "replay buffer"
+) -> Artefact:
+    """One episode of `rows` rows; (shape, chunks) of the pictures and of the actions, one chunk of each is there."""
+
+    def make(folder: Path, canary: Path) -> Path:
+        (folder / "s").mkdir()
+        (folder / "s/.zgroup").write_text('{"zarr_format": 2}')
+        zarr_2(folder / "s/meta/episode_ends", [1], [1], "<i8", at0=packed(np.array([rows])))
+        zarr_2(folder / "s/data/img", *picture, "|u1", at0_0_0_0=packed(np.zeros(1, "u1")))
+        zarr_2(folder / "s/data/action", *action, at0_0=packed(np.zeros(9 << 20, "<f4")))
+        return folder / "s"
+
+    return Artefact(how, make, "s/data")
+
+
+def endless_ends(folder: Path, canary: Path) -> Path:
+    """No chunk at all: every episode ends at the fill value."""
+    (folder / "s").mkdir()
+    (folder / "s/.zgroup").write_text('{"zarr_format": 2}')
+    zarr_2(folder / "s/meta/episode_ends", [10**12], [10**12], "<i8")
+    zarr_2(folder / "s/data/img", [9, 8, 8, 3], [9, 8, 8, 3], "|u1")
+    zarr_2(folder / "s/data/action", [9, 2], [9, 2])
+    return folder / "s"
+
+
+def robomimic(write: Callable[[h5py.Group], object], how: str = "source", edit: Any = None) -> Artefact:
+    """One demonstration whose arrays `write` makes; `edit` changes the bytes of the file."""
+
+    def make(folder: Path, canary: Path) -> Path:
+        with h5py.File(folder / "s.hdf5", "w") as file:
+            demo = file.create_group("data/demo_0")
+            demo.create_group("obs")
+            file["data"].attrs["env_args"] = json.dumps({"env_kwargs": {"control_freq": 20}})
+            write(demo)
+        if edit is not None:
+            (folder / "s.hdf5").write_bytes(edit((folder / "s.hdf5").read_bytes()))
+        assert (folder / "s.hdf5").stat().st_size < 400_000
+        return folder / "s.hdf5"
+
+    return Artefact(how, make, "s.hdf5")
+
+
+def empty_rows(demo: h5py.Group, rows: int = 10**8) -> None:
+    """Arrays of which nothing was written: they read as zeros."""
+    demo.create_dataset("actions", (rows, 7), "f8", chunks=(1024, 7))
+    demo.create_dataset("obs/front_image", (rows, 84, 84, 3), "u1", chunks=(1, 84, 84, 3))
+    demo.create_dataset("obs/grid", (rows, 64), "f4", chunks=(1024, 64))
+
+
+def packed_rows(demo: h5py.Group) -> None:
+    """Zeros that gzip packs a thousandfold."""
+    data = np.zeros((12 << 20, 2), "f4")
+    demo.create_dataset("actions", data=data, chunks=(1 << 20, 2), compression="gzip", compression_opts=9)
+    demo.create_dataset("obs/front_image", (len(data), 8, 8, 3), "u1", chunks=(1, 8, 8, 3))
+
+
+def contiguous(demo: h5py.Group) -> None:
+    demo.create_dataset("actions", data=np.ones((317, 7)))
+    demo.create_dataset("obs/front_image", (10**8, 8, 8, 3), "u1", chunks=(1, 8, 8, 3))
+
+
+def longer_than_the_file(data: bytes) -> bytes:
+    """Claim 10^8 rows where the file has 317: in the shape and in the layout of the contiguous array."""
+    shape, size = struct.pack("<QQ", 317, 7), struct.pack("<Q", 317 * 7 * 8)
+    assert data.count(shape) == 2
+    assert data.count(size) == 1
+    return data.replace(shape, struct.pack("<QQ", 10**8, 7)).replace(size, struct.pack("<Q", 10**8 * 7 * 8))
+
+
+def one_giant_picture(demo: h5py.Group) -> None:
+    demo.create_dataset("actions", data=np.ones((3, 7)))
+    demo.create_dataset("obs/front_image", (3, 10**6, 10**6, 3), "u1", chunks=(1, 64, 64, 3))[0, 0, 0] = 1
+
+
+def a_filter_of_names(demo: h5py.Group) -> None:
+    demo.create_dataset("actions", data=np.ones((3, 7)))
+    demo.create_dataset("obs/front_image", data=np.ones((3, 8, 8, 3), "u1"))
+    demo.file.create_dataset("mask/train", (10**9,), h5py.string_dtype(), chunks=(1024,))
+
+
+def hollow_store(rows: int, unit_rows: int, **changes: Any) -> Artefact:
+    """A store without a commit, one episode of `rows` rows, every digest and every declared shape in agreement."""
+
+    def make(folder: Path, canary: Path) -> Path:
+        root = folder / "s"
+        shutil.copytree(GOLDEN / "zarr", root)
+        for path in (root / "commits").iterdir():
+            path.unlink()
+        tables: dict[str, np.ndarray[Any, Any]] = {
+            "episodes/id": np.frombuffer(b"x", np.uint8)[None],
+            "episodes/row_start": np.zeros(1, np.int64),
+            "episodes/length": np.array([rows]),
+            "episodes/task": np.zeros(1, np.int64),
+            "tasks/text": np.frombuffer(b"t", np.uint8)[None],
+        }
+
+        def renew(manifest: dict[str, Any]) -> None:
+            manifest.update(rows=rows, unit_rows=unit_rows, tables=table_digests(tables), **changes)
+
+        resign(root, renew)
+        manifest = Manifest.model_validate(json.loads((root / "zarr.json").read_text())["attributes"]["vla"])
+        shutil.rmtree(root)
+        write_metadata(root, manifest, tables, format_of(manifest).arrays(manifest), format_of(manifest).folders)
+        return root
+
+    return Artefact("empty store", make, "s")
+
+
+def lost_in_brackets(depth: int) -> str:
+    """JSON that parses and is nested `depth` deep."""
+    return '{"a":' * depth + "1" + "}" * depth
+
+
+def deep_in(file: str, key: str) -> Callable[[Path], object]:
+    """Nest a value of a JSON file 900 deep: the parser takes it, what walks it afterwards may not."""
+
+    def change(root: Path) -> None:
+        document = json.loads((root / file).read_text()) if (root / file).exists() else {}
+        (root / file).write_text(json.dumps({**document, key: "DEEP"}).replace('"DEEP"', lost_in_brackets(900)))
+
+    return change
+
+
+def deep_manifest(root: Path, canary: Path) -> None:
+    """A valid digest over a fingerprint that is nested 900 deep."""
+    resign(root, lambda manifest: manifest["provenance"].update(deep=json.loads(lost_in_brackets(900))))
+
+
+def deep_record(root: Path, canary: Path) -> None:
+    file = root / "commits/unit-000001.json"
+    body = json.loads(file.read_bytes())
+    body.pop("sha256")
+    body["skipped"] = json.loads(lost_in_brackets(900))
+    file.write_bytes(canonical({**body, "sha256": digest(body)}) + b"\n")
+
+
+def parquet_of_rows(root: Path) -> None:
+    """A footer that claims 10^12 rows above three."""
+    file = root / "data/chunk-000/file-000.parquet"
+    file.parent.mkdir(parents=True)
+    table = pq.read_table(Path(__file__).parents[2] / "examples/push/data/chunk-000/file-000.parquet")
+    pq.write_table(table.slice(0, 3).replace_schema_metadata(), file)
+    data = file.read_bytes()
+    size = int.from_bytes(data[-8:-4], "little")
+    footer, claimed = data[-8 - size : -8], 2 * 10**12  # zigzag
+    varint = b""
+    while claimed:
+        varint, claimed = varint + bytes([claimed & 127 | (128 if claimed > 127 else 0)]), claimed >> 7
+    assert footer.count(b"\x16\x06\x19\x1c") == 1
+    footer = footer.replace(b"\x16\x06\x19\x1c", b"\x16" + varint + b"\x19\x1c")
+    file.write_bytes(data[: -8 - size] + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+
+
 ARTEFACTS: dict[str, Artefact] = {
     # code
     "store: a codec that unpickles": store(pickling_codec),
@@ -332,6 +506,42 @@ ARTEFACTS: dict[str, Artefact] = {
     "cache: an array of terabytes": Artefact("arrays", endless_array, "episode_000000.npy"),
     "source: millions of rows in few bytes": source_of(millions_of_rows),
     "source: JSON without end of depth": source_of(lambda root: (root / "meta/info.json").write_bytes(b"[" * 10**6)),
+    "store: a billion units, none committed": hollow_store(1 << 30, 1),
+    "store: a billion rows, none committed": hollow_store(1 << 30, 1 << 20),
+    "store: steps of terabytes, none committed": hollow_store(
+        1 << 20, 1 << 20, steps={"action": {"shape": [1 << 20], "dtype": "float32", "role": "action", "names": []}}
+    ),
+    "store: a manifest nested 900 deep": store(deep_manifest),
+    "store: the metadata of an array nested 900 deep": store(
+        lambda root, canary: deep_in("frames/grid/zarr.json", "attributes")(root)
+    ),
+    "store: a record nested 900 deep": store(deep_record),
+    "replay buffer: a thousand million chunks": replay_buffer(
+        10**9, ([10**9, 8, 8, 3], [1, 8, 8, 3]), ([10**9, 2], [1, 2])
+    ),
+    "replay buffer: one chunk of terabytes": replay_buffer(
+        10**9, ([10**9, 8, 8, 3], [10**9, 8, 8, 3]), ([10**9, 2], [10**9, 2])
+    ),
+    "replay buffer: a picture of terabytes": replay_buffer(
+        3, ([3, 10**6, 10**6, 3], [3, 10**6, 10**6, 3]), ([3, 3 << 20], [3, 3 << 20])
+    ),
+    "replay buffer: actions that unpack to gigabytes": replay_buffer(
+        9 << 20, ([9 << 20, 8, 8, 3], [9 << 20, 8, 8, 3]), ([9 << 20, 64], [9 << 20, 64])
+    ),
+    "replay buffer cache: a thousand million chunks": replay_buffer(
+        10**9, ([10**9, 8, 8, 3], [1, 8, 8, 3]), ([10**9, 2], [1, 2]), "replay buffer cache"
+    ),
+    "replay buffer: ends that are the fill value": Artefact("replay buffer", endless_ends, "episode_ends"),
+    "replay buffer cache: ends that are the fill value": Artefact("replay buffer cache", endless_ends, "episode_ends"),
+    "robomimic: 10^8 rows of which none was written": robomimic(empty_rows),
+    "robomimic cache: 10^8 rows of which none was written": robomimic(empty_rows, "robomimic cache"),
+    "robomimic: zeros packed a thousandfold": robomimic(packed_rows),
+    "robomimic: an array longer than its file": robomimic(contiguous, edit=longer_than_the_file),
+    "robomimic: a filter of a thousand million names": robomimic(a_filter_of_names, "robomimic filter"),
+    "robomimic: pictures of terabytes": robomimic(one_giant_picture),
+    "source: a footer of 10^12 rows": source_of(parquet_of_rows),
+    "source: info.json nested 900 deep": source_of(deep_in("meta/info.json", "robot_type")),
+    "source: modality.json nested 900 deep": source_of(deep_in("meta/modality.json", "state")),
     # lies
     "head: tensors that overlap": head(
         safetensors(tensors(x=("F32", [2], [0, 8]), y=("F32", [2], [4, 12])), bytes(12)), "ema.safetensors"
@@ -404,6 +614,7 @@ def test_a_hostile_artefact_is_refused_by_name_and_runs_nothing(name: str, outco
     assert "\n" not in found["said"]
     assert ARTEFACTS[name].says in found["said"]
     assert found["grown_mb"] < 500
+    assert found["cpu_s"] < 5  # seconds of work: the clock also counts what else the machine does
 
 
 def test_the_bombs_of_this_table_go_off(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """A small `featurize`, its episodes labelled, that is made to fail: run by these tests, in a process of its own.
 
-    victim.py crash FOLDER PHASE WHEN     the process ends at each file-system operation that changes something
+    victim.py crash FOLDER PHASE WHEN STRIDE   the process ends at each file-system operation that changes something
     victim.py error FOLDER PHASE STRIDE   every STRIDE-th operation, reading ones too, fails with an errno
     victim.py kill  FOLDER COUNT SEED     SIGKILL at random moments of a slow run
     victim.py full  FOLDER STRIDE         a disk that fills up at every possible place; FOLDER is a small file system
@@ -254,15 +254,18 @@ class Stage:
 WHENS = {"short": ("before", "halfway", "last"), "long": ("before", "halfway", "after")}
 
 
-def crash(folder: Path, phase: str, when: str) -> dict[str, Any]:
-    """End the process before each changing operation, in the middle of each write, and after the last or after each."""
+def crash(folder: Path, phase: str, when: str, stride: int) -> dict[str, Any]:
+    """End the process before each changing operation, in the middle of each write, and after the last or after each.
+
+    Before every `stride`-th operation only, and in the middle of every `stride`-th write, where it is above 1.
+    """
     stage = Stage(folder, phase)
     names = stage.operations(reading=False)
     failures, deaths, moments = [], 0, []
     for kind in WHENS[when]:
         every = range(1, len(names) + 1)
         chosen = {"halfway": [at for at in every if names[at - 1] == "write"], "last": [len(names)]}.get(kind, every)
-        moments += [(at, kind) for at in chosen]
+        moments += [(at, kind) for at in chosen[::stride]]
     for at, kind in moments:
 
         def strike(name: str, half: Callable[[], Any], kind: str = kind) -> None:
@@ -391,7 +394,7 @@ if __name__ == "__main__":
     command, where, *rest = sys.argv[1:]
     target = Path(where)
     if command == "crash":
-        result = crash(target, rest[0], rest[1])
+        result = crash(target, rest[0], rest[1], int(rest[2]))
     elif command == "error":
         result = error(target, rest[0], int(rest[1]))
     elif command == "full":

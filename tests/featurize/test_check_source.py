@@ -111,8 +111,8 @@ def test_pictures_of_several_sizes_types_or_one_colour_are_found(faulty: Faulty)
     faulty.changed_frames = {**plain, (0, 0): (plain[0, 0][0], large), (1, 0): (plain[1, 0][0], deep)}
     assert found(check()) == [
         "picture: episode_000001, frame 0, camera1: float32 (16, 16, 3)",
-        "picture: camera0 shows one colour in all of 12 frames",
-        "picture: camera1 has pictures of several sizes: 16 x 20 (1), 16 x 16 (10); expected one",
+        "picture: camera1 has pictures of several sizes: 16 x 20 (1), 16 x 16 (18); expected one",
+        "picture: camera0 is black in every episode, in 100% or more of the frames looked at",
     ]
 
 

@@ -57,6 +57,7 @@ CONFIG: dict[str, Row] = {
     "map": Row("features", ('map={"prize": "reward"}',), "source.mapping.prize", LEROBOT),
     "source_options": Row("features", ('source_options={"seed": 1}',), "source.digest"),
     "skip_bad": Row("neutral", ("skip_bad=true",), base=LEROBOT),
+    "max_skipped": Row("neutral", ("max_skipped=0.1",), base=LEROBOT),
     "store": Row("features", ('store={"dtype": "float32"}',), "features.grid.dtype"),
     "batch_size": Row("neutral", ("batch_size=3",)),
     "device": Row("neutral", ("device=cpu",)),

@@ -51,7 +51,8 @@ def test_waypoints_that_never_turn_come_back_without_a_turn(awake_head: MakeHead
 def test_an_exported_program_returns_a_constant_dimension_exactly(
     name: str, awake_head: MakeHead, as_trained: Callable[[HeadModel, str], TrainedHead], tmp_path: Path
 ) -> None:
-    model = awake_head(name)
+    sampled = name not in ("mlp", "track-light")
+    model = awake_head(name, **({"sample_steps": 2} if sampled else {}))  # torch.export unrolls every step
     rng = np.random.default_rng(0)
     actions = np.stack([rng.normal(size=64), np.full(64, 0.1)], axis=1).astype(np.float32)
     model.fit_normalisers(actions, rng.normal(size=(64, 3)).astype(np.float32))

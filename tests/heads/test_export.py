@@ -70,7 +70,8 @@ def test_the_exported_head_acts_as_the_live_one_given_the_same_noise(
     tmp_path: Path,
 ) -> None:
     name = every.partition("-")[0]
-    steps = {} if name in ("mlp", "track") else {"sample_steps": 2}
+    # torch.export unrolls the sampler: a second step is traced for the heads whose steps are cheap.
+    steps = {} if name in ("mlp", "track") else {"sample_steps": 2 if name in ("fm", "dp") else 1}
     model = awake_head(every, **steps)
     described = exported_equals_live(as_trained(model, name), toy_batch(model, 3, seed=5), tmp_path / "head.pt2")
     written = json.loads((tmp_path / "head.json").read_text())

@@ -75,7 +75,8 @@ def head_of(kind: str, weights: Path | str, width: int = 48, **settings: Any) ->
     settings |= {"weights": str(weights), "tokenizer": "random", "action_norm": "none", "state_norm": "none"}
     head = build_head(kind, {"horizon": 4, "n_action": 2, **settings}, io)
     assert isinstance(head, Pi0Head)
-    head.fit_normalisers(np.zeros((2, A)), np.zeros((2, A)))
+    moving = np.stack([-np.ones(A), np.ones(A)])  # a constant dimension would come back as its constant
+    head.fit_normalisers(moving, moving)
     load_expert(head.net, str(weights))
     return head.eval()
 

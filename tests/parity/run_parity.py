@@ -213,6 +213,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make parity CHECKOUTS=DIR", description=__doc__)
     parser.add_argument("folder", type=Path, help="the folder of the checkouts")
     folder = parser.parse_args().folder
+    if not folder.is_dir():  # else only the packages would be compared, and a misspelt folder would pass
+        parser.error(f"no folder {folder}; docs/parity.md says which checkouts it holds")
     record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else {}
     try:
         well = update(record, folder)

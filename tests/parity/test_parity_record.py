@@ -80,3 +80,13 @@ def test_a_project_that_cannot_run_keeps_its_last_outcome_and_says_why(
     assert not parity.update(record, tmp_path, [croco])
     assert record["croco"] == {"passed": 1, "commit": "other", "failed": ["test_a"]}
     assert croco.commit in capsys.readouterr().err
+
+
+def test_a_folder_that_is_missing_is_refused_and_the_record_stays(
+    parity: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity, "update", lambda *arguments: pytest.fail("tests were run"))
+    monkeypatch.setattr(sys, "argv", ["run_parity.py", str(tmp_path / "no such folder")])
+    with pytest.raises(SystemExit) as caught:
+        parity.main()
+    assert caught.value.code == 2

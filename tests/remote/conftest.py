@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from support.s3_server import Server
 from vla.stores.remote.options import RemoteOptions
 from vla.stores.remote.publish import open_remote_writer
 
@@ -20,19 +19,9 @@ LENGTHS = (9, 11, 4)
 FEATURES = {"grid": ((1, 3, 40), "float16"), "pooled": ((2, 8), "float32")}
 
 
-def _load_server() -> Any:
-    spec = importlib.util.spec_from_file_location("vla_s3_server", Path(__file__).with_name("s3_server.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def _server() -> Iterator[Any]:
-    server = _load_server().Server()
+    server = Server()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     yield server

@@ -272,3 +272,13 @@ def test_verifying_finds_a_flipped_byte_and_a_missing_object(
     assert "unit-000002.json does not match its digest" in finding
     with pytest.raises(CorruptionError, match=URL):
         open_store(remote, remote=options)
+
+
+def test_overwriting_refuses_a_store_beside_which_there_are_objects_of_somebody_else(
+    bucket: Any, remote: str, local: Any, options: RemoteOptions, write_remote: Any
+) -> None:
+    bucket.objects["some/s/notes/plan.txt"] = b"mine"
+    before = dict(bucket.objects)
+    with pytest.raises(UsageError, match=r"notes/plan\.txt"):
+        write_remote(local, options, overwrite=True)
+    assert bucket.objects == before

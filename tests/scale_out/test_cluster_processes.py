@@ -101,7 +101,7 @@ def test_the_workers_of_a_running_scheduler_write_the_bytes_of_one_process(
         here = ("--host", "127.0.0.1")
         line = running.enter_context(_dask("scheduler", *here, "--port", "0", "--no-dashboard", says="Scheduler at:"))
         address = line.split()[-1]
-        folder = ("--local-directory", str(tmp_path), "--nworkers", "1", "--nthreads", "1", "--no-dashboard")
+        folder = ("--local-directory", str(tmp_path), "--no-nanny", "--nthreads", "1", "--no-dashboard")
         for name in ("first", "second"):
             running.enter_context(_dask("worker", address, *here, "--name", name, *folder, says="Registered to"))
         code, said = finish("two", "--scheduler", address)
@@ -111,7 +111,8 @@ def test_the_workers_of_a_running_scheduler_write_the_bytes_of_one_process(
     assert "worker second" in said
 
 
-def test_an_address_without_a_scheduler_is_one_line() -> None:
+def test_an_address_without_a_scheduler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vla.featurize.cluster.PATIENCE", "1s")
     with (
         pytest.raises(MachineError, match=r"no scheduler at tcp://127\.0\.0\.1:1"),
         open_cluster(None, "tcp://127.0.0.1:1"),
@@ -144,22 +145,6 @@ def test_a_scheduler_that_is_not_there_leaves_everything_as_it_is(job: Job, memo
 def job() -> Job:
     settings = {"source": "synthetic:episodes=4,length=[8,8]", "backbone": "toy", "store": {"unit_rows": 8}}
     return prepare(FeaturizeConfig.build(settings))
-
-
-@pytest.fixture
-def cluster() -> Iterator[Callable[..., str]]:
-    """`cluster(threads=1)` is the address of a scheduler with one worker, which live until the end of the test."""
-    from distributed import LocalCluster
-
-    with ExitStack() as running:
-
-        def begin(threads: int = 1) -> str:
-            options: dict[str, Any] = {"processes": False, "protocol": "tcp", "host": "127.0.0.1"}
-            options |= {"n_workers": 1, "threads_per_worker": threads, "dashboard_address": None}
-            local = running.enter_context(LocalCluster(**options))  # type: ignore[no-untyped-call]
-            return str(local.scheduler_address)
-
-        yield begin
 
 
 def _units(root: Path) -> int:

@@ -334,3 +334,24 @@ def test_a_filter_that_lists_a_demonstration_twice_is_refused(demo_file: Path) -
         file["mask/double"] = np.array([b"demo_1", b"demo_1"])
     with pytest.raises(SourceError, match="demo_1 twice"):
         RobomimicSource(demo_file, filter="double").index()
+
+
+def test_numbers_left_at_their_fill_value_are_read_and_pictures_that_were_never_written_are_refused(
+    demo_file: Path,
+) -> None:
+    """A small array of zeros needs no bytes in HDF5; a camera without a byte has seen nothing."""
+    with h5py.File(demo_file, "r+") as file:
+        for demo, length in LENGTHS.items():
+            del file[f"data/{demo}/obs/object"]
+            file[f"data/{demo}/obs"].create_dataset("object", (length, 10), "f8", chunks=(1, 10))
+    steps = RobomimicSource(demo_file).steps(0)
+    assert not steps["privileged"].any()
+    with h5py.File(demo_file, "r+") as file:
+        del file["data/demo_2/obs/agentview_image"]
+        file["data/demo_2/obs"].create_dataset("agentview_image", (5, 12, 16, 3), "u1", chunks=(1, 12, 16, 3))
+    with pytest.raises(SourceError, match="data/demo_2/obs/agentview_image"):
+        RobomimicSource(demo_file).index()
+    assert [episode.id for episode in RobomimicSource(demo_file, skip_bad=True).index().episodes] == [
+        "demo_1",
+        "demo_10",
+    ]

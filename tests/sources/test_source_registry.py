@@ -5,11 +5,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vla.featurize.sources.lerobot import LeRobotSource
-from vla.featurize.sources.registry import SOURCES, Entry, open_source
+from vla.featurize.sources.registry import SOURCES, Entry, common_options, open_source
 from vla.featurize.sources.synthetic import SyntheticSource
 from vla.stores.errors import SourceError, UsageError
 
@@ -37,9 +38,18 @@ def test_options_reach_the_source(tmp_path: Path, write_lerobot: Write) -> None:
     assert (index.mapping["action"], list(index.skipped)) == ("actions", ["episode_000001"])
 
 
-def test_options_that_are_off_or_empty_are_no_options() -> None:
-    source = open_source("synthetic", map={}, cameras=None, skip_bad=False)
+def test_common_options_that_are_off_are_not_passed_to_a_source_without_them() -> None:
+    source = open_source("synthetic", cameras=None, **common_options(map={}, skip_bad=False, pad_actions=False))
     assert source.digest() == SyntheticSource().digest()
+    assert common_options(map={"a": "b"}, skip_bad=True) == {"map": {"a": "b"}, "skip_bad": True}
+
+
+@pytest.mark.parametrize("empty", [{}, [], (), "", 0])
+def test_an_empty_value_of_an_option_is_passed_to_the_source(empty: Any) -> None:
+    with pytest.raises(UsageError, match="no option 'nothing'"):
+        open_source("synthetic", nothing=empty)
+    with pytest.raises(UsageError, match="episodes"):
+        open_source("synthetic", episodes=empty)
 
 
 def test_synthetic_options_are_read_from_the_spec() -> None:

@@ -192,8 +192,9 @@ def test_the_kernel_is_advised_of_exactly_the_bytes_of_the_rows(made: Any, monke
         advised.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, offset, size))
 
     monkeypatch.setattr(os, "posix_fadvise", note)
+    store = made.open()  # holds its own folder open
     open_before = len(list(Path("/proc/self/fd").iterdir()))
-    reader = made.open().reader("grid")
+    reader = store.reader("grid")
     readahead = Readahead([reader], made.manifest.rows, again=False)
     readahead.announce(np.asarray([15, 0, 1, 2, 6, 8, 7]))
     readahead.close()

@@ -74,7 +74,7 @@ def test_h5py_notices_a_flipped_bit_itself(root: Path, whole: Any) -> None:
     raw = bytearray((root / FILE).read_bytes())
     raw[raw.index(row)] ^= 1
     (root / FILE).write_bytes(raw)
-    with h5py.File(root / FILE) as file, pytest.raises(OSError, match="filter returned failure"):
+    with h5py.File(root / FILE) as file, pytest.raises(OSError, match=r"filter returned failure|Fletcher32"):
         file["frames/grid"][:]
     require_refused(root, "differs from its commit in row 9")
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from vla.cli import app
 from vla.stores.convert import ConvertOptions, convert_store
-from vla.stores.dtypes import INT8_MAX, MAX_ROUNDING_ERROR, DtypeName, decode
+from vla.stores.dtypes import INT8_MAX, MAX_ROUNDING_ERROR, DtypeName, Rounding, decode
 from vla.stores.errors import DataError
 from vla.stores.inspect import describe
 from vla.stores.manifest import FeatureInfo
@@ -85,6 +85,37 @@ def test_a_unit_that_int8_would_erase_is_refused() -> None:
     values[:10] *= 3e4
     with pytest.raises(DataError, match="'f'"):
         stored(values)
+
+
+@pytest.mark.parametrize(
+    ("rows", "outliers", "channels"),
+    [(64, 4, 5), (10, 1, 1), (19, 1, 3)],
+)
+def test_channels_that_int8_would_erase_among_many_are_counted(rows: int, outliers: int, channels: int) -> None:
+    values = gaussian(rows, 512)
+    values[:outliers, 0, 7 : 7 + channels] = 3e4
+    buffer, back = stored(values)
+    assert (back[outliers:, 0, 7 : 7 + channels] == 0).all()
+    assert buffer.rounding is not None
+    assert buffer.rounding.erased == pytest.approx(channels / 512)
+
+
+def test_a_unit_whose_channels_are_erased_beside_a_huge_one_is_refused() -> None:
+    values = gaussian(64, 8)
+    values[:, 0, 0] = 1e6
+    values[:4, 0, 1:] = 3e4
+    with pytest.raises(DataError, match="'f'"):
+        stored(values)
+
+
+def test_ordinary_and_sparse_channels_are_not_counted_as_erased() -> None:
+    values = gaussian(200, 4)
+    values[..., 0] = 0.0
+    values[::10, 0, 0] = np.linspace(1, 3, 20)  # the rows of 0 were 0 before
+    values[..., 1] = np.exp(values[..., 1])
+    rounding = stored(values)[0].rounding
+    assert rounding is not None
+    assert rounding.erased == 0
 
 
 @pytest.mark.parametrize("size", [1e-8, 1e-10])
@@ -181,6 +212,20 @@ def test_an_outlier_survives_a_conversion_of_the_form_with_its_report(
     made = make_store(memory_path / "s", features={"grid": ((2, 3, 4), "int8")})
     convert_store(made.root, memory_path / "h5", ConvertOptions(format="h5"))
     assert open_store(memory_path / "h5").rounding("grid") == made.open().rounding("grid")
+
+
+def test_erased_channels_of_an_augmented_copy_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rounding(buffer: FeatureBuffer, *rest: Any) -> Rounding:
+        quantise(buffer, *rest)
+        return Rounding(0.01, 0.0, 0.25 if buffer.name != "grid" else 0.0)
+
+    quantise = FeatureBuffer._quantise
+    monkeypatch.setattr(FeatureBuffer, "_quantise", rounding)
+    command = ["featurize", "--source", "synthetic:episodes=2", "--backbone", "toy", "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, [*command, "--dtype", "int8", "--augment", "1", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["rounding"]["grid"]["erased"] == 0.25
+    assert describe(tmp_path / "toy")["features"]["grid"]["rounding"]["erased"] == 0.25
 
 
 def test_a_store_without_a_record_of_its_rounding_gets_an_estimate(

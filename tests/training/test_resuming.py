@@ -194,8 +194,10 @@ def test_what_is_ignored_or_handled_by_the_program_stays_so(trainee: ModuleType,
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("default_signals")
-def test_all_processes_stop_after_the_same_step_though_one_alone_gets_the_signal(memory_path: Path) -> None:
-    script = str(Path(__file__).with_name("trainee.py"))
+def test_all_processes_stop_after_the_same_step_though_one_alone_gets_the_signal(
+    trainee: ModuleType, memory_path: Path
+) -> None:
+    script = str(trainee.__file__)
     command = [sys.executable, "-W", "error", script, "ddp-stop", str(memory_path / "two")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=55)
     assert json.loads(done.stdout) == [143, 143], done.stderr[-2000:]
@@ -210,8 +212,10 @@ def test_all_processes_stop_after_the_same_step_though_one_alone_gets_the_signal
     "kills",
     [pytest.param(10, id=""), pytest.param(100, marks=[pytest.mark.long, pytest.mark.timeout(1800)], id="long")],
 )
-def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(memory_path: Path, kills: int) -> None:
-    script = Path(__file__).with_name("trainee.py")
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(
+    trainee: ModuleType, memory_path: Path, kills: int
+) -> None:
+    script = str(trainee.__file__)
     command = [sys.executable, "-W", "error", str(script), "kill", str(memory_path), str(kills), "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -442,7 +446,7 @@ def test_two_processes_equal_one_with_batches_twice_as_large(trainee: ModuleType
             yield trainee.Numbers(torch.cat([h.x for h in halves]), torch.cat([h.y for h in halves]))
             number += stride
 
-    script = str(Path(__file__).with_name("trainee.py"))
+    script = str(trainee.__file__)
     command = [sys.executable, "-W", "error", script, "ddp", str(memory_path / "two")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=55)
     assert done.returncode == 0, done.stderr[-2000:]

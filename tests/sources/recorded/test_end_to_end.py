@@ -30,7 +30,7 @@ def make(write_pictures: Write, write_video: Write, picture: Write) -> dict[str,
         for episode, length in enumerate(LENGTHS):
             write_pictures(root / f"demo {episode}/front", episode, length)
             np.save(root / f"demo {episode}/actions.npy", np.full((length, 2), episode, np.float32))
-        return ["--set", "source_options.task=tidy up"]
+        return ["--set", "source_options.task=tidy up", "--set", "source_options.fps=10"]
 
     def hierarchical(root: Path) -> list[str]:
         for episode, length in enumerate(LENGTHS):
@@ -42,7 +42,7 @@ def make(write_pictures: Write, write_video: Write, picture: Write) -> dict[str,
         entries[2]["high_level_task"] = "another"
         file = root.parent / "instruction.json"
         file.write_text(json.dumps({"high_level_task": "all of it", "task_instructions": entries}))
-        return ["--set", f"source_options.instruction_json={file}"]
+        return ["--set", f"source_options.instruction_json={file}", "--set", "source_options.fps=50"]
 
     def trackvla(root: Path) -> list[str]:
         folder = root / "sim_data/train/seed_1/scene"

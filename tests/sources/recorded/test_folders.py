@@ -39,7 +39,7 @@ def root(tmp_path: Path, write_pictures: Write) -> Path:
 
 
 def test_every_frame_is_the_one_that_its_step_belongs_to(root: Path, number_of: Callable[..., Any]) -> None:
-    source = open_source(root)
+    source = open_source(root, fps=10)
     assert isinstance(source, FoldersSource)
     index = source.index()
     ids = ["demo 2 é", "demo_1", "demo_10"]
@@ -57,20 +57,20 @@ def test_every_frame_is_the_one_that_its_step_belongs_to(root: Path, number_of: 
 
 
 def test_cameras_are_chosen_in_the_order_asked_for(root: Path, number_of: Callable[..., Any]) -> None:
-    source = FoldersSource(root, cameras=["wrist cam", "front"])
+    source = FoldersSource(root, fps=10, cameras=["wrist cam", "front"])
     assert source.index().cameras == ("wrist cam", "front")
     assert [number_of(image)[2] for image in next(source.frames(1, 0, 1))] == [1, 0]
     with pytest.raises(SourceError, match=r"has no camera 'side'; it has front, wrist cam"):
-        FoldersSource(root, cameras=["side"]).index()
+        FoldersSource(root, fps=10, cameras=["side"]).index()
     with pytest.raises(UsageError, match="distinct names"):
-        FoldersSource(root, cameras=["front", "front"])
+        FoldersSource(root, fps=10, cameras=["front", "front"])
 
 
 def test_map_takes_other_files_for_action_and_state_and_adds_columns(root: Path) -> None:
     for episode, name in enumerate(NAMES):
         np.save(root / name / "joint_action.npy", actions_of(episode) * 2)
         np.save(root / name / "force.npy", actions_of(episode)[:, 0])
-    source = FoldersSource(root, map={"action": "joint_action", "force": "force.npy"})
+    source = FoldersSource(root, fps=10, map={"action": "joint_action", "force": "force.npy"})
     assert source.index().steps["force"].shape == (1,)
     np.testing.assert_array_equal(source.steps(1)["action"], (actions_of(0) * 2).astype(np.float32))
     assert source.index().mapping == {"action": "joint_action.npy", "force": "force.npy"}
@@ -79,15 +79,15 @@ def test_map_takes_other_files_for_action_and_state_and_adds_columns(root: Path)
 def test_one_task_serves_the_episodes_that_have_no_instruction(root: Path) -> None:
     (root / "demo_1/instruction.txt").unlink()
     with pytest.raises(SourceError, match=r"demo_1/instruction\.txt is missing.*source_options\.task="):
-        FoldersSource(root).index()
-    tasks = [episode.task for episode in FoldersSource(root, task="tidy up").index().episodes]
+        FoldersSource(root, fps=10).index()
+    tasks = [episode.task for episode in FoldersSource(root, fps=10, task="tidy up").index().episodes]
     assert tasks == ["do thing 1 – ü", "tidy up", "do thing 2 – ü"]
 
 
 def test_the_digest_changes_with_any_file_that_is_used_and_with_no_other(root: Path) -> None:
-    digest = FoldersSource(root).digest()
+    digest = FoldersSource(root, fps=10).digest()
     (root / "demo_1/notes.md").write_text("nothing")
-    assert FoldersSource(root).digest() == digest
+    assert FoldersSource(root, fps=10).digest() == digest
     for name in ("actions.npy", "state.npy", "instruction.txt", "front/2.png", "wrist cam/im3.jpg"):
         file = root / "demo_1" / name
         before = file.read_bytes()
@@ -97,9 +97,9 @@ def test_the_digest_changes_with_any_file_that_is_used_and_with_no_other(root: P
             file.write_text("something else")
         else:
             file.write_bytes(before + b"\0")
-        assert FoldersSource(root).digest() != digest, name
+        assert FoldersSource(root, fps=10).digest() != digest, name
         file.write_bytes(before)
-    assert FoldersSource(root).digest() == digest
+    assert FoldersSource(root, fps=10).digest() == digest
 
 
 def save_objects(folder: Path) -> None:
@@ -172,12 +172,12 @@ def test_a_bad_episode_is_refused_naming_the_file_and_skip_bad_leaves_it_alone_o
     damage, pattern = BAD[what]
     damage(root / NAMES[1])
     with pytest.raises(SourceError) as refused:
-        FoldersSource(root).index()
+        FoldersSource(root, fps=10).index()
     message = str(refused.value)
     assert re.search(pattern, message), message
     assert NAMES[1] in message
     assert "\n" not in message
-    index = FoldersSource(root, skip_bad=True).index()
+    index = FoldersSource(root, fps=10, skip_bad=True).index()
     assert [episode.id for episode in index.episodes] == ["demo_1", "demo_10"]
     assert index.skipped == {NAMES[1]: message}
 
@@ -187,7 +187,7 @@ def test_a_header_that_declares_more_than_the_file_holds_allocates_nothing(
 ) -> None:
     cut_header(root / "demo_1/actions.npy", (1 << 40, 1 << 20))
     with pytest.raises(SourceError, match=r"actions\.npy has \d+ bytes; expected 4611686018427\d+ as its header says"):
-        FoldersSource(root).index()
+        FoldersSource(root, fps=10).index()
 
 
 @pytest.mark.parametrize("damage", ["corrupt", "smaller"])
@@ -199,7 +199,7 @@ def test_a_picture_that_is_bad_later_on_is_refused_when_it_is_read(
         "smaller": encoded(picture(1, 6, 0)[:32, :32]),
     }[damage]
     (root / NAMES[1] / "front/6.png").write_bytes(data)
-    source = FoldersSource(root)
+    source = FoldersSource(root, fps=10)
     assert len(list(source.frames(0, 0, 6))) == 6
     pattern = {"corrupt": "cannot be decoded", "smaller": "has 32 x 32 pixels; expected 64 x 64"}
     with pytest.raises(SourceError, match=rf"6\.png, camera front, {NAMES[1]}, frame 6.*{pattern[damage]}"):
@@ -212,29 +212,29 @@ def test_an_episode_of_other_resolution_than_most_is_refused(
     for file in (root / "demo_1/front").iterdir():
         file.write_bytes(encoded(picture(0, 0, 0)[:48]))
     with pytest.raises(SourceError, match=r"demo_1, camera front has 64 x 48 pixels; expected 64 x 64, as demo 2 é"):
-        FoldersSource(root).index()
+        FoldersSource(root, fps=10).index()
 
 
 def test_a_folder_without_episodes_and_one_whose_episodes_are_all_bad_are_refused(tmp_path: Path, root: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match="holds no folder"):
-        FoldersSource(tmp_path / "empty").index()
+        FoldersSource(tmp_path / "empty", fps=10).index()
     for name in NAMES:
         (root / name / "actions.npy").unlink()
     with pytest.raises(SourceError, match=r"no episode of .* is left; the first: .*actions\.npy is missing"):
-        FoldersSource(root, skip_bad=True).index()
+        FoldersSource(root, fps=10, skip_bad=True).index()
 
 
 def test_a_name_that_no_store_can_keep_is_refused(root: Path) -> None:
     (root / "demo_1").rename(root / "line\nbreak")
     with pytest.raises(SourceError, match=r"holds the name 'line\\nbreak'.*rename it"):
-        FoldersSource(root).index()
+        FoldersSource(root, fps=10).index()
 
 
 def test_options_that_mean_nothing_are_refused(root: Path) -> None:
     with pytest.raises(UsageError, match="frames per second"):
         FoldersSource(root, fps=0)
     with pytest.raises(UsageError, match="--map timestamp"):
-        FoldersSource(root, map={"timestamp": "clock"})
+        FoldersSource(root, fps=10, map={"timestamp": "clock"})
     with pytest.raises(SourceError, match=r"frames 0 to 13 of demo 2 é"):
-        FoldersSource(root).frames(0, 0, 13)
+        FoldersSource(root, fps=10).frames(0, 0, 13)

@@ -73,7 +73,7 @@ def texts(tmp_path: Path) -> Callable[..., str]:
 def test_runs_of_subtasks_are_read_in_natural_order_with_their_own_frames(
     layout_a: Path, number_of: Callable[..., Any]
 ) -> None:
-    source = open_source(layout_a)
+    source = open_source(layout_a, fps=50)
     assert isinstance(source, HierarchicalSource)
     index = source.index()
     assert [(e.id, e.length) for e in index.episodes] == list(zip(RUNS_A, LENGTHS, strict=True))
@@ -88,9 +88,9 @@ def test_runs_of_subtasks_are_read_in_natural_order_with_their_own_frames(
 def test_texts_of_subtasks_come_from_the_file_and_else_from_the_folders(
     layout_a: Path, texts: Callable[..., str]
 ) -> None:
-    said = [(e.task, *e.texts.values()) for e in HierarchicalSource(layout_a).index().episodes]
+    said = [(e.task, *e.texts.values()) for e in HierarchicalSource(layout_a, fps=50).index().episodes]
     assert said[0] == ("pick cup", "set table", "pick cup", "pick cup")
-    index = HierarchicalSource(layout_a, instruction_json=texts()).index()
+    index = HierarchicalSource(layout_a, fps=50, instruction_json=texts()).index()
     assert list(index.episodes[0].texts) == ["high_level_task", "subtask", "text"]
     said = [(e.task, *e.texts.values()) for e in index.episodes]
     assert said[0] == said[1] == ("pick cup", "set the table for two", "pick cup", "pick cup")
@@ -99,7 +99,7 @@ def test_texts_of_subtasks_come_from_the_file_and_else_from_the_folders(
 
 
 def test_texts_of_stages_are_the_entrys_own_then_the_global_task(layout_b: Path, texts: Callable[..., str]) -> None:
-    index = open_source(layout_b, instruction_json=texts()).index()
+    index = open_source(layout_b, fps=50, instruction_json=texts()).index()
     assert [episode.id for episode in index.episodes] == list(RUNS_B)
     said = [(e.task, *e.texts.values()) for e in index.episodes]
     assert said == [
@@ -113,15 +113,15 @@ def test_a_stage_without_texts_is_refused_never_made_up(layout_b: Path, texts: C
     with pytest.raises(
         SourceError, match=r"stage1 has no instruction_json that says.*source_options\.instruction_json"
     ):
-        HierarchicalSource(layout_b).index()
+        HierarchicalSource(layout_b, fps=50).index()
     with pytest.raises(SourceError, match=r"instruction\.json: stage 2 has no high_level_task"):
-        HierarchicalSource(layout_b, instruction_json=texts(high_level_task=None)).index()
+        HierarchicalSource(layout_b, fps=50, instruction_json=texts(high_level_task=None)).index()
     entries = TEXTS["task_instructions"][:1]  # type: ignore[index]
-    source = HierarchicalSource(layout_b, instruction_json=texts(task_instructions=entries), skip_bad=True)
+    source = HierarchicalSource(layout_b, fps=50, instruction_json=texts(task_instructions=entries), skip_bad=True)
     assert list(source.index().skipped) == ["stage2/run_1", "stage10/run_1"]
     entries = [{"stage": 1, "text": "x"}]
     with pytest.raises(SourceError, match=r"stage 1 has no subtask"):
-        HierarchicalSource(layout_b, instruction_json=texts(task_instructions=entries)).index()
+        HierarchicalSource(layout_b, fps=50, instruction_json=texts(task_instructions=entries)).index()
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_bad_instruction_file_is_refused_naming_the_field(content: str, says: 
 
 def test_a_missing_instruction_file_is_refused(layout_a: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"cannot read .*absent\.json: No such file"):
-        HierarchicalSource(layout_a, instruction_json=str(tmp_path / "absent.json")).index()
+        HierarchicalSource(layout_a, fps=50, instruction_json=str(tmp_path / "absent.json")).index()
 
 
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -176,9 +176,9 @@ def test_a_bad_run_is_refused_naming_the_file_and_skip_bad_leaves_it_alone_out(w
     damage, pattern = BAD[what]
     damage(layout_a / RUNS_A[1])
     with pytest.raises(SourceError) as refused:
-        HierarchicalSource(layout_a).index()
+        HierarchicalSource(layout_a, fps=50).index()
     assert re.search(pattern, str(refused.value)), refused.value
-    index = HierarchicalSource(layout_a, skip_bad=True).index()
+    index = HierarchicalSource(layout_a, fps=50, skip_bad=True).index()
     assert not {RUNS_A[0], *RUNS_A[2:]} - {episode.id for episode in index.episodes}
     assert RUNS_A[1] not in {episode.id for episode in index.episodes}
     assert str(refused.value) in index.skipped.values()
@@ -187,20 +187,20 @@ def test_a_bad_run_is_refused_naming_the_file_and_skip_bad_leaves_it_alone_out(w
 def test_a_task_without_runs_is_no_silent_gap(layout_a: Path) -> None:
     (layout_a / "empty task").mkdir()
     with pytest.raises(SourceError, match=r"empty task is no run"):
-        HierarchicalSource(layout_a).index()
+        HierarchicalSource(layout_a, fps=50).index()
 
 
 def test_both_layouts_in_one_folder_are_refused(layout_a: Path) -> None:
     (layout_a / "set table/pick cup").rename(layout_a / "stage1")
     with pytest.raises(SourceError, match=r"holds stage1/run… and set table/.*not both"):
-        HierarchicalSource(layout_a).index()
+        HierarchicalSource(layout_a, fps=50).index()
 
 
 def test_the_texts_are_part_of_what_a_store_is_bound_to(layout_b: Path, texts: Callable[..., str]) -> None:
-    before = HierarchicalSource(layout_b, instruction_json=texts()).index().mapping
-    after = HierarchicalSource(layout_b, instruction_json=texts(high_level_task="other")).index().mapping
+    before = HierarchicalSource(layout_b, fps=50, instruction_json=texts()).index().mapping
+    after = HierarchicalSource(layout_b, fps=50, instruction_json=texts(high_level_task="other")).index().mapping
     assert before != after
-    assert HierarchicalSource(layout_b, instruction_json=texts()).index().mapping == before
+    assert HierarchicalSource(layout_b, fps=50, instruction_json=texts()).index().mapping == before
 
 
 def lines_of(run: int, first: int = 0) -> str:
@@ -212,14 +212,14 @@ def lines_of(run: int, first: int = 0) -> str:
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_older_runs_are_read_from_data_txt_as_from_npy(layout_a: Path, first: int) -> None:
-    wanted = HierarchicalSource(layout_a)
+    wanted = HierarchicalSource(layout_a, fps=50)
     digest = wanted.digest()
     expected = [wanted.steps(run) for run in range(4)]
     for number, run in enumerate(RUNS_A):
         (layout_a / run / "actions.npy").unlink()
         (layout_a / run / "qpos.npy").unlink()
         (layout_a / run / "data.txt").write_text(lines_of(number, first))
-    source = open_source(layout_a)
+    source = open_source(layout_a, fps=50)
     for run in range(4):
         for name, values in source.steps(run).items():
             np.testing.assert_allclose(values, expected[run][name], rtol=1e-6)

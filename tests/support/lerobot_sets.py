@@ -1,6 +1,6 @@
 """Writes small LeRobot data sets, v3.0, v2.1 and v2.0, whose every picture carries its own episode and frame number.
 
-Loaded by the fixtures of conftest.py on first use: most tests need no encoder.
+The fixtures of conftest.py import this module on first use: most tests need no encoder.
 """
 
 from __future__ import annotations

@@ -64,6 +64,7 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body go in two packets: the second would wait 40 ms for an answer
     server: Server
 
     def log_message(self, format: str, *args: Any) -> None:
