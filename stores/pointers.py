@@ -11,8 +11,8 @@ from pathlib import Path
 
 from vla.stores.errors import PointerError
 
-HEAD = b"version https://git-lfs.github.com/spec/"
-"""How a pointer begins (the Git-LFS specification, `docs/spec.md`)."""
+HEADS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
+"""How a pointer begins (the Git-LFS specification, `docs/spec.md`); the second before Git-LFS had its name."""
 
 MAX_BYTES = 1024
 """The specification's limit for a pointer; a larger file is content."""
@@ -20,7 +20,7 @@ MAX_BYTES = 1024
 
 def is_pointer(data: bytes) -> bool:
     """Return whether `data`, a whole file or its beginning, is a Git-LFS pointer."""
-    return data[: len(HEAD)] == HEAD
+    return data.startswith(HEADS)
 
 
 def refuse_pointer(file: Path) -> None:
@@ -29,7 +29,7 @@ def refuse_pointer(file: Path) -> None:
         if not file.is_file() or file.stat().st_size > MAX_BYTES:
             return
         with file.open("rb") as stream:
-            found = is_pointer(stream.read(len(HEAD)))
+            found = is_pointer(stream.read(MAX_BYTES))
     except OSError:
         return  # the caller's own error describes an unreadable file
     if found:

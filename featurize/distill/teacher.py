@@ -1,7 +1,7 @@
 """A teacher's embeddings on disk: one vector a step, of a store, of zarr arrays, or of .npy files.
 
     a store                                feature [V, E], or [1, E] for all views
-    [TASK/]EPISODE.zarr/per_frame_features zarr v2 [T, E]
+    [TASK/]EPISODE.zarr/per_frame_features zarr [T, E]
     [TASK/]EPISODE.npy                     [T, E]
     [TASK/]EPISODE/FRAME.npy               [E]; FRAME ends in the number of the frame, counted from 0
 
@@ -121,7 +121,7 @@ class StoreTeacher:
 
 
 class ZarrTeacher:
-    """A zarr v2 array [T, E] an episode."""
+    """A zarr array [T, E] an episode."""
 
     kind, random_weights = "zarr", False
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import av
-from av.error import FFmpegError
+import numpy as np
+from numpy.typing import NDArray
 
 from vla.featurize.image import Image
 from vla.featurize.sources.episode_checks import SKIP
 from vla.featurize.sources.files import listing, size_of
 from vla.featurize.sources.lerobot_info import inside
 from vla.featurize.sources.pictures import MAX_PIXELS, decode_picture
-from vla.featurize.sources.video import LOCAL, Clip, read_clip
+from vla.featurize.sources.video import Clip, frame_size, frame_times, read_clip
 from vla.stores.errors import SourceError
 
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
@@ -103,12 +103,14 @@ class PictureFolder:
 
 @dataclass(frozen=True)
 class WholeVideo:
-    """An MP4 file that is one episode from its first frame to its last, at whatever constant rate."""
+    """An MP4 file that is one episode, frame by frame from its first to its last, whatever the times between them.
+
+    `times` int64 [length] are their timestamps in ticks.
+    """
 
     root: Path
     path: Path
-    rate: float
-    length: int
+    times: NDArray[np.int64] = field(compare=False, repr=False)
     size: tuple[int, int]
     label: str
 
@@ -117,20 +119,15 @@ class WholeVideo:
         """Read the header and count the frames, without decoding any. Raises `SourceError` where it is no video."""
         path = inside(root, path.relative_to(root).as_posix())
         size_of(path, sys.maxsize, f"the MP4 of {label}")
-        try:
-            with av.open(str(path), format="mp4", options=LOCAL, metadata_errors="replace") as container:
-                stream = container.streams.video[0] if container.streams.video else None
-                if stream is None or stream.average_rate is None:
-                    raise SourceError(f"{path} has no video stream", expected=f"the video of {label}", fix=SKIP)
-                size = (stream.height, stream.width)
-                rate = float(stream.average_rate)
-                frames = sum(packet.pts is not None for packet in container.demux(stream))
-        except FFmpegError as error:
-            reason = error.strerror or type(error).__name__
-            raise SourceError(f"{path} is no video: {reason}", expected=f"the MP4 of {label}", fix=SKIP) from None
-        if not frames:
+        times = frame_times(path, label)
+        if not len(times):
             raise SourceError(f"{path} has no frames", expected=f"the video of {label}", fix=SKIP)
-        return cls(root, path, rate, frames, size, label)
+        return cls(root, path, times, frame_size(path, label), label)
+
+    @property
+    def length(self) -> int:
+        """See `CameraFiles.length`."""
+        return len(self.times)
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -139,7 +136,7 @@ class WholeVideo:
 
     def read(self, start: int, stop: int) -> Iterator[Image]:
         """See `CameraFiles.read`."""
-        return read_clip(Clip(self.path, 0, self.rate, self.size, self.label), start, stop)
+        return read_clip(Clip(self.path, 0, 1.0, self.size, self.label, self.times), start, stop)
 
 
 def picture_names(root: Path, folder: Path) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ modality.json, joined. Format: Isaac-GR00T's `getting_started/data_preparation.m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,10 @@ CAMERA_PREFIX = "observation.images."
 
 @dataclass(frozen=True)
 class Modality:
-    """`parts` {"state" or "action": {name: part}}, `cameras` {their column: name}, `annotations` {name: column}."""
+    """`parts` {"state" or "action": {name: part}}, `cameras` {their column: names}, `annotations` {name: column}."""
 
     parts: Mapping[str, Mapping[str, Part]]
-    cameras: Mapping[str, str]
+    cameras: Mapping[str, Sequence[str]]
     annotations: Mapping[str, str]
 
 
@@ -40,12 +40,15 @@ def read_modality(root: Path) -> Modality | None:
         return None
     raw = read_json(file)
     tables = {key: _table(raw, key, file) for key in (*DEFAULTS, "video", "annotation")}
+    cameras: dict[str, list[str]] = {}
+    for name, spec in tables["video"].items():
+        cameras.setdefault(str(spec.get("original_key", CAMERA_PREFIX + name)), []).append(name)
     return Modality(
         {
             kind: {name: _part(spec, DEFAULTS[kind], f"{file}, {kind}.{name}") for name, spec in tables[kind].items()}
             for kind in DEFAULTS
         },
-        {str(spec.get("original_key", CAMERA_PREFIX + name)): name for name, spec in tables["video"].items()},
+        cameras,
         {name: str(spec.get("original_key", f"annotation.{name}")) for name, spec in tables["annotation"].items()},
     )
 

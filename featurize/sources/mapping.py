@@ -95,14 +95,14 @@ def resolve(
     cameras: Sequence[str] | None,
     *,
     where: str,
-    camera_names: Mapping[str, str] | None = None,
+    camera_names: Mapping[str, Sequence[str]] | None = None,
     needs_time: bool = True,
 ) -> ColumnMap:
     """Choose columns. `wanted` is the user's {ours: theirs}, `cameras` the views to take in order (None: all, []:
     numbers alone).
 
-    `camera_names` {their column: ours} are the data set's own names of cameras; `wanted` counts before them. Without
-    `needs_time`, rows may lack a timestamp.
+    `camera_names` {their column: ours} are the data set's own names of cameras, the first of which is used unless
+    `wanted` has another; `cameras` may be any of them. Without `needs_time`, rows may lack a timestamp.
 
     Raises `SourceError` naming `where`, the columns that are there, and the `--map` that would fix it; `UsageError`
     where `wanted` names one of ours twice.
@@ -182,10 +182,10 @@ def _views(
     chosen: Mapping[str, str],
     cameras: Sequence[str] | None,
     where: str,
-    names: Mapping[str, str],
+    names: Mapping[str, Sequence[str]],
 ) -> dict[str, str]:
     pictures = [name for name, column in columns.items() if column.kind in ("picture", "video")]
-    renamed = {theirs: names[theirs] for theirs in pictures if theirs in names}
+    renamed = {theirs: names[theirs][0] for theirs in pictures if theirs in names}
     renamed |= {theirs: ours for ours, theirs in chosen.items() if theirs in pictures}
     known = {renamed.get(theirs, our_name(theirs)): theirs for theirs in pictures}
     if len(known) != len(pictures):
@@ -196,9 +196,10 @@ def _views(
         raise SourceError(f"{where} has no camera; it has {_listing(columns)}", expected="a video or image column")
     if cameras is None:
         return known
+    also = {name: ours for ours, theirs in known.items() for name in (theirs, our_name(theirs), *names.get(theirs, ()))}
     views: dict[str, str] = {}
     for name in cameras:
-        ours = next((ours for ours in (name, our_name(name), renamed.get(name)) if ours in known), None)
+        ours = next((ours for ours in (name, our_name(name), also.get(name)) if ours in known), None)
         if ours is None or ours in views:
             what = "no camera" if ours is None else "one camera asked for twice,"
             hint = nearest(name, known)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -161,7 +162,9 @@ def _kind_of(path: Path) -> str:
         raise SourceError(f"{path} does not exist{hint}", expected=f"a folder with {layouts}", fix="--source DIR")
     if path.is_file():
         root = next((folder for folder in path.absolute().parents[:3] if recognise(folder)), "DIR")
-        raise SourceError(f"{path} is of no known layout", expected=layouts, fix=f"--source {root}")
+        unpack = f"unzip {shlex.quote(str(path))} -d DIR, then --source DIR"
+        fix = unpack if path.suffix == ".zip" else f"--source {root}"
+        raise SourceError(f"{path} is of no known layout", expected=layouts, fix=fix)
     inside = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
     listing = ", ".join(inside[:8]) + (f" and {len(inside) - 8} more" if len(inside) > 8 else "")
     raise SourceError(
@@ -172,8 +175,9 @@ def _kind_of(path: Path) -> str:
 
 
 def _nested(root: Path) -> str:
-    """Return `--source` with a folder one level down, or else up, that is a data set, or nothing."""
-    folders = [*sorted(path for path in root.iterdir() if path.is_dir()), root.parent]
+    """Return `--source` with a folder one level down, a snapshot of the hub's cache, or else the folder above, if any
+    is a data set."""
+    folders = [*sorted(path for path in root.iterdir() if path.is_dir()), *root.glob("snapshots/*"), root.parent]
     found = next((folder for folder in folders if recognise(folder)), None)
     return f"--source {found}" if found else ""
 

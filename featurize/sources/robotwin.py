@@ -20,7 +20,7 @@ from vla.featurize.sources.pictures import decode_picture
 from vla.featurize.sources.robotwin_cameras import read_extras, read_pictures
 from vla.featurize.sources.robotwin_dims import dims_of
 from vla.featurize.sources.robotwin_episode import Checked, RoboTwinOptions, load, plan_of, require_like, task_of
-from vla.featurize.sources.robotwin_layout import episodes_of, task_folders
+from vla.featurize.sources.robotwin_layout import episodes_of, task_folders, unlisted
 from vla.stores.errors import SourceError, UsageError
 from vla.stores.filesystem import digest_file
 from vla.stores.user_given import UserGiven
@@ -180,7 +180,9 @@ class RoboTwinSource:
             return self._indexed
 
     def _read_index(self) -> _Indexed:
-        listed = [files for folder in task_folders(self.root) for files in episodes_of(folder, self.options.images)]
+        tasks = task_folders(self.root)
+        listed = [files for folder in tasks for files in episodes_of(folder, self.options.images)]
+        strays = tuple(line for folder in tasks for line in unlisted(folder, self.options.images))
         with_texts = {files.folder.name for files in listed if files.text is not None}
         kept: list[Checked] = []
         episodes: list[Episode] = []
@@ -201,7 +203,8 @@ class RoboTwinSource:
             episodes.append(Episode(files.id, checked.length, task))
         if not kept:
             raise NoEpisodeError(f"every episode of {self.root} is bad", skipped)
-        return _Indexed(self._described(kept, episodes, cameras, skipped), tuple(kept))
+        index = replace(self._described(kept, episodes, cameras, skipped), warnings=strays)
+        return _Indexed(index, tuple(kept))
 
     def _described(
         self, kept: list[Checked], episodes: list[Episode], cameras: tuple[str, ...], skipped: dict[str, str]

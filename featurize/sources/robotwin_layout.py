@@ -104,6 +104,23 @@ def episodes_of(folder: TaskFolder, images: str | None) -> list[Files]:
     ]
 
 
+def unlisted(folder: TaskFolder, images: str | None) -> list[str]:
+    """Return a line for each path, text and folder of pictures of a task that belongs to none of `episodes_of`."""
+    numbers = {files.number for files in episodes_of(folder, images)}
+    places = [
+        _numbered(folder.root / PLANS, (".pkl",)),
+        _numbered(folder.root / "instructions", (".json",)),
+        _numbered(folder.root / "instruction", (".json",)),
+        _numbered(_images_root(folder, images), ()),
+    ]
+    return [
+        f"{path} belongs to no episode of {folder.root}"
+        for place in places
+        for number, path in place.items()
+        if number not in numbers
+    ]
+
+
 def choose_text(texts: Iterable[str], number: int, index: int) -> str:
     """Return text `index` (counted round and round), or with -1 that of the episode's own number."""
     listed = list(texts)

@@ -86,6 +86,9 @@ class TrackVLASource(RecordedSource):
             found = self._prepared()
         else:
             found = {self._name(path): partial(self._look_raw, path) for path in self._infos(self.root, DEPTH)}
+            videos = self._below(self.root, ".mp4", DEPTH) if found else iter(())
+            numbered = [path for path in videos if path.stem.isdecimal()]
+            found = {self._name(path): partial(self._without_steps, path) for path in numbered} | found
         if not found:
             expected = f"jsonl/seed_X/SCENE/EP.jsonl, or seed_X/SCENE/EP{SUFFIX}"
             raise SourceError(f"{self.root} holds no episode", expected=expected)
@@ -150,6 +153,10 @@ class TrackVLASource(RecordedSource):
         length = len(steps()["action"])
         return Recording(task.strip(), length, {self._camera: view}, self._specs(), steps, names, texts)
 
+    def _without_steps(self, video: Path) -> Recording:
+        info = video.with_name(f"{video.stem}{SUFFIX}")
+        raise SourceError(f"{info} is missing", expected=f"the steps of {video.name}", fix=SKIP)
+
     def _raw_steps(self, info: Path, view: CameraFiles) -> dict[str, NDArray[np.generic]]:
         velocities = _velocities(info)
         length = self._length({info.name: len(velocities), _name_of(view): view.length}, info.parent)
@@ -206,7 +213,8 @@ class TrackVLASource(RecordedSource):
 
     def _name(self, path: Path) -> str:
         relative = path.relative_to(self.root)
-        name = relative.parent if path.name == INFO else relative.with_name(relative.name.removesuffix(SUFFIX))
+        own = relative.name.removesuffix(SUFFIX).removesuffix(".mp4")
+        name = relative.parent if path.name == INFO else relative.with_name(own)
         return name.as_posix().removeprefix("sim_data/")
 
 

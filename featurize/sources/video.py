@@ -69,6 +69,12 @@ def frame_times(path: Path, label: str) -> NDArray[np.int64]:
         return np.asarray(sorted(shown), np.int64)
 
 
+def frame_size(path: Path, label: str) -> tuple[int, int]:
+    """Return (height, width) that a video's header states. Decodes nothing."""
+    with _opened(path, label) as stream:
+        return stream.height, stream.width
+
+
 def require_rate(path: Path, label: str, fps: float) -> None:
     """Raise `SourceError` where a video states another frame rate than `fps`."""
     with _opened(path, label) as stream:

@@ -289,8 +289,8 @@ def link_out(name: str) -> Callable[[Path], None]:
 
 BAD_RAW: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no video": (lambda f: (f / "0.mp4").unlink(), r"0\.mp4 is missing; expected it, or pictures"),
-    "no mp4": (lambda f: (f / "0.mp4").write_bytes(b"GIF89a" * 99), r"0\.mp4 is no video"),
-    "cut": (lambda f: (f / "0.mp4").write_bytes((f / "0.mp4").read_bytes()[:600]), r"0\.mp4 is no video"),
+    "no mp4": (lambda f: (f / "0.mp4").write_bytes(b"GIF89a" * 99), r"0\.mp4"),
+    "cut": (lambda f: (f / "0.mp4").write_bytes((f / "0.mp4").read_bytes()[:600]), r"0\.mp4"),
     "video out": (link_out("0.mp4"), r"0\.mp4' in .* leads out of it"),
     "info out": (link_out("0_info.json"), r"0_info\.json' in .* leads out of it"),
     "status out": (link_out("0.json"), r"0\.json' in .* leads out of it"),
