@@ -29,7 +29,7 @@ class Normalizer(nn.Module):
     """`y = (x - centre) / scale` for each of D dimensions, and its inverse with the same numbers.
 
     Buffers `centre`, `scale` [D] float32 and `constant` [D] bool. Constant dimensions get their value as centre and
-    scale 1: they normalise to 0, and `inverse` returns the value exactly, whatever a network predicts.
+    scale 1: every number normalises to 0, and `inverse` returns the value exactly, whatever a network predicts.
     What is constant is decided by float32's rounding (stores/ranges.py), not by a number in the data's units: Diffusion
     Policy's 1e-4 would make a constant of every action in micrometres. Above 1e-4 the formulas are the same.
     """
@@ -118,7 +118,9 @@ class Normalizer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [..., D] in the data's units, any real dtype, to float32. Raises `DataError` for a wrong width."""
         self._check(x)
-        return (x.to(self.centre.dtype) - self.centre) / self.scale
+        normalised = (x.to(self.centre.dtype) - self.centre) / self.scale
+        # A live state may leave its constant: no step has trained what the head would read, in the user's unit.
+        return torch.where(self.constant, 0.0, normalised)
 
     def inverse(self, y: Tensor) -> Tensor:
         """Bring normalised [..., D] back to the data's units; constant dimensions are their constant exactly."""

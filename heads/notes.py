@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vla.heads.model import HeadModel
+from vla.heads.model import HeadModel, dimension_names
 from vla.heads.normalize import Normalizer
 from vla.stores.notes import feature_note, large_notes, place_in
+from vla.stores.ranges import is_constant
 
 if TYPE_CHECKING:
     from vla.heads.data import HeadData
@@ -29,9 +30,25 @@ def training_notes(model: HeadModel, data: HeadData) -> tuple[str, ...]:
         states, rows = data.states(data.training), data.rows(data.training)
         valid = np.broadcast_to(read, states.shape)
         lines += _large("state", model.config.state_norm, model.state, data, states, rows, data.io.state_names, valid)
+        lines += moved_constants("state", model.state, states, data.io.state_names, valid)
     for feature in model.reads:
         lines += feature_note(data.stores.stores[data.stores.owner[feature]], feature)
     return tuple(lines)
+
+
+def moved_constants(
+    what: str, normaliser: Normalizer, values: NDArray[Any], names: tuple[str, ...], valid: NDArray[np.bool_]
+) -> list[str]:
+    """Return the line on dimensions that a run's or a file's statistics hold constant and that move in values [N, D].
+
+    `valid` bool [N, D] marks the values that count. [] for none.
+    """
+    constant, held = normaliser.constant.cpu().numpy(), normaliser.centre.cpu().numpy()
+    apart = valid & constant & ~is_constant(np.minimum(values, held), np.maximum(values, held))
+    moving = ", ".join(dimension_names(names, apart.any(axis=0)))
+    return (
+        [f"{what}: constant in the statistics, read as 0, but here it moves: {moving}"] if moving else []
+    )
 
 
 def _large(

@@ -15,6 +15,7 @@ from vla.heads.checkpoint import TrainedHead
 from vla.heads.export import export_head
 from vla.heads.model import HeadModel
 from vla.heads.normalize import ChannelScaler, Mode, Normalizer
+from vla.heads.notes import moved_constants
 from vla.stores.errors import UsageError
 
 MakeHead = Callable[..., HeadModel]
@@ -81,6 +82,29 @@ def test_the_unit_of_a_dimension_does_not_change_what_a_head_sees(mode: Mode, un
     normalised = found(torch.as_tensor(metres * unit).float())
     torch.testing.assert_close(normalised, wanted(torch.as_tensor(metres).float()), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(found.inverse(normalised).numpy(), metres * unit, rtol=1e-5, atol=1e-6 * unit)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e4])
+def test_a_constant_that_moves_after_training_normalises_to_0_in_every_unit(mode: Mode, unit: float) -> None:
+    normaliser = Normalizer(2)
+    normaliser.fit(np.stack([np.arange(9.0), np.full(9, 0.25)], axis=1) * unit, mode)
+    moved = normaliser(torch.tensor([[3.0, 0.25], [3.0, 7.0]]) * unit)
+    assert (moved[:, 1] == 0).all()
+    assert (moved[:, 0] == moved[0, 0]).all()
+
+
+def test_a_state_that_the_statistics_hold_constant_and_that_moves_is_named(toy_head: MakeHead) -> None:
+    model = toy_head("mlp")
+    still = np.zeros((9, 3))
+    model.fit_normalisers(np.arange(18.0).reshape(9, 2), still)
+    moving = np.where(np.arange(3) == 1, np.arange(9.0)[:, None], 0.0)
+    read = np.ones((9, 3), bool)
+    assert model.state is not None
+    (line,) = moved_constants("state", model.state, moving, ("a", "b", "c"), read)
+    assert "b" in line.partition(":")[2].split()
+    assert moved_constants("state", model.state, still, ("a", "b", "c"), read) == []
+    assert moved_constants("state", model.state, moving, ("a", "b", "c"), ~read) == []
 
 
 @pytest.mark.parametrize("mode", MODES)
