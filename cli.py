@@ -171,7 +171,7 @@ def inspect(
         _check_source(source, norm_stats, mapping or [], set_ or [], as_json, **how)
         return
     if store is None or source is not None or mapping or set_ or pictures is not None or all_frames:
-        raise UsageError("vla inspect", expected="a store, or --source DIR with --map, --set and --pictures")
+        raise UsageError("vla inspect", expected="a store, or --source DIR with options")
     facts = describe(store)
     if norm_stats is not None:
         write_norm_stats(norm_stats, norm_stats_of(open_store(store)))

@@ -155,7 +155,7 @@ class ExportedPrompt:
             raise UsageError(
                 f"{description} names the tokenizer {form.tokenizer!r}, and no artefact chooses files or addresses",
                 expected="your own value",
-                fix=f"ExportedPrompt.read(…, tokenizer={form.tokenizer!r})",
+                fix=f"the argument `tokenizer` of ExportedPrompt.read, such as {form.tokenizer!r}",
             )
         return cls(form, tokenizer)
 

@@ -46,9 +46,7 @@ def moved_constants(
     constant, held = normaliser.constant.cpu().numpy(), normaliser.centre.cpu().numpy()
     apart = valid & constant & ~is_constant(np.minimum(values, held), np.maximum(values, held))
     moving = ", ".join(dimension_names(names, apart.any(axis=0)))
-    return (
-        [f"{what}: constant in the statistics, read as 0, but here it moves: {moving}"] if moving else []
-    )
+    return [f"{what}: constant in the statistics, read as 0, but here it moves: {moving}"] if moving else []
 
 
 def _large(

@@ -185,5 +185,5 @@ def test_random_weights_are_marked_and_never_the_default() -> None:
         make_backbone("rgb2pc", weights="/nowhere")
     with pytest.raises(UsageError, match="is for random weights"):
         make_backbone("rgb2pc", weights="/nowhere", student=STUDENT)
-    with pytest.raises(UsageError, match=r"options\.student\.inputs is not given"):
+    with pytest.raises(UsageError, match=r"options\.student is not given"):
         make_backbone("rgb2pc", weights="random")

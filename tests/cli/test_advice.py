@@ -32,9 +32,12 @@ from vla.featurize.distill.train import DistillConfig
 from vla.featurize.job import FeaturizeConfig
 from vla.featurize.options import keywords
 from vla.featurize.sources.registry import SOURCES
+from vla.heads.checkpoint import HeadSettings
+from vla.heads.evaluate import EvaluateSettings
 from vla.heads.fit_fast import FitFastConfig
 from vla.heads.registry import HEADS, head_class
 from vla.rollout.online import OnlineTrainConfig
+from vla.rollout.policy import RolloutSettings
 from vla.stores.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +46,12 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = [ROOT / "cli.py", *(file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py")))]
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-TRAINED = ("evaluate", "rollout", "export")
+TRAINED: dict[str, type[Settings]] = {
+    "evaluate": EvaluateSettings,
+    "export": HeadSettings,
+    "rollout": RolloutSettings,
+}
+"""Commands of a trained head; the settings of `model` are those of the head's training."""
 CONFIGS: dict[str, type[Settings]] = {
     "featurize": FeaturizeConfig,
     "import": ImportConfig,
@@ -111,10 +119,9 @@ def wrong_setting(text: str, command: str = "", named: str = "") -> str:
         return ""  # of the form alone
     if not equals:
         return f"--set {text} has no ="
-    configs = [CONFIGS[command]] if command in CONFIGS else list(CONFIGS.values())
-    if command in TRAINED:
-        if parts[0] != "model":
-            return f"--set {key} of a trained head"
+    known = CONFIGS | TRAINED
+    configs = [known[command]] if command in known else list(known.values())
+    if command in TRAINED and parts[0] == "model":
         configs = [OnlineTrainConfig]
     kinds = [kind for config in configs for kind in field_types(config, parts, named)]
     if not kinds:

@@ -75,7 +75,7 @@ def test_auto_makes_the_same_store_on_a_cpu(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cuda:-1", "meta", "", "CPU", "mps:1x"])
 def test_a_device_of_no_known_name_is_refused_in_one_line(name: str) -> None:
-    with pytest.raises(UsageError, match=f"^device {name!r}; expected auto, cpu, cuda"):
+    with pytest.raises(UsageError, match=f"^device {name!r}.*; expected auto, cpu, cuda"):
         choose_device(name)
 
 

@@ -313,7 +313,11 @@ def test_acting_in_training_mode_has_no_dropout_and_no_noise_and_stays_in_it(
         ("dp", {"action_norm": "none"}, "clip_sample"),
         ("dp", {"horizon": 6, "n_action": 2, "down_dims": [16, 32, 64]}, "multiple of 4"),
         ("dp", {"horizon": 8, "n_obs": 2, "n_action": 8}, "at most 7"),
-        ("dp", {"horizon": 1, "n_obs": 2, "n_action": 1}, r"at least 2.*--set model\.n_obs=1, or a longer"),
+        (
+            "dp",
+            {"horizon": 1, "n_obs": 2, "n_action": 1},
+            r"at least 2.*model\.n_obs=1, .*model\.horizon=N",
+        ),
         ("mlp", {"horizon": 4, "n_action": 5}, "at most 4"),
         ("fm", {"horizon": 4, "n_action": 5}, "at most 4"),
         ("fm", {"sample_steps": 0}, "sample_steps"),

@@ -52,7 +52,8 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     source = f"hierarchical:{record(root / 'runs')}"
     made = {}
     for backbone, options in (("toy", {}), ("siglip-prefix", {"weights": "random"})):
-        run(prepare(FeaturizeConfig.build({"source": source, "backbone": backbone, **options})), root / backbone)
+        config = {"source": source, "source_options": {"fps": 50}, "backbone": backbone, **options}
+        run(prepare(FeaturizeConfig.build(config)), root / backbone)
         made[backbone] = root / backbone
     return made
 

@@ -203,7 +203,7 @@ def test_a_worker_without_tasks_lets_go_of_a_store_by_itself(
 def test_a_source_that_has_changed_makes_another_store_on_the_same_workers(
     cluster: Callable[..., str], memory_path: Path, tmp_path: Path
 ) -> None:
-    values = {"source": str(tmp_path), "backbone": "toy", "source_options": {"task": "go"}}
+    values = {"source": str(tmp_path), "backbone": "toy", "source_options": {"task": "go", "fps": 10}}
     (tmp_path / "episode0" / "top").mkdir(parents=True)
     np.save(tmp_path / "episode0" / "actions.npy", np.zeros((2, 2), np.float32))
     address = cluster()

@@ -134,7 +134,7 @@ def test_a_unit_that_always_fails_is_named_when_all_others_are_made(
             Image.new("RGB", (32, 32), (episode, frame, 0)).save(pictures / f"{frame:02d}.png")
     broken = demos / "episode2" / "top" / "03.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    asked = (str(demos), "--set", "source_options.task=go")
+    asked = (str(demos), "--set", "source_options.task=go", "--set", "source_options.fps=10")
     code, said = finish("two", "--scheduler", address, *asked[1:], source=asked[0])
     assert code == 3, said
     assert "unit 2 failed" in said
