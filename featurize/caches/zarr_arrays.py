@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vla.featurize.caches.checks import SKIP
+from vla.featurize.sources.lerobot_info import inside
 from vla.stores.documents import parse_json
 from vla.stores.errors import SourceError
 from vla.stores.pointers import refuse_pointer
@@ -97,11 +98,15 @@ class ZarrArray:
         """
         block = self.shard.inner if self.shard else self.chunks
         block_bytes, total = math.prod(block) * np.dtype(self.dtype).itemsize, 0
+        own, seen = self.path.resolve(), set[Path]()
         for place, path in self.chunk_files():
             if not path.is_file():
                 if fill and self.has_fill:
                     continue
                 raise SourceError(f"{path} is missing", expected="every chunk of the array", fix=fix)
+            if path.is_symlink() or path.parent not in seen:  # a chunk's folder may be a link as well
+                inside(own, str(path.relative_to(self.path)))
+                seen.add(path.parent)
             refuse_pointer(path)
             size = path.stat().st_size
             if not is_backed(block_bytes, size):
@@ -168,8 +173,10 @@ def arrays_in(folder: Path) -> list[Path]:
 
 def open_zarr_array(path: Path) -> ZarrArray:
     """Read and check an array's metadata. Raises `SourceError` for anything but an array of numbers."""
+    inside(path.parent.resolve(), path.name)
     v3 = not (path / METADATA[2]).is_file() and (path / METADATA[3]).is_file()
     meta = path / METADATA[3 if v3 else 2]
+    inside(path.resolve(), meta.name)
     try:
         found = parse_json(meta.read_bytes())
         array = (_v3 if v3 else _v2)(path, found, meta)

@@ -154,3 +154,12 @@ def test_metadata_that_claim_more_chunks_than_there_are_are_refused_at_once(tmp_
     for choice in ("refuse", "fill"):
         with pytest.raises(SourceError, match="zarray"):
             open_source(root, fps=10, empty_chunks=choice).index()
+
+
+@pytest.mark.parametrize("what", ["data/action", "data/action/zarr.json", "data/action/c", "data/action/c/0/0"])
+def test_a_link_out_of_an_array_is_refused(what: str, tmp_path: Path) -> None:
+    root, elsewhere = write_buffer(tmp_path / "a.zarr"), tmp_path / "elsewhere"
+    (root / what).rename(elsewhere)
+    (root / what).symlink_to(elsewhere)
+    with pytest.raises(SourceError, match="leads out"):
+        ReplayBufferSource(root, fps=10).index()
