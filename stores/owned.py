@@ -234,7 +234,10 @@ def _entries(folder: Path) -> Iterator[_Entry]:
     top = folder.resolve()
     for at, folders, files, parent in os.fwalk(top, topdown=False, onerror=_raise, follow_symlinks=False):
         for name in (*files, *folders):
-            mode = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
+            try:
+                mode = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
+            except FileNotFoundError:  # a writer has renamed its temporary file since the folder was listed
+                continue
             path = f"{at}/{name}"[len(str(top)) + 1 :]
             yield _Entry(path, name, parent, stat.S_ISDIR(mode), stat.S_ISLNK(mode))
 
@@ -246,7 +249,8 @@ def _above(path: str) -> set[str]:
 
 
 def _raise(error: OSError) -> None:
-    raise error
+    if not isinstance(error, FileNotFoundError):  # a folder that a writer has renamed since the listing
+        raise error
 
 
 def _finished(path: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from vla.stores.errors import StoreError, UsageError, VlaError
-from vla.stores.owned import DATA_SET, RUN, STORE, foreign, remove_owned, require_name
+from vla.stores.owned import DATA_SET, RUN, STORE, debris, foreign, remove_owned, require_name
 from vla.stores.repair import repair_store
 from vla.stores.store import open_store
 from vla.stores.verify import verify_store
@@ -196,3 +196,16 @@ def test_a_named_pipe_in_the_place_of_a_shard_is_damage(root: Path, form: str) -
     os.mkfifo(root / SHARD[form])
     assert verify_store(root).damaged == [1]
     assert repair_store(root).dropped == [1]
+
+
+def test_a_temporary_file_that_a_writer_renames_while_a_store_is_listed_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walk = os.fwalk
+
+    def outdated(*arguments: Any, **options: Any) -> Iterator[Any]:
+        for at, folders, files, parent in walk(*arguments, **options):
+            yield at, folders, [*files, "zarr.json.partial"], parent
+
+    monkeypatch.setattr(os, "fwalk", outdated)
+    assert debris(tmp_path, STORE) == []
