@@ -70,6 +70,8 @@ def saved_settings(values: dict[str, Any], file: Path) -> dict[str, Any]:
         raise UsageError(f"{file} has no {SETTINGS!r}: an earlier version wrote it", fix="the flags that it began with")
     settings.pop("backbones", None)  # checkouts and weights: the store's backbones name what the user has to give
     began, data = settings.pop(TYPED_IN, None), settings.get("data")
+    if isinstance(data, dict):
+        data.pop("remote", None)  # an endpoint would receive the user's credentials, a cache folder the bytes
     if isinstance(began, str) and isinstance(data, dict):
         for name in data.keys() & {"stores", "teacher"}:
             data[name] = _found(data[name], Path(began))
@@ -77,7 +79,7 @@ def saved_settings(values: dict[str, Any], file: Path) -> dict[str, Any]:
 
 
 def require_given_places(saved: Mapping[str, Any], given: Mapping[str, Any], file: Path) -> None:
-    """Raise `UsageError` where saved settings name a bucket, or how to reach one, and the user has not given stores."""
+    """Raise `UsageError` where saved settings name a bucket, and the user has not given stores."""
     data, chosen = saved.get("data"), given.get("data", {})
     stores = data.get("stores", ()) if isinstance(data, Mapping) else ()
     urls = [store for store in stores if is_url(store)]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from vla.cli import app
+from vla.heads.train import HeadTrainConfig
 from vla.stores.errors import UsageError
 from vla.stores.metadata import read_manifest
 
@@ -70,3 +71,8 @@ def test_a_saved_store_chooses_no_checkout_and_no_weights(how: str, tmp_path: Pa
     with pytest.raises(UsageError, match="checkout"):
         vla("featurize", *words)
     assert not (checkout / "ran").exists()
+
+
+def test_a_saved_run_does_not_choose_how_a_bucket_is_reached(run: Path, tmp_path: Path) -> None:
+    edit(run, lambda settings: settings["data"].update(remote={"cache": str(tmp_path / "theirs")}))
+    assert "remote" not in HeadTrainConfig.read_file(run)["data"]
